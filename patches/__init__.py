@@ -1,0 +1,1 @@
+"""One module per SGLang seam that has no extension point: the symbol, the versions, why."""

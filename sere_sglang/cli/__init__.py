@@ -1,0 +1,1 @@
+"""The ``sere-sglang`` command."""

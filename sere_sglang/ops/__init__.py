@@ -1,0 +1,1 @@
+"""``reroute()`` and its implementations. Nothing here imports SGLang."""

@@ -1,0 +1,1 @@
+"""The profile file, similarity measures and calibration arithmetic. Nothing here imports SGLang."""

@@ -1,0 +1,1 @@
+"""Between steps: batch composition -> policy -> control block."""
