@@ -1,1 +1,36 @@
-"""``reroute()`` and its implementations. Nothing here imports SGLang."""
+"""``reroute()`` and its implementations. Nothing here imports SGLang.
+
+A new implementation is a module as `dispatch` describes it, plus one line in its registry; the
+tests of ``tests/ops`` then run over it wherever it is available.
+"""
+
+from __future__ import annotations
+
+from sere_sglang.ops.control import (
+    CONTROL_WORDS,
+    MAX_CLASSES,
+    Control,
+    decode_control,
+    encode_control,
+)
+from sere_sglang.ops.counters import COUNTER_FIELDS, new_counters
+from sere_sglang.ops.dispatch import available_impls, select_impl
+from sere_sglang.ops.jit import BuildError
+from sere_sglang.ops.reroute import reroute, reroute_
+from sere_sglang.ops.table import LayerTable
+
+__all__ = [
+    "CONTROL_WORDS",
+    "COUNTER_FIELDS",
+    "MAX_CLASSES",
+    "BuildError",
+    "Control",
+    "LayerTable",
+    "available_impls",
+    "decode_control",
+    "encode_control",
+    "new_counters",
+    "reroute",
+    "reroute_",
+    "select_impl",
+]
