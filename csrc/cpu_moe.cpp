@@ -1,0 +1,135 @@
+// CPU fused MoE of one layer: out[t] = sum over slots of weight * down(act(gate(x)) * up(x)).
+// Loops over active experts only; an expert may fill several slots of a row, negative ids none.
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+
+#include <algorithm>
+#include <mutex>
+#include <string>
+
+#include "cpu_moe_amx.h"
+#include "cpu_moe_common.h"
+#include "cpu_moe_dot.h"
+
+namespace sere::moe {
+
+using tvm::ffi::Optional;
+using tvm::ffi::TensorView;
+
+constexpr int64_t kTokensAtOnce = 1024;  // bounds the scratch memory of a long prefill
+
+void check(bool holds, const std::string& what) {
+  if (!holds) TVM_FFI_THROW(ValueError) << "cpu_moe: " << what;
+}
+
+void check_tensor(const TensorView& t, const char* name, std::initializer_list<int64_t> shape,
+                  DLDataType dtype) {
+  const DLDataType actual = t.dtype();
+  check(t.device().device_type == kDLCPU, std::string(name) + " must be on the CPU");
+  check(actual.code == dtype.code && actual.bits == dtype.bits && actual.lanes == dtype.lanes,
+        std::string(name) + " has the wrong dtype");
+  bool same = t.ndim() == int(shape.size());
+  int axis = 0;
+  for (int64_t size : shape) same = same && t.size(axis++) == size;
+  check(same, std::string(name) + " has the wrong shape");
+  check(t.IsContiguous(), std::string(name) + " must be contiguous");
+}
+
+const float* bias_pointer(const Optional<TensorView>& bias, const char* name, int64_t experts,
+                          int64_t width) {
+  if (!bias.has_value()) return nullptr;
+  check_tensor(bias.value(), name, {experts, width}, {kDLFloat, 32, 1});
+  return static_cast<const float*>(bias.value().data_ptr());
+}
+
+template <typename T, Activation kActivation>
+void run(const Problem<T>& p, bool use_amx) {
+  // One call at a time: the workspace is shared, and OpenMP uses every core anyway.
+  static std::mutex one_call;
+  std::lock_guard<std::mutex> lock(one_call);
+  for (int64_t first = 0; first < p.tokens; first += kTokensAtOnce) {
+    const int64_t count = std::min(kTokensAtOnce, p.tokens - first);
+#ifdef SERE_MOE_AMX
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (use_amx) {
+        static amx::Workspace amx_workspace;
+        amx::run<kActivation>(p, first, count, amx_workspace);
+        continue;
+      }
+    }
+#endif
+    static dot::Workspace dot_workspace;
+    dot::run<T, kActivation>(p, first, count, dot_workspace);
+  }
+}
+
+template <typename T>
+void dispatch(const TensorView& hidden, const TensorView& w13, const TensorView& w2,
+              const Optional<TensorView>& w13_bias, const Optional<TensorView>& w2_bias,
+              const TensorView& ids, const TensorView& weights, const TensorView& out,
+              int64_t activation, bool use_amx, DLDataType dtype) {
+  check(hidden.ndim() == 2 && ids.ndim() == 2 && w2.ndim() == 3, "wrong number of dimensions");
+  const int64_t tokens = hidden.size(0), hidden_size = hidden.size(1);
+  const int64_t experts = w2.size(0), inter_size = w2.size(2), top_k = ids.size(1);
+  check_tensor(hidden, "hidden", {tokens, hidden_size}, dtype);
+  check_tensor(w13, "w13", {experts, 2 * inter_size, hidden_size}, dtype);
+  check_tensor(w2, "w2", {experts, hidden_size, inter_size}, dtype);
+  check_tensor(ids, "topk_ids", {tokens, top_k}, {kDLInt, 32, 1});
+  check_tensor(weights, "topk_weights", {tokens, top_k}, {kDLFloat, 32, 1});
+  check_tensor(out, "out", {tokens, hidden_size}, dtype);
+  const Problem<T> problem{
+      .hidden = static_cast<const T*>(hidden.data_ptr()),
+      .w13 = static_cast<const T*>(w13.data_ptr()),
+      .w2 = static_cast<const T*>(w2.data_ptr()),
+      .w13_bias = bias_pointer(w13_bias, "w13_bias", experts, 2 * inter_size),
+      .w2_bias = bias_pointer(w2_bias, "w2_bias", experts, hidden_size),
+      .ids = static_cast<const int32_t*>(ids.data_ptr()),
+      .weights = static_cast<const float*>(weights.data_ptr()),
+      .out = static_cast<T*>(out.data_ptr()),
+      .tokens = tokens,
+      .top_k = top_k,
+      .experts = experts,
+      .hidden_size = hidden_size,
+      .inter_size = inter_size,
+  };
+  switch (Activation{activation}) {
+    case Activation::kSilu: return run<T, Activation::kSilu>(problem, use_amx);
+    case Activation::kGeluTanh: return run<T, Activation::kGeluTanh>(problem, use_amx);
+  }
+  check(false, "unknown activation");
+}
+
+bool has_amx() {
+#ifdef SERE_MOE_AMX
+  return amx::available();
+#else
+  return false;
+#endif
+}
+
+void fused_moe(TensorView hidden, TensorView w13, TensorView w2, Optional<TensorView> w13_bias,
+               Optional<TensorView> w2_bias, TensorView ids, TensorView weights, TensorView out,
+               int64_t activation, bool use_amx) {
+  const DLDataType dtype = hidden.dtype();
+  if (use_amx) {
+    check(has_amx(), "this machine has no AMX");
+    check(dtype.code == kDLBfloat && hidden.size(1) % 32 == 0 && w2.size(2) % 32 == 0,
+          "AMX needs bfloat16 and sizes that are multiples of 32");
+  }
+  if (dtype.code == kDLBfloat && dtype.bits == 16) {
+    dispatch<bf16>(hidden, w13, w2, w13_bias, w2_bias, ids, weights, out, activation, use_amx,
+                   dtype);
+  } else if (dtype.code == kDLFloat && dtype.bits == 32) {
+    dispatch<float>(hidden, w13, w2, w13_bias, w2_bias, ids, weights, out, activation, use_amx,
+                    dtype);
+  } else {
+    check(false, "hidden must be bfloat16 or float32");
+  }
+}
+
+}  // namespace sere::moe
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(has_amx, sere::moe::has_amx);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(fused_moe, sere::moe::fused_moe);

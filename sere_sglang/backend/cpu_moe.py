@@ -1,0 +1,169 @@
+"""The CPU MoE runner: one layer's experts over plain tensors. Needs no SGLang.
+
+Its time follows the number of active experts, and an expert may appear twice in a row, as
+re-routing makes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sere_sglang.ops.jit import BuildError, load_module
+
+logger = logging.getLogger(__name__)
+
+ACTIVATIONS = {"silu": 0, "gelu": 1}
+"""Name -> code in ``csrc/cpu_moe_common.h``; gelu is the tanh form, as SGLang's experts use it."""
+
+IMPLEMENTATIONS = ("auto", "amx", "dot", "torch")
+
+# Without AMX, rows per active expert from which a matmul per expert beats reading weights by row.
+_MATMUL_ROWS = 12
+
+
+def fused_moe(
+    hidden: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    activation: str = "silu",
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Sum over each token's slots of weight * down(act(gate(x)) * up(x)).
+
+    Args:
+        hidden: bfloat16 or float32 ``[T, H]``.
+        w13: same dtype ``[E, 2I, H]``, gate rows then up rows (SGLang's unquantized layout).
+        w2: same dtype ``[E, H, I]``.
+        topk_ids: int32 or int64 ``[T, K]``; a negative id is an empty slot; an expert may fill
+            several slots of a row.
+        topk_weights: ``[T, K]``, applied in float32.
+        activation: ``silu`` or ``gelu`` (tanh form).
+        w13_bias, w2_bias: ``[E, 2I]``, ``[E, H]`` or None.
+        impl: ``amx`` and ``dot`` are native, ``torch`` is one matmul pair per active expert,
+            ``auto`` chooses by machine and sizes.
+
+    Returns:
+        ``[T, H]`` in the dtype of `hidden`; products accumulate in float32.
+
+    Raises:
+        ValueError: arguments that do not fit.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation {activation!r} is not supported; choose one of: {', '.join(ACTIVATIONS)}"
+        )
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown impl {impl!r}; choose one of: {', '.join(IMPLEMENTATIONS)}")
+    _check_weights(hidden, w13, w2)
+    hidden = hidden.contiguous()
+    ids = topk_ids.to(torch.int32).contiguous()
+    weights = topk_weights.to(torch.float32).contiguous()
+    if impl == "auto":
+        impl = choose_impl(hidden, w2, topk_ids)
+    if impl == "torch":
+        return _fused_moe_torch(hidden, w13, w2, ids, weights, activation, w13_bias, w2_bias)
+    out = torch.empty_like(hidden)
+    native_module().fused_moe(
+        hidden,
+        w13,
+        w2,
+        None if w13_bias is None else w13_bias.to(torch.float32).contiguous(),
+        None if w2_bias is None else w2_bias.to(torch.float32).contiguous(),
+        ids,
+        weights,
+        out,
+        ACTIVATIONS[activation],
+        impl == "amx",
+    )
+    return out
+
+
+def choose_impl(hidden: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor) -> str:
+    """What ``impl="auto"`` uses for these sizes on this machine."""
+    module = _native_or_none()
+    if module is None:
+        return "torch"
+    num_experts, hidden_size, inter_size = w2.shape
+    if (
+        hidden.dtype == torch.bfloat16
+        and hidden_size % 32 == 0
+        and inter_size % 32 == 0
+        and module.has_amx()
+    ):
+        return "amx"
+    rows_per_expert = topk_ids.numel() / max(1, min(num_experts, topk_ids.numel()))
+    return "torch" if rows_per_expert >= _MATMUL_ROWS else "dot"
+
+
+def native_module() -> Any:
+    """The compiled kernels; compiles them the first time. Raises `BuildError`."""
+    return load_module("cpu_moe", ["cpu_moe.cpp"])
+
+
+@functools.cache
+def _native_or_none() -> Any:
+    try:
+        return native_module()
+    except BuildError as error:
+        logger.warning("the CPU MoE kernel does not build, torch matmuls replace it: %s", error)
+        return None
+
+
+def _check_weights(hidden: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> None:
+    if hidden.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"hidden must be bfloat16 or float32, got {hidden.dtype}")
+    for name, weight in (("w13", w13), ("w2", w2)):
+        if weight.dtype != hidden.dtype:
+            raise ValueError(f"{name} is {weight.dtype}, hidden is {hidden.dtype}")
+        if weight.dim() != 3 or not weight.is_contiguous():
+            raise ValueError(f"{name} must be contiguous with three dimensions")
+    num_experts, hidden_size, inter_size = w2.shape
+    if hidden.dim() != 2 or hidden.shape[1] != hidden_size:
+        raise ValueError(f"hidden must be [T, H={hidden_size}], got {list(hidden.shape)}")
+    if list(w13.shape) != [num_experts, 2 * inter_size, hidden_size]:
+        raise ValueError(f"w13 {list(w13.shape)} does not fit w2 {list(w2.shape)}")
+
+
+def _fused_moe_torch(
+    hidden: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    activation: str,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """One pair of matmuls per active expert, over its gathered rows."""
+    out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    flat = ids.flatten()
+    order = flat.argsort(stable=True)
+    experts, counts = flat[order].unique_consecutive(return_counts=True)
+    tokens = order // max(1, ids.shape[1])
+    weight_of = weights.flatten()[order]
+    begin = 0
+    for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
+        rows, row_weights = tokens[begin : begin + count], weight_of[begin : begin + count]
+        begin += count
+        if expert < 0:
+            continue
+        gate_up = F.linear(hidden[rows], w13[expert]).float()
+        if w13_bias is not None:
+            gate_up += w13_bias[expert]
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+        expert_out = F.linear((gate * up).to(hidden.dtype), w2[expert]).float()
+        if w2_bias is not None:
+            expert_out += w2_bias[expert]
+        out.index_add_(0, rows, expert_out * row_weights[:, None])
+    return out.to(hidden.dtype)
