@@ -1,0 +1,147 @@
+"""Re-routing in plain Python loops, written from the specification alone; needs only the stdlib.
+
+Slow and literal on purpose: every implementation is tested against it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Matrix = Sequence[Sequence[float]]
+
+
+@dataclass
+class Outcome:
+    ids: list[list[int]]
+    weights: list[list[float]] | None
+    counters: dict[str, int]
+
+
+def float32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+def ranks(slots: Sequence[float] | None, top_k: int) -> list[int]:
+    """Rank of each slot: heaviest first, equal weights in slot order."""
+    if slots is None:
+        return list(range(top_k))
+    order = sorted(range(top_k), key=lambda k: (-slots[k], k))
+    rank = [0] * top_k
+    for position, k in enumerate(order):
+        rank[k] = position
+    return rank
+
+
+def reroute(
+    ids: Sequence[Sequence[int]],
+    weights: Matrix | None,
+    similarity: Matrix,
+    *,
+    enabled: bool = True,
+    num_valid: int = -1,
+    classes: Sequence[tuple[int, float]],
+    row_class: Sequence[int] | None = None,
+    scale: Matrix | None = None,
+) -> Outcome:
+    """Everything one forward of one layer does; `similarity` and `weights` hold float32 values."""
+    num_tokens = len(ids)
+    top_k = len(ids[0]) if ids else 0
+    result = [list(row) for row in ids]
+    new_weights = None if weights is None else [list(row) for row in weights]
+    counts = dict.fromkeys(
+        ("forwards", "rows", "active_before", "active_after", "rerouted", "critical"), 0
+    )
+    untouched = Outcome(result, new_weights, counts)
+
+    if not enabled:
+        return untouched
+    if len(classes) == 1:
+        if classes[0][0] <= 0 or classes[0][0] >= top_k:
+            return untouched
+    elif all(s >= top_k for s, _ in classes):
+        return untouched
+
+    real = num_tokens if num_valid < 0 else min(num_valid, num_tokens)
+
+    def settings(t: int) -> tuple[int, float]:
+        c = 0 if row_class is None else min(row_class[t], len(classes) - 1)
+        s, rho = classes[c]
+        return max(s, 1), float32(rho)
+
+    # 1. and 2.: rank, vote
+    rank = [ranks(None if weights is None else weights[t], top_k) for t in range(num_tokens)]
+    primary: set[int] = set()
+    for t in range(real):
+        s, _ = settings(t)
+        for k in range(top_k):
+            if (rank[t][k] < s or s >= top_k) and ids[t][k] >= 0:
+                primary.add(ids[t][k])
+
+    # 3.: move
+    best: dict[int, tuple[float, int]] = {}
+    for t in range(real):
+        s, rho = settings(t)
+        if s >= top_k:
+            continue
+        for k in range(top_k):
+            e = ids[t][k]
+            if rank[t][k] < s or e < 0 or e in primary or not primary:
+                continue
+            if e not in best:
+                j_star = min(primary, key=lambda j: (-similarity[e][j], j))
+                best[e] = (similarity[e][j_star], j_star)
+            value, j_star = best[e]
+            if rho > 0 and value < rho:
+                counts["critical"] += 1
+                continue
+            result[t][k] = j_star
+            counts["rerouted"] += 1
+            if scale is not None and new_weights is not None:
+                new_weights[t][k] = float32(new_weights[t][k] * float32(scale[e][j_star]))
+
+    # 5.: padding
+    if primary:
+        whole = [row for row in result[:real] if min(row) >= 0]
+        pad = whole[0] if whole else [min(primary)] * top_k
+        for t in range(real, num_tokens):
+            result[t] = list(pad)
+
+    if real > 0 and top_k > 0:
+        counts["forwards"] = 1
+        counts["rows"] = real
+        counts["active_before"] = len({e for row in ids[:real] for e in row if e >= 0})
+        counts["active_after"] = len({e for row in result[:real] for e in row if e >= 0})
+    return untouched
+
+
+def published(
+    ids: Sequence[Sequence[int]], similarity: Matrix, select_top_k: int, threshold: float
+) -> list[list[int]]:
+    """What the authors' public kernel does, on what it accepts: sorted slots, ids in range.
+
+    A mask of the experts in the first columns of the batch; then every later slot walks over all
+    experts upwards, remembering the first strictly greatest similarity among the masked ones.
+    """
+    top_k = len(ids[0]) if ids else 0
+    if select_top_k <= 0 or select_top_k >= top_k:
+        return [list(row) for row in ids]
+    num_experts = len(similarity)
+    mask = [False] * num_experts
+    for row in ids:
+        for expert in row[:select_top_k]:
+            mask[expert] = True
+    out = [list(row) for row in ids]
+    for row in out:
+        for slot in range(select_top_k, top_k):
+            original = row[slot]
+            if mask[original]:
+                continue
+            best_similarity, best_expert = -1e9, 0
+            for expert in range(num_experts):
+                if mask[expert] and similarity[original][expert] > best_similarity:
+                    best_similarity, best_expert = similarity[original][expert], expert
+            if not (threshold > 0.0 and best_similarity < float32(threshold)):
+                row[slot] = best_expert
+    return out
