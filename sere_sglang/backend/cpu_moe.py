@@ -65,6 +65,7 @@ def fused_moe(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown impl {impl!r}; choose one of: {', '.join(IMPLEMENTATIONS)}")
     _check_weights(hidden, w13, w2)
+    _check_routing(hidden, topk_ids, topk_weights)
     hidden = hidden.contiguous()
     ids = topk_ids.to(torch.int32).contiguous()
     weights = topk_weights.to(torch.float32).contiguous()
@@ -132,6 +133,17 @@ def _check_weights(hidden: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) ->
         raise ValueError(f"hidden must be [T, H={hidden_size}], got {list(hidden.shape)}")
     if list(w13.shape) != [num_experts, 2 * inter_size, hidden_size]:
         raise ValueError(f"w13 {list(w13.shape)} does not fit w2 {list(w2.shape)}")
+
+
+def _check_routing(
+    hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+) -> None:
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != hidden.shape[0]:
+        raise ValueError(f"topk_ids must be [T={hidden.shape[0]}, K], got {list(topk_ids.shape)}")
+    if topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"topk_weights {list(topk_weights.shape)} does not fit topk_ids {list(topk_ids.shape)}"
+        )
 
 
 def _fused_moe_torch(

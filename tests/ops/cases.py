@@ -30,6 +30,7 @@ class Spec:
     weight_levels: int = 0  # weights take so few values that they tie; 0: all differ
     similarity_levels: int = 0
     symmetric: bool = True
+    negative: bool = False  # similarities in [-1, 1], as a cosine would give
     holes: float = 0.0  # share of -1 ids
     hot: float = 1.0  # share of the experts that tokens choose from
     scale: bool = False
@@ -61,6 +62,8 @@ def make_case(spec: Spec) -> Case:
         similarity = (similarity * spec.similarity_levels).floor() / spec.similarity_levels
     if spec.symmetric:
         similarity = similarity.triu() + similarity.triu(1).T
+    if spec.negative:
+        similarity = similarity * 2 - 1
     similarity.fill_diagonal_(1.0)
 
     choices = min(experts, max(top_k, round(experts * spec.hot)))
@@ -78,7 +81,8 @@ def make_case(spec: Spec) -> Case:
             torch.randint(experts * experts, (len(classes),), generator=generator)
         ].tolist()
         classes = tuple(
-            (s, pick if rho > 0 else rho) for (s, rho), pick in zip(classes, picks, strict=True)
+            (s, abs(pick) if rho > 0 else rho)
+            for (s, rho), pick in zip(classes, picks, strict=True)
         )
     row_class = None
     if spec.row_classes:
@@ -116,6 +120,7 @@ def random_spec(rng: random.Random, max_tokens: int = 512, max_experts: int = 51
         weight_levels=rng.choice([0, 0, 2, 5]),
         similarity_levels=rng.choice([0, 0, 2, 8]),
         symmetric=rng.random() < 0.7,
+        negative=rng.random() < 0.2,
         holes=rng.choice([0.0, 0.0, 0.1, 0.7, 1.0]),
         hot=rng.choice([1.0, 0.5, 0.1]),
         scale=rng.random() < 0.4,

@@ -37,6 +37,7 @@ def specs(draw: st.DrawFn, max_tokens: int = 512, max_experts: int = 512) -> Spe
         weight_levels=draw(st.sampled_from([0, 1, 2, 5])),
         similarity_levels=draw(st.sampled_from([0, 1, 2, 8])),
         symmetric=draw(st.booleans()),
+        negative=draw(st.booleans()),
         holes=draw(st.sampled_from([0.0, 0.1, 0.7, 1.0])),
         hot=draw(st.sampled_from([1.0, 0.5, 0.1])),
         scale=draw(st.booleans()),
@@ -85,6 +86,7 @@ DECODE = Spec(num_tokens=12, num_experts=32, top_k=4, classes=((2, 0.6),), holes
         pytest.param(Spec(similarity_levels=1), id="all similarities equal"),
         pytest.param(Spec(similarity_levels=4, classes=((1, 0.5),)), id="rho equals entries"),
         pytest.param(Spec(classes=((1, 1.0),)), id="rho = 1"),
+        pytest.param(Spec(negative=True, classes=((1, 0.0),)), id="rho = 0, negative entries"),
         pytest.param(Spec(scale=True, classes=((1, 0.0),), extra_columns=1), id="scale"),
         pytest.param(Spec(num_experts=1, top_k=1, classes=((1, 0.0),)), id="one expert"),
         pytest.param(
