@@ -1,8 +1,9 @@
-// CPU fused MoE for few rows per expert and any sizes: dot products of weight rows with up to four
-// token rows at a time, so that a weight is read from memory once.
+// CPU fused MoE for few rows per expert and any sizes: dot products of two weight rows with up to
+// four token rows at a time, so that a weight is read from memory once.
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #ifdef __AVX512BF16__
@@ -14,74 +15,127 @@
 namespace sere::moe::dot {
 
 inline constexpr int kRows = 4;
+inline constexpr int kWeights = 2;
 
-// sums[r] = sum over k of weight[k] * rows[r][k], in float32.
-template <int R, typename T>
-inline void dots(const T* weight, const T* const* rows, int64_t n, float* sums) {
 #ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<T, bf16>) {
-    __m512 acc[R];
-    for (int r = 0; r < R; ++r) acc[r] = _mm512_setzero_ps();
-    int64_t k = 0;
-    for (; k + 32 <= n; k += 32) {
-      const __m512bh w = (__m512bh)_mm512_loadu_si512(weight + k);
+inline constexpr bool kNativeBf16 = true;
+#else
+inline constexpr bool kNativeBf16 = false;
+#endif
+
+// Token rows stay bfloat16 only where the machine multiplies it; else converting them once is cheap.
+template <typename T>
+using RowOf = std::conditional_t<kNativeBf16, T, float>;
+
+#ifdef __AVX512F__
+inline constexpr int kLanes = 16;
+#else
+inline constexpr int kLanes = 8;
+#endif
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+inline Floats load(const float* from) {
+  Floats values;
+  std::memcpy(&values, from, sizeof(values));
+  return values;
+}
+
+inline Floats load(const bf16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return (Floats)(__builtin_convertvector(halves, Words) << 16);
+}
+
+// sums[w][r] = sum over k of weights[w][k] * rows[r][k], in float32.
+template <int W, int R, typename T, typename Row>
+inline void dots(const T* const* weights, const Row* const* rows, int64_t n,
+                 float sums[kWeights][kRows]) {
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<Row, bf16>) {
+    __m512 acc[W][R];
+    for (auto& of_weight : acc) {
+      for (__m512& value : of_weight) value = _mm512_setzero_ps();
+    }
+    for (int64_t k = 0; k < n; k += 32) {
+      const __mmask32 inside = n - k >= 32 ? ~__mmask32{0} : (__mmask32{1} << (n - k)) - 1;
+      __m512bh w[W];
+      for (int i = 0; i < W; ++i) {
+        w[i] = (__m512bh)_mm512_maskz_loadu_epi16(inside, weights[i] + k);
+      }
       for (int r = 0; r < R; ++r) {
-        acc[r] = _mm512_dpbf16_ps(acc[r], w, (__m512bh)_mm512_loadu_si512(rows[r] + k));
+        const __m512bh x = (__m512bh)_mm512_maskz_loadu_epi16(inside, rows[r] + k);
+        for (int i = 0; i < W; ++i) acc[i][r] = _mm512_dpbf16_ps(acc[i][r], w[i], x);
       }
     }
-    if (k < n) {
-      const __mmask32 rest = (__mmask32{1} << (n - k)) - 1;
-      const __m512bh w = (__m512bh)_mm512_maskz_loadu_epi16(rest, weight + k);
-      for (int r = 0; r < R; ++r) {
-        const __m512bh x = (__m512bh)_mm512_maskz_loadu_epi16(rest, rows[r] + k);
-        acc[r] = _mm512_dpbf16_ps(acc[r], w, x);
-      }
+    for (int i = 0; i < W; ++i) {
+      for (int r = 0; r < R; ++r) sums[i][r] = _mm512_reduce_add_ps(acc[i][r]);
     }
-    for (int r = 0; r < R; ++r) sums[r] = _mm512_reduce_add_ps(acc[r]);
     return;
   }
 #endif
-  constexpr int kLanes = 16;  // fixed order of summation, and a shape every compiler vectorises
-  float lanes[R][kLanes] = {};
+  Floats acc[W][R] = {};
   int64_t k = 0;
   for (; k + kLanes <= n; k += kLanes) {
+    Floats w[W];
+    for (int i = 0; i < W; ++i) w[i] = load(weights[i] + k);
     for (int r = 0; r < R; ++r) {
-      const T* row = rows[r] + k;
-#pragma omp simd
-      for (int l = 0; l < kLanes; ++l) lanes[r][l] += to_float(weight[k + l]) * to_float(row[l]);
+      const Floats x = load(rows[r] + k);
+      for (int i = 0; i < W; ++i) acc[i][r] += w[i] * x;
     }
   }
-  for (; k < n; ++k) {
-    for (int r = 0; r < R; ++r) lanes[r][0] += to_float(weight[k]) * to_float(rows[r][k]);
-  }
-  for (int r = 0; r < R; ++r) {
-    sums[r] = 0.0f;
-    for (int l = 0; l < kLanes; ++l) sums[r] += lanes[r][l];
+  for (int i = 0; i < W; ++i) {
+    for (int r = 0; r < R; ++r) {
+      float sum = 0.0f;
+      for (int lane = 0; lane < kLanes; ++lane) sum += acc[i][r][lane];
+      for (int64_t rest = k; rest < n; ++rest) {
+        sum += to_float(weights[i][rest]) * to_float(rows[r][rest]);
+      }
+      sums[i][r] = sum;
+    }
   }
 }
 
-template <typename T>
-inline void dots(int count, const T* weight, const T* const* rows, int64_t n, float* sums) {
+template <int W, typename T, typename Row>
+inline void dots(int count, const T* const* weights, const Row* const* rows, int64_t n,
+                 float sums[kWeights][kRows]) {
   switch (count) {
-    case 1: return dots<1>(weight, rows, n, sums);
-    case 2: return dots<2>(weight, rows, n, sums);
-    case 3: return dots<3>(weight, rows, n, sums);
-    default: return dots<4>(weight, rows, n, sums);
+    case 1: return dots<W, 1>(weights, rows, n, sums);
+    case 2: return dots<W, 2>(weights, rows, n, sums);
+    case 3: return dots<W, 3>(weights, rows, n, sums);
+    default: return dots<W, 4>(weights, rows, n, sums);
   }
 }
 
 struct Workspace {
   Routing routing;
-  Scratch inter;
+  Scratch rows, inter;
 };
+
+// The token rows as the dot products want them.
+template <typename T>
+const RowOf<T>* token_rows(const Problem<T>& p, int64_t first_token, int64_t num_tokens,
+                           Workspace& workspace) {
+  const T* hidden = p.hidden + first_token * p.hidden_size;
+  if constexpr (std::is_same_v<RowOf<T>, T>) {
+    return hidden;
+  } else {
+    float* rows = workspace.rows.get<float>(num_tokens * p.hidden_size);
+    for (int64_t i = 0; i < num_tokens * p.hidden_size; ++i) rows[i] = to_float(hidden[i]);
+    return rows;
+  }
+}
 
 template <typename T, Activation kActivation>
 void run(const Problem<T>& p, int64_t first_token, int64_t num_tokens, Workspace& workspace) {
+  using Row = RowOf<T>;
   Routing& routing = workspace.routing;
   routing.build(p, first_token, num_tokens);
   const int64_t num_active = routing.active.size();
   const int64_t hidden_size = p.hidden_size, inter_size = p.inter_size;
-  T* inter = workspace.inter.get<T>(routing.token.size() * inter_size);  // [position, inter_size]
+  const Row* hidden = token_rows(p, first_token, num_tokens, workspace);
+  Row* inter = workspace.inter.get<Row>(routing.token.size() * inter_size);  // [position, inter]
 
   const int64_t inter_chunk = chunk_size(inter_size, 8, std::max<int64_t>(num_active, 1), 256);
   const int64_t inter_chunks = (inter_size + inter_chunk - 1) / inter_chunk;
@@ -90,6 +144,8 @@ void run(const Problem<T>& p, int64_t first_token, int64_t num_tokens, Workspace
 
 #pragma omp parallel
   {
+    float sum_of[kWeights][kRows];
+
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < num_active * inter_chunks; ++item) {
       const auto& expert = routing.active[item / inter_chunks];
@@ -99,24 +155,23 @@ void run(const Problem<T>& p, int64_t first_token, int64_t num_tokens, Workspace
       const int64_t begin = item % inter_chunks * inter_chunk;
       const int64_t end = std::min(begin + inter_chunk, inter_size);
       for (int64_t i = begin; i < end; ++i) {
+        const T* const weights[kWeights] = {gate + i * hidden_size, up + i * hidden_size};
+        const float gate_bias = bias ? bias[i] : 0.0f;
+        const float up_bias = bias ? bias[inter_size + i] : 0.0f;
         for (int32_t b = 0; b < expert.num_blocks; ++b) {
           const RowBlock& block = routing.blocks[expert.first_block + b];
           for (int32_t r0 = 0; r0 < block.count; r0 += kRows) {
             const int count = std::min(kRows, block.count - r0);
-            const T* rows[kRows];
+            const int64_t position = block.first + r0;
+            const Row* rows[kRows];
             for (int r = 0; r < count; ++r) {
-              rows[r] = p.hidden + routing.token[block.first + r0 + r] * hidden_size;
+              rows[r] = hidden + (routing.token[position + r] - first_token) * hidden_size;
             }
-            float g[kRows], u[kRows];
-            dots(count, gate + i * hidden_size, rows, hidden_size, g);
-            dots(count, up + i * hidden_size, rows, hidden_size, u);
+            dots<2>(count, weights, rows, hidden_size, sum_of);
             for (int r = 0; r < count; ++r) {
-              if (bias) {
-                g[r] += bias[i];
-                u[r] += bias[inter_size + i];
-              }
-              inter[(block.first + r0 + r) * inter_size + i] =
-                  from_float<T>(activate<kActivation>(g[r]) * u[r]);
+              const float value =
+                  activate<kActivation>(sum_of[0][r] + gate_bias) * (sum_of[1][r] + up_bias);
+              inter[(position + r) * inter_size + i] = from_float<Row>(value);
             }
           }
         }
@@ -134,20 +189,28 @@ void run(const Problem<T>& p, int64_t first_token, int64_t num_tokens, Workspace
       for (const auto& expert : routing.active) {
         const T* down = p.w2 + int64_t{expert.id} * hidden_size * inter_size;
         const float* bias = p.w2_bias ? p.w2_bias + int64_t{expert.id} * hidden_size : nullptr;
-        for (int64_t h = begin; h < end; ++h) {
+        for (int64_t h = begin; h < end; h += kWeights) {
+          const int columns = int(std::min<int64_t>(kWeights, end - h));
+          const T* const weights[kWeights] = {down + h * inter_size, down + (h + 1) * inter_size};
           for (int32_t b = 0; b < expert.num_blocks; ++b) {
             const RowBlock& block = routing.blocks[expert.first_block + b];
             for (int32_t r0 = 0; r0 < block.count; r0 += kRows) {
               const int count = std::min(kRows, block.count - r0);
               const int64_t position = block.first + r0;
-              const T* rows[kRows];
+              const Row* rows[kRows];
               for (int r = 0; r < count; ++r) rows[r] = inter + (position + r) * inter_size;
-              float dot[kRows];
-              dots(count, down + h * inter_size, rows, inter_size, dot);
+              if (columns == 2) {
+                dots<2>(count, weights, rows, inter_size, sum_of);
+              } else {
+                dots<1>(count, weights, rows, inter_size, sum_of);
+              }
               for (int r = 0; r < count; ++r) {
-                if (bias) dot[r] += bias[h];
                 const int64_t row = routing.token[position + r] - first_token;
-                sums[row * hidden_chunk + h - begin] += routing.weight[position + r] * dot[r];
+                float* sum = sums + row * hidden_chunk + h - begin;
+                for (int c = 0; c < columns; ++c) {
+                  const float offset = bias ? bias[h + c] : 0.0f;
+                  sum[c] += routing.weight[position + r] * (sum_of[c][r] + offset);
+                }
               }
             }
           }

@@ -1,1 +1,33 @@
 """The profile file, similarity measures and calibration arithmetic. Nothing here imports SGLang."""
+
+from __future__ import annotations
+
+from sere_sglang.profile.file import (
+    FORMAT_VERSION,
+    ProfileError,
+    ProfileMetadata,
+    SereProfile,
+    load_profile,
+    save_profile,
+)
+from sere_sglang.profile.model_info import (
+    DEFAULT_FILE_NAME,
+    MoeModelInfo,
+    check_profile_fits,
+    find_profile,
+    weights_fingerprint,
+)
+
+__all__ = [
+    "DEFAULT_FILE_NAME",
+    "FORMAT_VERSION",
+    "MoeModelInfo",
+    "ProfileError",
+    "ProfileMetadata",
+    "SereProfile",
+    "check_profile_fits",
+    "find_profile",
+    "load_profile",
+    "save_profile",
+    "weights_fingerprint",
+]

@@ -1,0 +1,129 @@
+"""SGLang servers on the CPU engine of this machine, as child processes that always end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SGLANG = str(Path(sys.executable).with_name("sglang"))
+CPU_ENGINE = {"SGLANG_USE_CPU_ENGINE": "1"}
+CPU_FLAGS = [
+    "--device=cpu",
+    "--attention-backend=torch_native",
+    "--disable-radix-cache",
+    "--skip-server-warmup",
+    "--max-total-tokens=16384",
+    "--random-seed=0",
+    "--sleep-on-idle",
+]
+
+
+class Server:
+    """A running server: `post` and `get` speak JSON to it."""
+
+    def __init__(self, port: int, log: Path) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, body: dict[str, Any], timeout: float = 300) -> Any:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return json.load(answer)
+
+    def generate(self, prompts: list[str], max_new_tokens: int, **extra: Any) -> list[Any]:
+        """Greedy generation of all prompts as one batch, with output token log-probabilities."""
+        sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+        return self.post(
+            "/generate",
+            {"text": prompts, "sampling_params": sampling, "return_logprob": True, **extra},
+        )
+
+    def set_sere(self, **changes: Any) -> None:
+        """Change live settings through SGLang's ``/set_internal_state``."""
+        answer = self.post("/set_internal_state", {"server_args": {"sere": changes}})
+        updated = answer[0]["updated"] if isinstance(answer, list) else answer["updated"]
+        if not updated:
+            raise RuntimeError(f"/set_internal_state refused {changes}: see {self.log}")
+
+    def sere(self) -> dict[str, Any]:
+        """Live SERE state of the first rank."""
+        return self.get("/server_info")["internal_states"][0]["sere"]
+
+
+@contextlib.contextmanager
+def serve(
+    model: Path, log: Path, *flags: str, env: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """Start ``sglang serve`` on `model`, wait until it answers, and stop it at the end."""
+    port = free_port()
+    command = [SGLANG, "serve", f"--model-path={model}", f"--port={port}", *CPU_FLAGS, *flags]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **CPU_ENGINE, **(env or {})},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    server = Server(port, log)
+    try:
+        _wait_until_healthy(server, process)
+        yield server
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=15)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def free_port() -> int:
+    # Below 30000: SGLang derives further ports by adding to this one.
+    for _ in range(100):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = 20000 + probe.getsockname()[1] % 9000
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise RuntimeError("no free port")
+
+
+def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"server exited with {process.returncode}:\n{tail(server.log)}")
+        try:
+            urllib.request.urlopen(server.url + "/model_info", timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise RuntimeError(f"server not up in time:\n{tail(server.log)}")
+
+
+def tail(log: Path, lines: int = 40) -> str:
+    kept = [
+        line for line in log.read_text(errors="replace").splitlines() if "server_args=" not in line
+    ]
+    return "\n".join(kept[-lines:])

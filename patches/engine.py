@@ -1,0 +1,60 @@
+"""Seam: ``sglang.Engine`` (0.5.13 - 0.5.23).
+
+``Engine.server_args_class`` is SGLang's own override point for building the record from
+keywords. The ready handshake of the schedulers is checked here, so that no server can come up
+without SERE after being asked for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from sere_sglang import config
+from sere_sglang.errors import SereError
+from sere_sglang.patches.seam import hook, resolve
+
+_TARGET = "sglang.srt.entrypoints.engine.Engine"
+_confirming = False
+
+
+def accept_keywords() -> None:
+    """Let ``Engine(moe_backend="sere", sere_primary_k=2, ...)`` through."""
+    engine = resolve(_TARGET)
+    record_class = engine.server_args_class
+
+    def build(**keywords: Any) -> Any:
+        asked = config.pop_keywords(keywords)
+        if keywords.get("moe_runner_backend") == "sere":
+            asked = config.SereConfig(**{**asked.as_dict(), "moe_backend": "sere"})
+            keywords["moe_runner_backend"] = "auto"
+        record = record_class(**keywords)
+        config.attach(record, asked.check())
+        return record
+
+    engine.server_args_class = staticmethod(build)
+
+
+def require_confirmation() -> None:
+    """From now on a launch fails unless every scheduler confirms that it runs SERE."""
+    global _confirming
+    if not _confirming:
+        _confirming = True
+        hook(
+            f"{_TARGET}._launch_subprocesses",
+            _check_handshake,
+            HookType.AFTER,
+            needs=["server_args"],
+        )
+
+
+def _check_handshake(result: Any, _cls: type, server_args: Any, *_args: Any, **_kw: Any) -> None:
+    if not config.config_of(server_args).enabled:
+        return
+    infos = result[3].scheduler_infos
+    if not all("sere" in info for info in infos):
+        raise SereError(
+            "--moe-backend sere: the scheduler process started without it (is the sere-sglang "
+            "plugin excluded by SGLANG_PLUGINS, or installed in another environment?)"
+        )

@@ -1,0 +1,79 @@
+"""How a patch takes hold of a symbol of SGLang, and how it fails when the symbol has changed.
+
+SGLang logs and skips a hook that cannot be applied, so a server would start without SERE.
+Every patch therefore goes through `declare` or `hook`, which check the symbol's parameters
+first and its installation afterwards, and raise `SeamError` with the symbol's name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+from sglang.version import __version__ as SGLANG_VERSION
+
+from sere_sglang.errors import SereError
+
+TESTED_VERSIONS = ("0.5.23",)
+
+
+_SOURCE = HookSource("sere", "sere-sglang")
+
+
+class SeamError(SereError):
+    """A symbol of SGLang that SERE hooks is missing or no longer looks as expected."""
+
+
+def resolve(target: str) -> Any:
+    """The object at dotted path `target`; raises `SeamError` naming it."""
+    try:
+        return pkgutil.resolve_name(target)
+    except (ImportError, AttributeError) as error:
+        raise SeamError(_message(target, f"cannot be found: {error}")) from error
+
+
+def check_parameters(target: str, needed: Iterable[str]) -> None:
+    """Raise `SeamError` unless callable `target` has all `needed` parameters."""
+    present = inspect.signature(resolve(target)).parameters
+    missing = [name for name in needed if name not in present]
+    if missing:
+        raise SeamError(_message(target, f"no longer has parameter(s) {', '.join(missing)}"))
+
+
+def declare(
+    target: str, function: Callable[..., Any], kind: HookType, *, needs: Iterable[str] = ()
+) -> None:
+    """While plugins load: leave `function` with SGLang, which applies all plugins' hooks at once.
+
+    `require_applied` tells later whether it did.
+    """
+    check_parameters(target, needs)
+    HookRegistry.register(target, function, kind)
+
+
+def require_applied(targets: Iterable[str]) -> None:
+    """Raise `SeamError` unless SGLang has applied the hooks declared on `targets`."""
+    for target in targets:
+        if target not in HookRegistry._patched:
+            raise SeamError(_message(target, "could not be hooked (see the log above)"))
+
+
+def hook(
+    target: str, function: Callable[..., Any], kind: HookType, *, needs: Iterable[str] = ()
+) -> None:
+    """After plugins have loaded: wrap `target` now, around whatever other plugins put there."""
+    check_parameters(target, needs)
+    before = resolve(target)
+    HookRegistry._apply_target(target, [(kind, function, _SOURCE)])
+    if resolve(target) is before:
+        raise SeamError(_message(target, "could not be hooked"))
+
+
+def _message(target: str, what: str) -> str:
+    return (
+        f"SGLang {SGLANG_VERSION}: {target} {what}. sere-sglang is tested with SGLang "
+        f"{', '.join(TESTED_VERSIONS)}; install one of these or drop --moe-backend sere"
+    )

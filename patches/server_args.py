@@ -1,0 +1,93 @@
+"""Seam: SGLang's command line and ``ServerArgs`` record (0.5.19 - 0.5.23).
+
+``ServerArgs.add_cli_args`` and ``from_cli_args`` have no extension point for a plugin's own
+flags. The record is a sealed msgspec Struct, so ours travel beside its fields (see config.py).
+``resolve_once`` is the last moment before worker processes start: the profile is checked there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.server_args import add_moe_runner_backend_choices
+
+from sere_sglang import config
+from sere_sglang.errors import SereError
+from sere_sglang.patches.seam import declare, require_applied
+
+_TARGET = "sglang.srt.server_args.ServerArgs"
+
+
+def register() -> None:
+    """Teach SGLang the flags; their parser comes last, so that any failure leaves them unknown."""
+    from sere_sglang.patches import engine
+
+    declare(f"{_TARGET}.resolve_once", _resolve_once, HookType.AROUND)
+    declare(f"{_TARGET}.resolved_dict", _resolved_dict, HookType.AFTER)
+    declare(f"{_TARGET}.from_cli_args", _from_cli_args, HookType.AROUND, needs=["args"])
+    if "sglang.srt.entrypoints.engine" in sys.modules:
+        engine.accept_keywords()
+    add_moe_runner_backend_choices(["sere"])
+    declare(f"{_TARGET}.add_cli_args", _add_cli_args, HookType.AFTER, needs=["parser"])
+
+
+def _add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
+    require_applied(f"{_TARGET}.{name}" for name in ("resolve_once", "from_cli_args"))
+    config.add_cli_args(parser)
+
+
+def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+    asked = config.from_namespace(args)
+    if getattr(args, "moe_runner_backend", None) == "sere":
+        # SGLang's own registration point; the grouped GEMM under it stays automatic.
+        asked = dataclasses.replace(asked, moe_backend="sere")
+        args.moe_runner_backend = "auto"
+    with exit_on_error():
+        asked.check()
+    record = original(cls, args)
+    config.attach(record, asked)
+    record._sere_from_cli = True
+    return record
+
+
+def _resolve_once(original: Callable[..., None], record: Any) -> None:
+    fresh = not getattr(record, "_resolution_finished", False)
+    original(record)
+    asked = config.config_of(record)
+    if not (fresh and asked.enabled):
+        return
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    from sere_sglang.patches import engine
+    from sere_sglang.preflight import prepare
+
+    from_cli = getattr(record, "_sere_from_cli", False)
+    with exit_on_error() if from_cli else contextlib.nullcontext():
+        hf_config = model_config_of(record).hf_config.to_dict()
+        config.attach(record, prepare(record.model_path, hf_config, asked))
+    engine.require_confirmation()
+
+
+def _resolved_dict(result: dict[str, Any], record: Any) -> dict[str, Any]:
+    asked = config.config_of(record)
+    if asked.enabled:
+        result.update(asked.as_dict())
+    return result
+
+
+class exit_on_error:
+    """On the command line a `SereError` is one line on stderr and exit status 2."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, SereError):
+            print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None

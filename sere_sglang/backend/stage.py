@@ -1,0 +1,66 @@
+"""The re-routing stage of one MoE layer: between SGLang's top-k and everything after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sere_sglang.ops import LayerTable, reroute_
+
+_ATTRIBUTE = "_sere_stage"
+
+
+@dataclass
+class Switch:
+    """Host-side mirror of 'enabled', shared by all stages.
+
+    While True the kernel is launched and reads the control block; while False an eager forward
+    does not even launch it. True by default, so that graph capture always records the launch.
+    """
+
+    launch: bool = True
+
+
+@dataclass
+class RerouteStage:
+    """Everything layer `layer_id` needs to re-route its `top_k` routed slots in place.
+
+    control: int32 [16]; counters: int64 [6]; both on the layer's device (ops.control,
+    ops.counters).
+    """
+
+    layer_id: int
+    top_k: int
+    table: LayerTable
+    control: torch.Tensor
+    counters: torch.Tensor
+    switch: Switch
+    impl: str = "auto"
+    calls: int = field(default=0, init=False)
+
+    def run(self, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        """Re-route topk_ids [T, K (+ fused shared slots)] in place; weights keep their values."""
+        self.calls += 1
+        if not self.switch.launch or topk_ids.shape[0] == 0:
+            return
+        ids = topk_ids[:, : self.top_k]  # fused shared experts are the columns behind
+        weights = topk_weights[:, : self.top_k]
+        # Some CPU routers leave torch.topk's int64; the kernels take int32 with any row stride.
+        ids32, weights32 = ids.to(torch.int32), weights.to(torch.float32)
+        reroute_(ids32, weights32, self.table, self.control, counters=self.counters, impl=self.impl)
+        if ids32 is not ids:
+            ids.copy_(ids32)
+        if self.table.scale is not None and weights32 is not weights:
+            weights.copy_(weights32)
+
+
+def bind_stage(topk_config: Any, stage: RerouteStage) -> None:
+    """Attach `stage` to SGLang's ``TopKConfig``, which reaches the seam with every call."""
+    setattr(topk_config, _ATTRIBUTE, stage)
+
+
+def stage_of(topk_config: Any) -> RerouteStage | None:
+    """The stage bound to a ``TopKConfig``; None for draft models and servers without SERE."""
+    return getattr(topk_config, _ATTRIBUTE, None)

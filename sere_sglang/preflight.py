@@ -1,0 +1,31 @@
+"""Checks in the launcher, before any worker process starts or any weight loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+from sere_sglang.config import SereConfig
+from sere_sglang.errors import SereError
+from sere_sglang.profile import MoeModelInfo, check_profile_fits, find_profile, load_profile
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(model_path: str, hf_config: dict[str, Any], asked: SereConfig) -> SereConfig:
+    """The fully resolved config for this model, or the disabled one under ``fallback``.
+
+    Raises `SereError` when SERE cannot be given as asked and ``--sere-on-error`` is ``exit``.
+    """
+    try:
+        model = MoeModelInfo.from_config(hf_config, name=model_path)
+        resolved = asked.resolve_defaults(top_k=model.top_k)
+        path = find_profile(model_path, asked.sere_profile)
+        check_profile_fits(load_profile(path), model, path)
+    except SereError as error:
+        if asked.sere_on_error != "fallback":
+            raise
+        logger.warning("Serving WITHOUT SERE (--sere-on-error fallback): %s", error)
+        return SereConfig()
+    return dataclasses.replace(resolved, sere_profile=str(path))

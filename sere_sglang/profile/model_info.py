@@ -1,0 +1,171 @@
+"""What SERE needs to know of a model, from its Hugging Face config; whether a profile fits it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sere_sglang.errors import SereError
+from sere_sglang.profile.file import ProfileError, SereProfile
+
+DEFAULT_FILE_NAME = "sere_profile.safetensors"
+
+# Sampled, not read whole: a server starts with it, and checkpoints have hundreds of gigabytes.
+_BLOCKS, _BLOCK_BYTES = 64, 4096
+
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
+
+
+@dataclass(frozen=True)
+class MoeModelInfo:
+    """An MoE model's shape. layer_ids: decoder layers that have routed experts."""
+
+    name: str
+    architecture: str
+    num_layers: int
+    layer_ids: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, name: str) -> MoeModelInfo:
+        """From the contents of config.json. Raises `SereError` for a model without experts."""
+        text = _text_config(config)
+        architecture = (config.get("architectures") or ["unknown architecture"])[0]
+        num_experts = _first(text, _NUM_EXPERTS)
+        top_k = _first(text, _TOP_K)
+        if not num_experts or num_experts < 2 or not top_k:
+            raise SereError(
+                f"--moe-backend sere: {name} ({architecture}) is a dense model, it has no routed "
+                "experts to skip; drop --moe-backend sere"
+            )
+        num_layers = int(text.get("num_hidden_layers") or 0)
+        layer_ids = tuple(i for i in range(num_layers) if _is_moe_layer(text, i))
+        if not layer_ids:
+            raise SereError(
+                f"--moe-backend sere: no layer of {name} ({architecture}) has experts according "
+                "to its config; drop --moe-backend sere"
+            )
+        return cls(
+            name=name,
+            architecture=architecture,
+            num_layers=num_layers,
+            layer_ids=layer_ids,
+            num_experts=int(num_experts),
+            top_k=int(top_k),
+            hidden_size=int(text.get("hidden_size") or 0),
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> MoeModelInfo:
+        """From ``folder/config.json``."""
+        path = Path(folder) / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise SereError(f"{path}: no such file; --model must be a model folder") from None
+        except json.JSONDecodeError as error:
+            raise SereError(f"{path}: not valid JSON ({error})") from None
+        return cls.from_config(config, name=str(folder))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything a profile depends on but the weights themselves."""
+        shape = [self.architecture, self.num_layers, self.layer_ids]
+        shape += [self.num_experts, self.top_k, self.hidden_size]
+        return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
+
+
+def find_profile(model_path: str, given: str | None) -> Path:
+    """The profile a server loads: the flag's, else the model folder's. Raises `SereError`."""
+    if given is not None:
+        path = Path(given)
+        if not path.is_file():
+            raise ProfileError(
+                f"--sere-profile {given}: no such file; write one with "
+                f"'sere-sglang calibrate --model {model_path} --out {given}'"
+            )
+        return path
+    path = Path(model_path) / DEFAULT_FILE_NAME
+    if not path.is_file():
+        raise ProfileError(
+            f"--moe-backend sere needs a similarity profile: no --sere-profile given and no "
+            f"{path}; write it with 'sere-sglang calibrate --model {model_path}'"
+        )
+    return path
+
+
+def check_profile_fits(profile: SereProfile, model: MoeModelInfo, path: Path) -> None:
+    """Raise `ProfileError`, with both sides, unless `profile` was made for this model's shape."""
+    meta = profile.metadata
+    sides = [
+        ("experts", profile.num_experts, model.num_experts),
+        ("MoE layers", sorted(profile.similarity), list(model.layer_ids)),
+        ("architecture", meta.architecture, model.architecture),
+        ("experts per token", meta.top_k, model.top_k),
+        ("hidden size", meta.hidden_size, model.hidden_size),
+        ("config fingerprint", meta.fingerprint, model.fingerprint),
+        ("weights", meta.weights, weights_fingerprint(model.name)),
+    ]
+    wrong = [f"{what}: profile {p}, model {m}" for what, p, m in sides if p and m and p != m]
+    if wrong:
+        raise ProfileError(
+            f"--sere-profile {path} (of {meta.model or 'an unnamed model'}) does not fit "
+            f"{model.name}: {'; '.join(wrong)}. Calibrate this model: "
+            f"sere-sglang calibrate --model {model.name}"
+        )
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """A hash of a local checkpoint's safetensors files: names, sizes, headers, sampled blocks.
+
+    Empty when there is no such file (a hub id, another format): then it is unknown.
+    """
+    digest = hashlib.sha256()
+    files = [p for p in sorted(Path(folder).glob("*.safetensors")) if p.name != DEFAULT_FILE_NAME]
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as content:
+            header = int.from_bytes(content.read(8), "little")
+            digest.update(content.read(min(header, size)))
+            for block in range(_BLOCKS):
+                content.seek(8 + header + (size - 8 - header) * block // _BLOCKS)
+                digest.update(content.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:16] if files else ""
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key in ("text_config", "llm_config", "language_config", "thinker_config"):
+        nested = config.get(key)
+        if isinstance(nested, Mapping):
+            return _text_config(nested)
+    return config
+
+
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    return next((config[n] for n in names if isinstance(config.get(n), int)), None)
+
+
+def _is_moe_layer(config: Mapping[str, Any], layer: int) -> bool:
+    """Each family's own rule; a model that states none has experts in every layer."""
+    if layer in (config.get("mlp_only_layers") or []):
+        return False
+    if layer < (config.get("first_k_dense_replace") or 0):
+        return False
+    frequency = config.get("moe_layer_freq") or 1
+    if isinstance(frequency, list):
+        return bool(frequency[layer])
+    if layer % frequency != 0:
+        return False
+    if config.get("moe_layers_enum"):
+        return str(layer) in str(config["moe_layers_enum"]).split(",")
+    if "interleave_moe_layer_step" in config:
+        return (layer + 1) % config["interleave_moe_layer_step"] == 0
+    return (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
