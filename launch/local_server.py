@@ -58,8 +58,7 @@ class Server:
     def set_sere(self, **changes: Any) -> None:
         """Change live settings through SGLang's ``/set_internal_state``."""
         answer = self.post("/set_internal_state", {"server_args": {"sere": changes}})
-        updated = answer[0]["updated"] if isinstance(answer, list) else answer["updated"]
-        if not updated:
+        if not all(answer):
             raise RuntimeError(f"/set_internal_state refused {changes}: see {self.log}")
 
     def sere(self) -> dict[str, Any]:

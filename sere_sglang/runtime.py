@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sere_sglang.config import SereConfig
-from sere_sglang.errors import SereError
 from sere_sglang.ops import COUNTER_FIELDS
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.policy import OFF, OperatingPoint, Settings, static_policy
@@ -67,12 +66,9 @@ class SereRuntime:
             self.binding.check_all_ran()
             self._checked = True
 
-    def settings_with(self, changes: Any) -> Settings:
+    def settings_with(self, changes: Mapping[str, Any]) -> Settings:
         """The settings after `changes`, validated; raises `SereError` and changes nothing."""
-        if not isinstance(changes, Mapping):
-            raise SereError('expected an object, for instance {"sere": {"primary_k": 2}}')
-        asked = {key: value for key, value in changes.items() if key != "reset_counters"}
-        return self.settings.updated(asked, top_k=self.top_k)
+        return self.settings.updated(changes, top_k=self.top_k)
 
     def update(self, changes: Mapping[str, Any]) -> None:
         """Apply `changes` of ``/set_internal_state``; ``reset_counters: true`` zeroes them."""
@@ -101,6 +97,7 @@ class SereRuntime:
         rows = self.binding.counters.tolist()
         return {
             **dataclasses.asdict(self.settings),
+            "top_k": self.top_k,
             "operating_point": dataclasses.asdict(self.point),
             "counters": {
                 str(layer): dict(zip(COUNTER_FIELDS, row, strict=True))

@@ -33,8 +33,17 @@ class Settings:
     min_batch: int
     max_batch: int | None
 
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Settings:
+        """From the live state that ``/server_info`` shows."""
+        return cls(**{f.name: state[f.name] for f in dataclasses.fields(cls)})
+
     def updated(self, changes: Mapping[str, Any], *, top_k: int) -> Settings:
-        """A validated copy. Raises `SereError` naming the key; nothing is applied then."""
+        """A validated copy; ``reset_counters`` is a command and passes through. Raises
+        `SereError` naming the key; nothing is applied then."""
+        if not isinstance(changes.get("reset_counters", True), bool):
+            raise SereError(f"reset_counters must be true or false, got {changes!r}")
+        changes = {key: value for key, value in changes.items() if key != "reset_counters"}
         known = {f.name for f in dataclasses.fields(self)}
         for key in changes:
             if key not in known:
