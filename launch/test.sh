@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Every check of this repository: style, types, tests against real servers. No GPU needed.
+#   bash launch/test.sh              everything
+#   bash launch/test.sh tests/ops    what you name, passed to pytest
+source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
+
+if [ $# -gt 0 ]; then exec "$PYTHON" -m pytest "$@"; fi
+
+failed=()
+step() {
+  printf '\n\033[1m== %s\033[0m\n' "$1"
+  shift
+  "$@" || failed+=("$*")
+}
+
+step "style" "$PYTHON" -m ruff check .
+step "format" "$PYTHON" -m ruff format --check .
+step "types" "$PYTHON" -m mypy
+step "tests" "$PYTHON" -m pytest tests -q --durations=8
+if [ -f launch/compile_check.sh ]; then
+  step "kernels compile" bash launch/compile_check.sh
+fi
+
+if [ ${#failed[@]} -gt 0 ]; then
+  printf '\n\033[1;31mFAILED:\033[0m %s\n' "${failed[@]}"
+  exit 1
+fi
+printf '\n\033[1;32mall checks passed\033[0m\n'
