@@ -9,7 +9,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang import config
-from sere_sglang.patches import cpu_engine
+from sere_sglang.patches import calibration, cpu_engine
 from sere_sglang.patches.seam import declare
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,9 @@ def register() -> None:
 
 
 def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
+    if calibration.spec_of(server_args) is not None:
+        calibration.install(calibration.spec_of(server_args), device=server_args.device)
+        return
     asked = config.config_of(server_args)
     if not asked.enabled:
         return

@@ -1,0 +1,89 @@
+"""Seams of a calibration run (0.5.19 - 0.5.23): ``FusedMoE.forward``, where a MoE layer has its
+input and its experts chosen; ``ModelRunner.load_model`` and ``forward``; and a method on
+``Scheduler``, which SGLang's own ``Engine.collective_rpc`` calls by name on every rank.
+
+Installed in a scheduler only when the record carries a `CollectionSpec` (see calibration.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.plugins.hook_registry import HookType
+
+from sere_sglang.patches.seam import hook, resolve
+
+if TYPE_CHECKING:
+    from sere_sglang.backend.collect import Collector
+    from sere_sglang.profile.collection import CollectionSpec
+
+_LAYER = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.forward"
+_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_RECORD_ATTRIBUTE = "_sere_collection"
+
+RPC = "sere_calibration"
+"""Name of the method that ``Engine.collective_rpc`` calls."""
+
+_collector: Collector | None = None
+
+
+def attach_spec(record: Any, spec: CollectionSpec) -> None:
+    """Let `spec` ride on a ``ServerArgs`` record into the worker processes."""
+    setattr(record, _RECORD_ATTRIBUTE, spec)
+
+
+def spec_of(record: Any) -> CollectionSpec | None:
+    return getattr(record, _RECORD_ATTRIBUTE, None)
+
+
+def install(spec: CollectionSpec, *, device: str) -> None:
+    """In a scheduler process, before its model loads."""
+    from sere_sglang.backend.collect import Collector
+    from sere_sglang.patches import cpu_moe
+
+    global _collector
+    collector = _collector = Collector(spec)
+    hook(_LAYER, _collect, HookType.AROUND, needs=["hidden_states", "topk_output"])
+    hook(f"{_RUNNER}.load_model", _attach, HookType.AFTER)
+    hook(f"{_RUNNER}.forward", _before_forward, HookType.BEFORE, needs=["forward_batch"])
+
+    def call(_scheduler: Any, **arguments: Any) -> None:
+        collector.call(**arguments)
+
+    setattr(resolve(_SCHEDULER), RPC, call)
+    if device == "cpu":
+        cpu_moe.install()
+
+
+def _attach(_result: Any, runner: Any) -> None:
+    assert _collector is not None
+    if not runner.is_draft_worker:
+        _collector.attach(runner.model, is_writer=_tp_rank() == 0)
+
+
+def _tp_rank() -> int:
+    return resolve("sglang.srt.distributed.get_tensor_model_parallel_rank")()
+
+
+def _before_forward(runner: Any, forward_batch: Any, *_args: Any, **_kwargs: Any) -> None:
+    assert _collector is not None
+    if not runner.is_draft_worker:
+        prefill = forward_batch.forward_mode.is_extend()
+        _collector.begin_forward(int(forward_batch.input_ids.shape[0]), is_prefill=prefill)
+
+
+def _collect(
+    original: Callable[..., torch.Tensor],
+    layer: Any,
+    hidden_states: torch.Tensor,
+    topk_output: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    assert _collector is not None
+    # Before the layer itself: its runner may overwrite its input.
+    _collector.collect(layer, hidden_states, topk_output)
+    return original(layer, hidden_states, topk_output, *args, **kwargs)

@@ -1,0 +1,228 @@
+"""``sere-sglang calibrate``: measure how similar a model's experts are; write its profile."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sere_sglang.errors import SereError
+
+if TYPE_CHECKING:
+    from sere_sglang.calibration import CalibrationJob
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def command(
+    model: Annotated[str, typer.Option(help="Model folder or hub id, as for sglang serve.")],
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text: .txt, .jsonl or .parquet; repeatable. Default: built-in text."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Profile to write. Default: sere_profile.safetensors in the model."),
+    ] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--measure",
+            "--method",
+            help="frobenius, cosine, residual, cka, cka-rbf, cka-polynomial or all; repeatable, "
+            "the first is what a server uses, the others are kept beside it. Default: frobenius.",
+        ),
+    ] = None,
+    weighting: Annotated[
+        str,
+        typer.Option(
+            help="all: every token counts for every pair, as in the paper; routed: only those "
+            "that the router sends to one of the two."
+        ),
+    ] = "all",
+    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 16384,
+    length: Annotated[int, typer.Option(min=8, help="Tokens per sequence.")] = 512,
+    column: Annotated[str, typer.Option(help="Text column of .jsonl and .parquet.")] = "text",
+    seed: Annotated[int, typer.Option(help="Chooses the sequences.")] = 0,
+    memory: Annotated[
+        str, typer.Option(help="Bound on the experts' outputs at any time, for instance 512MiB.")
+    ] = "1GiB",
+    cka_tokens: Annotated[
+        int, typer.Option(min=128, help="Tokens for CKA; cost grows with the square.")
+    ] = 2048,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted calibration.")
+    ] = False,
+    server_args: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- SGLANG FLAGS]",
+            help="Anything sglang serve takes, for instance: -- --tp 2 --quantization fp8",
+        ),
+    ] = None,
+) -> None:
+    """Measure how similar the experts of an MoE model are, and write its SERE profile.
+
+    Runs the model over calibration text in SGLang itself, so any model and quantization that
+    SGLang serves will do. Ctrl-C keeps what is done; --resume continues.
+    """
+    try:
+        job = _job(
+            model=model,
+            data=tuple(data or ()),
+            out=out,
+            measures=tuple(measure or ("frobenius",)),
+            weighting=weighting,
+            memory=memory,
+            cka_tokens=cka_tokens,
+            num_tokens=tokens,
+            length=length,
+            column=column,
+            seed=seed,
+            device=device,
+            resume=resume,
+            server_args=tuple(server_args or ()),
+        )
+        _run(job)
+    except SereError as error:
+        print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
+        raise typer.Exit(2) from None
+
+
+def _job(
+    *,
+    model: str,
+    out: Path | None,
+    measures: tuple[str, ...],
+    weighting: str,
+    memory: str,
+    cka_tokens: int,
+    device: str,
+    **rest: Any,
+) -> CalibrationJob:
+    from sere_sglang.calibration import CalibrationJob
+    from sere_sglang.profile import DEFAULT_FILE_NAME
+    from sere_sglang.profile.collection import CollectionSpec
+
+    if out is None:
+        if not Path(model).is_dir():
+            raise SereError(f"--model {model} is not a folder: say with --out where to write")
+        out = Path(model) / DEFAULT_FILE_NAME
+    if device not in ("auto", "cpu", "cuda"):
+        raise SereError(f"--device {device}: choose from auto, cpu, cuda")
+    spec = CollectionSpec(
+        measures=_measures(measures, weighting),
+        weighting=weighting,
+        memory=_bytes(memory),
+        cka_tokens=cka_tokens,
+    )
+    return CalibrationJob(model=model, out=out, spec=spec, device=device, **rest)
+
+
+def _measures(asked: tuple[str, ...], weighting: str) -> tuple[str, ...]:
+    from sere_sglang.profile.collection import CKA_MEASURES, MEASURES
+    from sere_sglang.profile.measures import MOMENT_MEASURES, WEIGHTINGS
+
+    if weighting not in WEIGHTINGS:
+        raise SereError(f"--weighting {weighting}: choose from {', '.join(WEIGHTINGS)}")
+    every = MEASURES if weighting == "all" else MOMENT_MEASURES
+    names: list[str] = []
+    for name in asked:
+        names += every if name == "all" else [name]
+    for name in names:
+        if name not in MEASURES:
+            raise SereError(f"--measure {name}: choose from {', '.join(MEASURES)}, all")
+        if name in CKA_MEASURES and weighting == "routed":
+            raise SereError(
+                f"--measure {name} compares whole token sets, --weighting routed has a different "
+                "one for each pair; drop one of the two"
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)i?b?", text.strip().lower())
+    if match is None:
+        raise SereError(f"--memory {text}: not a size, give for instance 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _run(job: CalibrationJob) -> None:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from sere_sglang.calibration import Interrupted, calibrate
+
+    console = Console(stderr=True)
+    console.print(
+        f"Calibrating {job.model}: {', '.join(job.spec.measures)}; experts' outputs take at most "
+        f"{job.spec.memory / (1 << 20):.0f} MiB (--memory)"
+    )
+    stopping = _StopOnInterrupt(console)
+    with (
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("tokens {task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        ) as bar,
+        stopping,
+    ):
+        task = bar.add_task("starting", total=None, rate="")
+
+        def show(done: int, total: int, what: str) -> None:
+            speed = bar.tasks[0].speed
+            rate = f"{speed:.0f}/s" if speed else ""
+            bar.update(task, description=what, completed=done, total=total or None, rate=rate)
+
+        try:
+            profile = calibrate(job, progress=show, stop=stopping.asked)
+        except Interrupted:
+            bar.stop()
+            console.print(
+                f"Stopped. What is done is in {job.partial}; repeat the command with --resume."
+            )
+            raise typer.Exit(130) from None
+    size = job.out.stat().st_size / 1024
+    console.print(
+        f"Wrote {job.out}: {len(profile.similarity)} layers, {profile.num_experts} experts, "
+        f"{size:.0f} KiB. Look at it: sere-sglang inspect {job.out}"
+    )
+
+
+class _StopOnInterrupt:
+    """The first Ctrl-C finishes the running sequence and stops; the second one kills."""
+
+    def __init__(self, console: Any) -> None:
+        self._console = console
+        self._asked = False
+
+    def asked(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, _signal: int, _frame: Any) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._console.print("Stopping after this sequence; Ctrl-C again drops it.")

@@ -1,0 +1,113 @@
+"""``sere-sglang doctor``: does this environment have what SERE needs, and what would it use."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+_ENTRY_POINTS = {
+    "sglang.srt.plugins": "sere_sglang.plugin",
+    "sglang.serve_backends": "sere_sglang.serve_backend",
+    "sglang.srt.platforms": "sere_sglang.patches.cpu_engine",
+}
+_COMPILERS = ("g++", "clang++", "nvcc", "ninja")
+
+
+def command(
+    build: Annotated[
+        bool, typer.Option("--build", help="Compile the kernels now instead of at first use.")
+    ] = False,
+) -> None:
+    """Report versions, plugin entry points, compilers and the re-routing kernels at hand.
+
+    Exits with status 1 when something that serving needs is missing.
+    """
+    problems = [*_report_versions(), *_report_plugin()]
+    _report_compilers()
+    problems += _report_implementations()
+    if build:
+        problems += _build()
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
+    print("everything that serving needs is here")
+
+
+def _report_versions() -> list[str]:
+    problems = []
+    _line("python", f"{platform.python_version()} ({sys.executable})")
+    for package in ("sere-sglang", "sglang", "torch", "apache-tvm-ffi", "triton"):
+        version = _version(package)
+        _line(package, version or "missing")
+        if version is None and package not in ("triton",):
+            problems.append(f"{package} is not installed; pip install {package}")
+    return problems
+
+
+def _report_plugin() -> list[str]:
+    problems = []
+    for group, module in _ENTRY_POINTS.items():
+        found = [e for e in metadata.entry_points(group=group) if e.value.startswith(module)]
+        _line(group, ", ".join(f"{e.name} -> {e.value}" for e in found) or "missing")
+        if not found:
+            problems.append(
+                f"SGLang would not find the plugin: entry point group {group} lacks it; "
+                "reinstall sere-sglang (pip install -e . in a checkout)"
+            )
+    return problems
+
+
+def _report_compilers() -> None:
+    for compiler in _COMPILERS:
+        _line(compiler, shutil.which(compiler) or "not on PATH")
+
+
+def _report_implementations() -> list[str]:
+    import torch
+
+    from sere_sglang.ops.dispatch import available_impls
+
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+        _line("gpu", torch.cuda.get_device_name())
+    else:
+        _line("gpu", "none")
+    problems = []
+    for device in devices:
+        available = available_impls(device)
+        _line(f"reroute on {device.type}", ", ".join(available) or "none")
+        if not available:
+            problems.append(f"no implementation of reroute runs on {device.type}")
+    return problems
+
+
+def _build() -> list[str]:
+    from sere_sglang.ops.jit import BuildError
+
+    problems = []
+    for name, build in {}.items():
+        try:
+            build()
+        except BuildError as error:
+            problems.append(f"{name} does not build: {error}")
+        else:
+            _line(name, "built")
+    return problems
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _line(name: str, value: str) -> None:
+    print(f"{name:24} {value}")

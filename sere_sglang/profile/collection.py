@@ -1,0 +1,99 @@
+"""What a calibration collects: the request that travels to the workers, and its partial file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sere_sglang.errors import SereError
+from sere_sglang.profile.measures import MOMENT_MEASURES
+
+CKA_MEASURES = ("cka", "cka-rbf", "cka-polynomial")
+MEASURES = (*MOMENT_MEASURES, *CKA_MEASURES)
+
+MINIMUM_TOKENS = {**dict.fromkeys(MOMENT_MEASURES, 32), **dict.fromkeys(CKA_MEASURES, 128)}
+"""Below these a measure is mostly noise: CKA of few tokens is close to 1 for any two experts."""
+
+
+@dataclass(frozen=True)
+class CollectionSpec:
+    """measures: of `MEASURES`, the first becomes the profile's similarity.
+
+    memory: bytes that the experts' outputs and the sums over one block may take.
+    cka_tokens: how many tokens the CKA measures use (their cost grows with its square).
+    """
+
+    measures: tuple[str, ...] = ("frobenius",)
+    weighting: str = "all"
+    memory: int = 1 << 30
+    cka_tokens: int = 2048
+
+    @property
+    def moment_measures(self) -> tuple[str, ...]:
+        return tuple(m for m in self.measures if m in MOMENT_MEASURES)
+
+    @property
+    def cka_measures(self) -> tuple[str, ...]:
+        return tuple(m for m in self.measures if m in CKA_MEASURES)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def block_tokens(spec: CollectionSpec, num_experts: int, hidden: int, width: int) -> int:
+    """Tokens whose outputs of all experts fit the memory of `spec`.
+
+    Per expert and token: the row and its output (16 bit), one or two float64 copies, the
+    expert's intermediates. Raises `SereError` naming the flag when not even 16 tokens fit.
+    """
+    copies = 2 if spec.weighting == "routed" else 1
+    per_token = num_experts * (hidden * (4 + 8 * (copies + 1)) + width * 8)
+    tokens = spec.memory // per_token
+    if tokens < 16:
+        needed = -(-16 * per_token // (1 << 20))
+        raise SereError(
+            f"--memory {spec.memory >> 20} MiB holds the outputs of all {num_experts} experts for "
+            f"{tokens} tokens; give at least --memory {needed}MiB"
+        )
+    return min(int(tokens), 4096)
+
+
+def save_partial(
+    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]
+) -> None:
+    """Write what is collected so far, atomically. about: JSON values, checked by `--resume`."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.writing")
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, str(temporary), metadata={"about": json.dumps(about)})
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise SereError(
+            f"{target}: cannot be written ({error}); free some space or give --out elsewhere"
+        ) from None
+
+
+def load_partial(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and `about` of `save_partial`. Raises `SereError` naming the file."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            about = json.loads((file.metadata() or {})["about"])
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+    except FileNotFoundError:
+        raise SereError(f"--resume: {path} does not exist; start without --resume") from None
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise SereError(
+            f"--resume: {path} cannot be read ({error}); delete it and start without --resume"
+        ) from None
