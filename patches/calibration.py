@@ -65,7 +65,7 @@ def _attach(_result: Any, runner: Any) -> None:
 
 
 def _tp_rank() -> int:
-    return resolve("sglang.srt.distributed.get_tensor_model_parallel_rank")()
+    return resolve("sglang.srt.distributed.parallel_state.get_tensor_model_parallel_rank")()
 
 
 def _before_forward(runner: Any, forward_batch: Any, *_args: Any, **_kwargs: Any) -> None:

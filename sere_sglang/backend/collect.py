@@ -18,6 +18,7 @@ from sere_sglang.profile.cka import cka_matrix
 from sere_sglang.profile.collection import (
     CollectionSpec,
     block_tokens,
+    cka_block,
     load_partial,
     save_partial,
 )
@@ -51,8 +52,12 @@ class LayerCollector:
     @property
     def block(self) -> int:
         """Tokens per block. Raises `SereError` when the memory of the spec is too small."""
+        return block_tokens(self.spec, *self._sizes)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
         width = int(self.layer.moe_runner_config.intermediate_size_per_partition or 0)
-        return block_tokens(self.spec, self.num_experts, int(self.layer.hidden_size), width)
+        return self.num_experts, int(self.layer.hidden_size), width
 
     def add(self, rows: torch.Tensor, ids: torch.Tensor) -> None:
         """rows: [n, H] the layer's input; ids: [n, K] the experts its router chose."""
@@ -79,7 +84,8 @@ class LayerCollector:
         self.pending, self.pending_routed = [], []
         if self.spec.cka_measures and not self.cka:
             rows = torch.cat(self.rows)
-            self.cka = cka_matrix(self.outputs, rows, self.spec.cka_measures, block=self.block)
+            block = cka_block(self.spec, *self._sizes)
+            self.cka = cka_matrix(self.outputs, rows, self.spec.cka_measures, block=block)
             self.rows = []
 
     def _consume(self, rows: torch.Tensor, routed: torch.Tensor) -> None:
@@ -105,7 +111,7 @@ class LayerCollector:
         chosen = StandardTopKOutput(weights, ids, logits)
         outputs = self.layer.forward_impl(repeated, chosen)
         if not self.layer.reduce_results and _ranks(self.layer) > 1:
-            from sglang.srt.distributed import tensor_model_parallel_all_reduce
+            from sglang.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 
             outputs = tensor_model_parallel_all_reduce(outputs)
         return outputs.view(self.num_experts, count, -1)

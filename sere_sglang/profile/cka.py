@@ -34,7 +34,7 @@ def cka_matrix(
         outputs: ``[n, H] -> [E, n, H]``, every expert's output for some rows.
         rows: ``[T, H]``, T >= 2.
         measures: of ``cka``, ``cka-rbf``, ``cka-polynomial``.
-        block: rows per block; memory grows with E x block x (2 H + block).
+        block: rows per block (see `collection.cka_block`).
 
     Returns:
         measure -> float32 ``[E, E]``.
@@ -42,8 +42,10 @@ def cka_matrix(
     if len(rows) < 2:
         raise ValueError(f"CKA needs at least 2 tokens, got {len(rows)}")
     kernels = {measure: _KERNEL_OF[measure] for measure in measures}
-    # Square blocks: [E, block, block] is to take no more than [E, block, H].
-    edge = max(1, min(block, rows.shape[1], len(rows)))
+    edge = min(block, len(rows))
+    if edge == len(rows):
+        everything = outputs(rows)  # fits: no expert runs twice
+        outputs = lambda part: everything  # noqa: E731
     mean = _mean_output(outputs, rows, edge) if "linear" in kernels.values() else None
     variance = _distance_variance(outputs, rows, edge) if "rbf" in kernels.values() else None
     sums: dict[str, _KernelSums] = {}
@@ -58,7 +60,7 @@ def cka_matrix(
                 assert variance is not None
                 values = _rbf(inner, y_a, y_b, variance)
             else:
-                values = (inner + 1).square_()
+                values = inner.square() + 2 * inner  # less 1
             if measure not in sums:
                 sums[measure] = _KernelSums(len(y_a), len(rows), rows.device)
             sums[measure].add(a, b, values)
@@ -105,9 +107,7 @@ def _mean_output(
     outputs: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, edge: int
 ) -> torch.Tensor:
     """float64 [E, 1, H]: each expert's mean output, which centres the linear kernel exactly."""
-    total = sum(
-        outputs(part).to(torch.float64).sum(1, keepdim=True) for part in rows.split(edge)
-    )
+    total = sum(outputs(part).to(torch.float64).sum(1, keepdim=True) for part in rows.split(edge))
     assert isinstance(total, torch.Tensor)
     return total / len(rows)
 
@@ -115,10 +115,11 @@ def _mean_output(
 def _rbf(
     inner: torch.Tensor, y_a: torch.Tensor, y_b: torch.Tensor, variance: torch.Tensor
 ) -> torch.Tensor:
+    """Less 1, as is the polynomial kernel: centring removes it, and with it the cancellation."""
     distances = _distances(inner, y_a, y_b)
     safe = variance.clamp(min=_MIN_VARIANCE)[:, None, None]
-    values = torch.exp(-distances / (2 * safe))
-    return torch.where(variance[:, None, None] > _MIN_VARIANCE, values, 1.0)
+    values = torch.expm1(-distances / (2 * safe))
+    return torch.where(variance[:, None, None] > _MIN_VARIANCE, values, 0.0)
 
 
 def _distances(inner: torch.Tensor, y_a: torch.Tensor, y_b: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,9 @@ MINIMUM_TOKENS = {**dict.fromkeys(MOMENT_MEASURES, 32), **dict.fromkeys(CKA_MEAS
 """Below these a measure is mostly noise: CKA of few tokens is close to 1 for any two experts."""
 
 
+_LEAST_BLOCK, _LARGEST_BLOCK = 16, 4096
+
+
 @dataclass(frozen=True)
 class CollectionSpec:
     """measures: of `MEASURES`, the first becomes the profile's similarity.
@@ -57,13 +60,23 @@ def block_tokens(spec: CollectionSpec, num_experts: int, hidden: int, width: int
     copies = 2 if spec.weighting == "routed" else 1
     per_token = num_experts * (hidden * (4 + 8 * (copies + 1)) + width * 8)
     tokens = spec.memory // per_token
-    if tokens < 16:
-        needed = -(-16 * per_token // (1 << 20))
+    if tokens < _LEAST_BLOCK:
+        needed = -(-_LEAST_BLOCK * per_token // (1 << 20))
         raise SereError(
-            f"--memory {spec.memory >> 20} MiB holds the outputs of all {num_experts} experts for "
+            f"--memory {spec.memory >> 20}MiB holds the outputs of all {num_experts} experts for "
             f"{tokens} tokens; give at least --memory {needed}MiB"
         )
-    return min(int(tokens), 4096)
+    return min(int(tokens), _LARGEST_BLOCK)
+
+
+def cka_block(spec: CollectionSpec, num_experts: int, hidden: int, width: int) -> int:
+    """Tokens per block of token pairs: two blocks of outputs and three kernel blocks at once."""
+    largest = block_tokens(spec, num_experts, hidden, width) // 2
+    # memory = E (linear n + square n^2), solved for n.
+    linear, square = 2 * hidden * 12 + width * 8, 3 * 8
+    room = spec.memory / num_experts
+    edge = ((linear**2 + 4 * square * room) ** 0.5 - linear) / (2 * square)
+    return max(_LEAST_BLOCK // 2, min(int(edge), largest))
 
 
 def save_partial(

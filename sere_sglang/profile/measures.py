@@ -19,6 +19,7 @@ import torch
 MOMENT_MEASURES = ("frobenius", "cosine", "residual")
 WEIGHTINGS = ("all", "routed")
 
+_TWINS = 1e-13  # of the energy; outputs in bfloat16 tell nothing below 1e-5 of it
 _COSINE_EPS = 1e-8  # torch.nn.functional.cosine_similarity's floor for a norm
 
 
@@ -135,7 +136,10 @@ def similarity(moments: Moments, measure: str) -> torch.Tensor:
         raise ValueError("no tokens were collected")
     if measure == "frobenius":
         pairs = moments.pairs()
-        squared = (pairs.energy + pairs.energy.T - 2 * pairs.dot).clamp_(min=0)
+        energies = pairs.energy + pairs.energy.T
+        squared = energies - 2 * pairs.dot
+        # Below that it is the rounding of the sums: such experts are twins.
+        squared = torch.where(squared > _TWINS * energies, squared, 0.0)
         # A mean, so that pairs with different tokens compare; without weighting it cancels.
         distance = (squared / pairs.count).sqrt_()
         distance.fill_diagonal_(0)

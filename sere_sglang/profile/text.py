@@ -121,7 +121,9 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
         from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise SereError(f"--data {file}: reading parquet needs pyarrow: pip install pyarrow") from None
+        raise SereError(
+            f"--data {file}: reading parquet needs pyarrow: pip install pyarrow"
+        ) from None
     try:
         table = ParquetFile(file)
     except ArrowInvalid as error:
