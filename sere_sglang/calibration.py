@@ -6,12 +6,10 @@ not depend on when the scheduler happens to look into its queue.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +126,7 @@ def _server_args(job: CalibrationJob) -> Any:
         "--max-running-requests=1",
         f"--chunked-prefill-size={max(job.length, 512)}",
         "--skip-server-warmup",
+        "--sleep-on-idle",
         "--watchdog-timeout=36000",  # all experts on one block may take long on a CPU
         "--log-level=error",
         f"--random-seed={job.seed}",
@@ -301,6 +300,7 @@ def build_profile(
         if "residual" in job.spec.measures:
             table["scale"] = substitution_scale(moments)
         table["popularity"] = moments.coactivation.diagonal().clone()
+        table["popularity_by_rank"] = own["rank_counts"]
         table["coactivation"] = moments.coactivation
         tables[layer] = table
     parameters = {

@@ -43,6 +43,7 @@ class LayerCollector:
             weighting=spec.weighting,
             device=self.device,
         )
+        self.rank_counts = torch.zeros(0, self.num_experts, dtype=torch.int64, device=self.device)
         self.pending: list[torch.Tensor] = []  # [n, H]
         self.pending_routed: list[torch.Tensor] = []  # bool [n, E]
         self.rows: list[torch.Tensor] = []  # [n, H]
@@ -59,9 +60,10 @@ class LayerCollector:
         width = int(self.layer.moe_runner_config.intermediate_size_per_partition or 0)
         return self.num_experts, int(self.layer.hidden_size), width
 
-    def add(self, rows: torch.Tensor, ids: torch.Tensor) -> None:
-        """rows: [n, H] the layer's input; ids: [n, K] the experts its router chose."""
+    def add(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """rows: [n, H] the layer's input; ids, weights: [n, K] what its router chose."""
         ids = ids.to(torch.int64)
+        self._count_ranks(ids, weights)
         routed = torch.zeros(len(rows), self.num_experts + 1, dtype=torch.bool, device=rows.device)
         known = (ids >= 0) & (ids < self.num_experts)
         routed.scatter_(1, torch.where(known, ids, self.num_experts), True)
@@ -76,6 +78,14 @@ class LayerCollector:
             waiting, routed = torch.cat(self.pending), torch.cat(self.pending_routed)
             self._consume(waiting[:block], routed[:block])
             self.pending, self.pending_routed = [waiting[block:]], [routed[block:]]
+
+    def _count_ranks(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Popularity by rank among a token's slots: what a primary-k of S keeps is ranks < S."""
+        if len(self.rank_counts) == 0:
+            self.rank_counts = self.rank_counts.new_zeros(ids.shape[1], self.num_experts)
+        ranked = ids.gather(1, weights.argsort(dim=1, descending=True, stable=True))
+        known = ((ranked >= 0) & (ranked < self.num_experts)).to(torch.int64)
+        self.rank_counts.scatter_add_(1, (ranked * known).T, known.T)
 
     def finish(self) -> None:
         """Add what still waits, and compute the CKA measures over the kept rows."""
@@ -118,7 +128,7 @@ class LayerCollector:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything `restore` needs to go on bit for bit."""
-        kept = dict(self.moments.sums)
+        kept = {**self.moments.sums, "rank_counts": self.rank_counts}
         for name in ("pending", "pending_routed", "rows"):
             parts = getattr(self, name)
             if _count(parts):
@@ -128,6 +138,7 @@ class LayerCollector:
     def restore(self, kept: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in self.moments.sums.items():
             tensor.copy_(kept[name])
+        self.rank_counts = kept["rank_counts"].to(self.device)
         for name in ("pending", "pending_routed", "rows"):
             setattr(self, name, [kept[name].to(self.device)] if name in kept else [])
         self.cka = {n.removeprefix("cka."): t for n, t in kept.items() if n.startswith("cka.")}
@@ -183,7 +194,9 @@ class Collector:
         if collector is None or collector.layer is not layer:
             return
         try:
-            collector.add(hidden[: self.num_valid], topk_output.topk_ids[: self.num_valid])
+            valid = slice(self.num_valid)
+            slots = topk_output.topk_ids[valid], topk_output.topk_weights[valid]
+            collector.add(hidden[valid], *slots)
         except Exception as error:
             self.error = error
 

@@ -29,9 +29,9 @@ def command(
     """
     problems = [*_report_versions(), *_report_plugin()]
     _report_compilers()
-    problems += _report_implementations()
+    problems += _report_implementations(build)
     if build:
-        problems += _build()
+        problems += _build_moe_runner()
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     if problems:
@@ -45,7 +45,7 @@ def _report_versions() -> list[str]:
     for package in ("sere-sglang", "sglang", "torch", "apache-tvm-ffi", "triton"):
         version = _version(package)
         _line(package, version or "missing")
-        if version is None and package not in ("triton",):
+        if version is None and package != "triton":
             problems.append(f"{package} is not installed; pip install {package}")
     return problems
 
@@ -68,38 +68,47 @@ def _report_compilers() -> None:
         _line(compiler, shutil.which(compiler) or "not on PATH")
 
 
-def _report_implementations() -> list[str]:
+def _report_implementations(build: bool) -> list[str]:
+    """One line per device and implementation. Kernels are compiled only when `build`."""
+    import importlib
+
     import torch
 
-    from sere_sglang.ops.dispatch import available_impls
-
-    devices = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        devices.append(torch.device("cuda"))
-        _line("gpu", torch.cuda.get_device_name())
-    else:
-        _line("gpu", "none")
-    problems = []
-    for device in devices:
-        available = available_impls(device)
-        _line(f"reroute on {device.type}", ", ".join(available) or "none")
-        if not available:
-            problems.append(f"no implementation of reroute runs on {device.type}")
-    return problems
-
-
-def _build() -> list[str]:
+    from sere_sglang.ops.dispatch import IMPLEMENTATIONS, PREFERENCE, load_impl
     from sere_sglang.ops.jit import BuildError
 
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    _line("gpu", torch.cuda.get_device_name() if "cuda" in devices else "none")
     problems = []
-    for name, build in {}.items():
-        try:
-            build()
-        except BuildError as error:
-            problems.append(f"{name} does not build: {error}")
-        else:
-            _line(name, "built")
+    for device in devices:
+        for name in PREFERENCE[device]:
+            try:
+                reason = importlib.import_module(IMPLEMENTATIONS[name]).is_available(device)
+            except ImportError as error:
+                reason = str(error)
+            if reason is None and build:
+                try:
+                    load_impl(name, device)
+                except BuildError as error:
+                    problems.append(f"reroute {name} on {device} does not build: {error}")
+                    reason = "does not build"
+            state = reason or ("built" if build else "available")
+            _line(f"reroute {name} on {device}", state)
     return problems
+
+
+def _build_moe_runner() -> list[str]:
+    from sere_sglang.backend.cpu_moe import native_module
+    from sere_sglang.ops.jit import BuildError
+
+    try:
+        native_module()
+    except BuildError as error:
+        return [f"the CPU MoE runner does not build: {error}"]
+    _line("MoE runner on cpu", "built")
+    return []
 
 
 def _version(package: str) -> str | None:
@@ -110,4 +119,4 @@ def _version(package: str) -> str | None:
 
 
 def _line(name: str, value: str) -> None:
-    print(f"{name:24} {value}")
+    print(f"{name:26} {value}")

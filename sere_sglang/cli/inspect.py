@@ -1,12 +1,186 @@
-"""``sere-sglang inspect``: what a profile says."""
+"""``sere-sglang inspect``: what a profile says about its model."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sere_sglang.errors import SereError
 
-def command(profile: Annotated[Path, typer.Argument(help="Profile to look at.")]) -> None:
-    """Print a profile's provenance and its statistics per layer."""
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sere_sglang.profile import SereProfile
+
+
+def command(
+    profile: Annotated[Path, typer.Argument(help="Profile, or a model folder that has one.")],
+    measure: Annotated[
+        str | None, typer.Option(help="Of those in the profile. Default: the leading one.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write one page of pictures: .png, .pdf or .svg.")
+    ] = None,
+    compare: Annotated[Path | None, typer.Option(help="Another profile of the same model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show a profile: provenance, layers, critical experts, expected active experts."""
+    try:
+        _inspect(profile, measure, plot, compare, as_json)
+    except SereError as error:
+        print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
+        raise typer.Exit(2) from None
+
+
+def _inspect(
+    path: Path, measure: str | None, plot: Path | None, compare: Path | None, as_json: bool
+) -> None:
+    from rich.console import Console
+
+    from sere_sglang.profile import report
+
+    profile = _load(path)
+    reports = report.layer_reports(profile, measure)
+    facts: dict[str, Any] = {
+        "metadata": dataclasses.asdict(profile.metadata),
+        "layers": [r.as_dict() for r in reports],
+        "expected_active": report.expected_active_table(profile),
+        "measures": {
+            other: report.compare(profile.similarity, report.matrices_of(profile, other))
+            for other in report.measures_of(profile)[1:]
+        },
+    }
+    if compare is not None:
+        other = report.matrices_of(_load(compare), measure)
+        facts["compare"] = report.compare(report.matrices_of(profile, measure), other)
+    if plot is not None:
+        _plot(profile, plot, measure)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    width = Console().width
+    console = Console(width=max(width, 120))  # a table that wraps cannot be read
+    _print_provenance(console, profile, path)
+    _print_layers(console, facts["layers"])
+    _print_active(console, facts["expected_active"])
+    _print_measures(console, facts["measures"], report.measures_of(profile)[0])
+    if compare is not None:
+        _print_comparison(console, facts["compare"], compare)
+    if plot is not None:
+        console.print(f"wrote {plot}")
+
+
+def _load(path: Path) -> SereProfile:
+    from sere_sglang.profile import DEFAULT_FILE_NAME, load_profile
+
+    return load_profile(path / DEFAULT_FILE_NAME if path.is_dir() else path)
+
+
+def _plot(profile: SereProfile, path: Path, measure: str | None) -> None:
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise SereError(f"--plot {path}: end the name in .png, .pdf or .svg")
+    from sere_sglang.profile.plot import plot_profile
+
+    plot_profile(profile, path, measure)
+
+
+def _print_provenance(console: Console, profile: SereProfile, path: Path) -> None:
+    meta = profile.metadata
+    lines = {
+        "profile": f"{path} (format {meta.format_version})",
+        "model": f"{meta.model} ({meta.architecture})",
+        "shape": f"{len(profile.similarity)} MoE layers of {meta.num_layers}, "
+        f"{profile.num_experts} experts, top-{meta.top_k}, hidden {meta.hidden_size}",
+        "measure": f"{meta.method} {json.dumps(meta.method_parameters)}",
+        "data": f"{meta.data}, {meta.num_tokens} tokens",
+        "made by": f"sere-sglang {meta.tool_version} on {meta.date}",
+        "fingerprints": f"config {meta.fingerprint or '-'}, weights {meta.weights or '-'}",
+    }
+    for name, value in lines.items():
+        console.print(f"[bold]{name:13}[/bold]{value}", highlight=False, soft_wrap=True)
+
+
+def _print_layers(console: Console, layers: list[dict[str, Any]]) -> None:
+    table = _table(
+        console,
+        "similarity of pairs, and of each expert's best substitute",
+        ["layer", "mean", "sd", "min", "median", "max", "best: mean", "min"],
+        ["critical experts", "replaceable", "balance", "unused"],
+    )
+    for row in layers:
+        numbers = ("mean", "deviation", "lowest", "median", "highest", "mean_best", "lowest_best")
+        table.add_row(
+            str(row["layer"]),
+            *(f"{row[name]:.3f}" for name in numbers),
+            " ".join(map(str, row["critical"])),
+            " ".join(map(str, row["replaceable"])),
+            "-" if row["balance"] is None else f"{row['balance']:.2f}",
+            "-" if row["unused"] is None else str(row["unused"]),
+        )
+    console.print(table)
+
+
+def _print_active(console: Console, rows: list[dict[str, float]]) -> None:
+    if not rows:
+        return
+    batches = [name for name in rows[0] if name != "primary_k"]
+    table = _table(
+        console,
+        "expected active experts per layer, by batch (tokens); threshold 0, independent tokens",
+        ["S", *batches],
+    )
+    for row in rows:
+        plain = row is rows[-1]
+        label = f"{row['primary_k']:.0f} (plain)" if plain else f"{row['primary_k']:.0f}"
+        table.add_row(label, *(f"{row[batch]:.1f}" for batch in batches))
+    console.print(table)
+
+
+def _print_measures(
+    console: Console, measures: dict[str, list[dict[str, float]]], leading: str
+) -> None:
+    if not measures:
+        return
+    table = _table(
+        console,
+        f"other measures in the profile against {leading}, mean over layers",
+        ["measure", "rank correlation", "best substitute differs"],
+    )
+    for name, rows in measures.items():
+        correlation = sum(r["rank_correlation"] for r in rows) / len(rows)
+        differs = sum(r["best_substitute_differs"] for r in rows) / len(rows)
+        table.add_row(name, f"{correlation:.3f}", f"{differs:.1%}")
+    console.print(table)
+
+
+def _print_comparison(console: Console, rows: list[dict[str, float]], other: Path) -> None:
+    table = _table(
+        console,
+        f"against {other}",
+        ["layer", "rank correlation", "best substitute differs", "largest difference"],
+    )
+    for row in rows:
+        table.add_row(
+            f"{row['layer']:.0f}",
+            f"{row['rank_correlation']:.3f}",
+            f"{row['best_substitute_differs']:.1%}",
+            f"{row['largest_difference']:.4f}",
+        )
+    console.print(table)
+
+
+def _table(console: Console, title: str, numbers: list[str], texts: list[str] | None = None) -> Any:
+    from rich.table import Table
+
+    console.print(f"\n[bold]{title}[/bold]", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in texts or []:
+        table.add_column(name, no_wrap=True)
+    return table

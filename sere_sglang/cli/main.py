@@ -1,23 +1,24 @@
-"""The ``sere-sglang`` command: one module per subcommand, imported when it is used."""
+"""The ``sere-sglang`` command: one module per subcommand, which imports what it needs when run."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import typer
 
 from sere_sglang.cli import calibrate, doctor, inspect
+from sere_sglang.config import SereConfig, flag_of
 
-SERVER_FLAGS = """
-Serving needs no command of ours: `sglang serve --model-path MODEL --moe-backend sere` re-routes
-experts with MODEL/sere_profile.safetensors. The flags `--moe-backend`, `--sere-profile`,
-`--sere-policy`, `--sere-primary-k`, `--sere-threshold`, `--sere-min-batch`, `--sere-max-batch`,
-... are described by `python -m sglang.launch_server --help`
-(`sglang serve --help` returns before it loads plugins).
-"""
+_FLAGS = ", ".join(f"`{flag_of(f.name)}`" for f in dataclasses.fields(SereConfig))
 
 app = typer.Typer(
     name="sere-sglang",
     help="Similarity-based expert re-routing for SGLang: faster batched decoding of MoE models.",
-    epilog=" ".join(SERVER_FLAGS.split()),
+    epilog=(
+        "Serving needs no command of ours: `sglang serve --model-path MODEL --moe-backend sere`. "
+        f"The server's flags are {_FLAGS}; `python -m sglang.launch_server --help` describes "
+        "them (`sglang serve --help` returns before SGLang loads plugins)."
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

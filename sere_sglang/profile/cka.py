@@ -68,7 +68,7 @@ def cka_matrix(
 
 
 class _KernelSums:
-    """Sums over all entries of each expert's kernel matrix; a block off the diagonal counts twice."""
+    """Sums over all entries of each expert's kernel; a block off the diagonal counts twice."""
 
     def __init__(self, num_experts: int, num_tokens: int, device: torch.device) -> None:
         self.dot = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=device)

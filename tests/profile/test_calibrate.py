@@ -113,6 +113,8 @@ def test_similarities_are_those_of_the_experts_outputs(runs: dict[str, Run], nam
         assert (sent.sum(1) == TOP_K).all()
         assert np.array_equal(tables["coactivation"], sent.T @ sent)
         assert np.array_equal(tables["popularity"], sent.sum(0))
+        assert np.array_equal(tables["popularity_by_rank"].sum(0), sent.sum(0))
+        assert (tables["popularity_by_rank"].sum(1) == TOKENS).all()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

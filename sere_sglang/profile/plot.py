@@ -1,0 +1,134 @@
+"""One page about a profile: heat maps with experts clustered, histogram, popularity, activation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sere_sglang.profile.file import SereProfile
+from sere_sglang.profile.report import (
+    best_similarity,
+    expected_active,
+    matrices_of,
+    measures_of,
+    upper,
+)
+
+_MAX_MAPS = 8
+_COLUMNS = 4
+
+
+def plot_profile(profile: SereProfile, path: Path, measure: str | None = None) -> None:
+    """Write a PNG, PDF or SVG (by suffix)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    matrices = matrices_of(profile, measure)
+    shown = _evenly(list(matrices), _MAX_MAPS)
+    columns = min(_COLUMNS, len(shown))
+    map_rows = -(-len(shown) // columns)
+    figure = plt.figure(figsize=(12, 3.3 * map_rows + 3.9), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[3.3 * map_rows, 3.6])
+    low = min(upper(m).min().item() for m in matrices.values())
+    high = max(upper(m).max().item() for m in matrices.values())
+    maps = above.subplots(map_rows, columns, squeeze=False)
+    for axes in maps.flat[len(shown) :]:
+        axes.set_axis_off()
+    for axes, layer in zip(maps.flat, shown, strict=False):
+        image = _heat_map(axes, matrices[layer], low, high)
+        axes.set_title(f"layer {layer}", fontsize=10)
+    above.colorbar(image, ax=maps, shrink=0.8, label=f"similarity ({measure or _name(profile)})")
+    histogram, popularity, activation = below.subplots(1, 3)
+    _histogram(histogram, matrices)
+    _popularity(popularity, profile)
+    _activation(activation, profile)
+    meta = profile.metadata
+    figure.suptitle(
+        f"Expert similarity of {Path(meta.model).name or 'a model'} "
+        f"({profile.num_experts} experts, top-{meta.top_k}; {meta.num_tokens} tokens)",
+        fontsize=12,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def cluster_order(matrix: torch.Tensor) -> list[int]:
+    """Experts so that similar ones lie side by side (average linkage, optimal leaf order)."""
+    from scipy.cluster.hierarchy import leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    if len(matrix) < 3:
+        return list(range(len(matrix)))
+    distance = 1 - matrix.to(torch.float64)
+    condensed = squareform(distance.fill_diagonal_(0).numpy(), checks=False)
+    return leaves_list(linkage(condensed, "average", optimal_ordering=True)).tolist()
+
+
+def _heat_map(axes: Any, matrix: torch.Tensor, low: float, high: float) -> Any:
+    order = cluster_order(matrix)
+    shown = matrix[order][:, order].clone()
+    shown.fill_diagonal_(float("nan"))  # 1 by definition, it would take the colours
+    image = axes.imshow(shown.numpy(), vmin=low, vmax=high, cmap="viridis", interpolation="nearest")
+    if len(order) <= 32:
+        axes.set_xticks(range(len(order)), order, fontsize=4, rotation=90)
+        axes.set_yticks(range(len(order)), order, fontsize=4)
+    else:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return image
+
+
+def _histogram(axes: Any, matrices: dict[int, torch.Tensor]) -> None:
+    pairs = torch.cat([upper(m) for m in matrices.values()]).numpy()
+    best = torch.cat([best_similarity(m) for m in matrices.values()]).numpy()
+    bins = np.linspace(pairs.min(), max(pairs.max(), pairs.min() + 1e-6), 31)
+    axes.hist(pairs, bins=bins, density=True, alpha=0.6, label="all pairs")
+    axes.hist(best, bins=bins, density=True, alpha=0.6, label="best substitute")
+    axes.set_xlabel("similarity")
+    axes.set_ylabel("density")
+    axes.legend(fontsize=8)
+
+
+def _popularity(axes: Any, profile: SereProfile) -> None:
+    for layer, tables in profile.tables.items():
+        if "popularity" in tables:
+            counts = tables["popularity"].double().sort(descending=True).values
+            axes.plot((counts / counts.mean().clamp(min=1)).numpy(), lw=1, label=f"layer {layer}")
+    axes.axhline(1, color="grey", lw=0.7, ls=":")
+    axes.set_xlabel("expert, most used first")
+    axes.set_ylabel("use (1 = even)")
+    if 0 < len(profile.tables) <= _MAX_MAPS:
+        axes.legend(fontsize=7)
+
+
+def _activation(axes: Any, profile: SereProfile) -> None:
+    ranks = [t["popularity_by_rank"] for t in profile.tables.values() if "popularity_by_rank" in t]
+    tokens = profile.metadata.num_tokens
+    if not ranks or not tokens:
+        axes.text(0.5, 0.5, "no popularity in this profile", ha="center", transform=axes.transAxes)
+        return
+    top_k = ranks[0].shape[0]
+    batches = [2**n for n in range(9)]
+    for s in _evenly(list(range(1, top_k + 1)), 5):
+        mean = [sum(expected_active(r, tokens, s, b) for r in ranks) / len(ranks) for b in batches]
+        axes.plot(batches, mean, marker=".", label=f"S={s}" if s < top_k else "plain")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("decode batch, tokens")
+    axes.set_ylabel("expected active experts")
+    axes.legend(fontsize=8)
+
+
+def _name(profile: SereProfile) -> str:
+    return measures_of(profile)[0]
+
+
+def _evenly(items: list[int], most: int) -> list[int]:
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
