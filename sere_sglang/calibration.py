@@ -24,14 +24,14 @@ from sere_sglang.profile import (
     save_profile,
     weights_fingerprint,
 )
-from sere_sglang.profile.collection import MINIMUM_TOKENS, CollectionSpec, load_partial
+from sere_sglang.profile.collection import CollectionSpec, check_enough, load_partial
 from sere_sglang.profile.measures import (
     MOMENT_MEASURES,
     Moments,
     similarity,
     substitution_scale,
 )
-from sere_sglang.profile.text import CalibrationText, read_windows
+from sere_sglang.profile.text import CalibrationText, check_files, read_windows
 
 SAVE_EVERY_S = 30.0
 
@@ -75,13 +75,8 @@ def calibrate(
 
     Raises `SereError` for anything the user can fix, `Interrupted` when `stop` answers True.
     """
+    check_job(job)
     choose_device(job.device)
-    if not job.resume and job.partial.exists():
-        raise SereError(
-            f"{job.partial} holds an unfinished calibration; continue it with --resume or delete it"
-        )
-    if os.path.isdir(job.model):
-        MoeModelInfo.from_folder(job.model)  # a dense model is refused before anything loads
     record = _server_args(job)
     progress(0, 0, "reading the text")
     text = _text(job, record)
@@ -95,9 +90,27 @@ def calibrate(
     finally:
         engine.shutdown()
     profile = build_profile(job, text, state, _hf_config(record))
-    save_profile(profile, job.out)
+    try:
+        save_profile(profile, job.out)
+    except OSError as error:
+        raise SereError(
+            f"--out {job.out}: cannot be written ({error}); free some space and repeat the "
+            f"command with --resume, everything is in {job.partial}"
+        ) from None
     job.partial.unlink(missing_ok=True)
     return profile
+
+
+def check_job(job: CalibrationJob) -> None:
+    """Everything that can be refused before SGLang is even imported. Raises `SereError`."""
+    if not job.resume and job.partial.exists():
+        raise SereError(
+            f"{job.partial} holds an unfinished calibration; continue it with --resume or delete it"
+        )
+    check_files(job.data)
+    _check_out(job.out)
+    if os.path.isdir(job.model):
+        _check_model(job.model)
 
 
 def choose_device(device: str) -> str:
@@ -107,6 +120,27 @@ def choose_device(device: str) -> str:
     if device == "cpu":
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     return device
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir():
+        raise SereError(f"--out {out} is a folder; name the file to write")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SereError(f"--out {out}: {error}; choose another place") from None
+    if not os.access(out.parent, os.W_OK):
+        raise SereError(f"--out {out}: {out.parent} is not writable; choose another place")
+
+
+def _check_model(folder: str) -> None:
+    """Refuse a dense model before anything loads."""
+    try:
+        MoeModelInfo.from_folder(folder)
+    except SereError as error:
+        # Worded for the server's flag.
+        text = str(error).replace("--moe-backend sere: ", "--model: ")
+        raise SereError(text.split("; drop --moe-backend")[0]) from None
 
 
 def _server_args(job: CalibrationJob) -> Any:
@@ -153,13 +187,7 @@ def _text(job: CalibrationJob, record: Any) -> CalibrationText:
         column=job.column,
         seed=job.seed,
     )
-    for measure in job.spec.measures:
-        if text.num_tokens < MINIMUM_TOKENS[measure]:
-            raise SereError(
-                f"--measure {measure} needs at least {MINIMUM_TOKENS[measure]} tokens, "
-                f"--data {text.name} with --tokens {job.num_tokens} gives {text.num_tokens}; "
-                "give more text or a larger --tokens"
-            )
+    check_enough(text.num_tokens, job.spec.measures, job.num_tokens)
     return text
 
 
@@ -233,7 +261,8 @@ def _collect(
         if time.monotonic() - saved > SAVE_EVERY_S:
             save()
             saved = time.monotonic()
-    layers = call.layers(job, save)
+    save()
+    layers = layer_ids(load_partial(job.partial)[0])
     for n, layer in enumerate(layers):
         progress(tokens, text.num_tokens, f"computing similarities, layer {n + 1}/{len(layers)}")
         call("finish", layer=layer)
@@ -258,10 +287,6 @@ class _Remote:
             self.engine.collective_rpc(RPC, action=action, **arguments)
         except AssertionError as error:
             raise SereError(str(error)) from None
-
-    def layers(self, job: CalibrationJob, save: Callable[[], None]) -> list[int]:
-        save()
-        return layer_ids(load_partial(job.partial)[0])
 
 
 def layer_ids(state: dict[str, torch.Tensor]) -> list[int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +73,9 @@ def command(
     Runs the model over calibration text in SGLang itself, so any model and quantization that
     SGLang serves will do. Ctrl-C keeps what is done; --resume continues.
     """
+    from sere_sglang.calibration import check_job
+
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # SGLang's imports warn in every process
     try:
         job = _job(
             model=model,
@@ -88,6 +93,7 @@ def command(
             resume=resume,
             server_args=tuple(server_args or ()),
         )
+        check_job(job)
         _run(job)
     except SereError as error:
         print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
@@ -168,41 +174,61 @@ def _run(job: CalibrationJob) -> None:
     console = Console(stderr=True)
     console.print(
         f"Calibrating {job.model}: {', '.join(job.spec.measures)}; experts' outputs take at most "
-        f"{job.spec.memory / (1 << 20):.0f} MiB (--memory)"
+        f"{job.spec.memory / (1 << 20):.0f} MiB (--memory)",
+        soft_wrap=True,
     )
     stopping = _StopOnInterrupt(console)
-    with (
-        Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("tokens {task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        ) as bar,
-        stopping,
-    ):
-        task = bar.add_task("starting", total=None, rate="")
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("tokens {task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    lines = _Lines(console)
+    task = bar.add_task("starting", total=None, rate="")
 
-        def show(done: int, total: int, what: str) -> None:
-            speed = bar.tasks[0].speed
-            rate = f"{speed:.0f}/s" if speed else ""
-            bar.update(task, description=what, completed=done, total=total or None, rate=rate)
+    def show(done: int, total: int, what: str) -> None:
+        speed = bar.tasks[0].speed
+        rate = f"{speed:.0f}/s" if speed else ""
+        bar.update(task, description=what, completed=done, total=total or None, rate=rate)
+        if not console.is_terminal:
+            lines.show(done, total, what)
 
-        try:
+    try:
+        with bar, stopping:
             profile = calibrate(job, progress=show, stop=stopping.asked)
-        except Interrupted:
-            bar.stop()
-            console.print(
-                f"Stopped. What is done is in {job.partial}; repeat the command with --resume."
-            )
-            raise typer.Exit(130) from None
+    except Interrupted:
+        console.print(
+            f"Stopped. What is done is in {job.partial}; repeat the command with --resume.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
     size = job.out.stat().st_size / 1024
     console.print(
         f"Wrote {job.out}: {len(profile.similarity)} layers, {profile.num_experts} experts, "
-        f"{size:.0f} KiB. Look at it: sere-sglang inspect {job.out}"
+        f"{size:.0f} KiB. Look at it: sere-sglang inspect {job.out}",
+        soft_wrap=True,
     )
+
+
+class _Lines:
+    """Progress in a log file: a line when the work changes, and one every ten seconds."""
+
+    def __init__(self, console: Any) -> None:
+        self._console = console
+        self._what = ""
+        self._printed = 0.0
+
+    def show(self, done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if what.split(",")[0] != self._what or now - self._printed > 10:
+            self._what, self._printed = what.split(",")[0], now
+            tokens = f": {done}/{total} tokens" if total else ""
+            self._console.print(f"{what}{tokens}", soft_wrap=True, highlight=False)
 
 
 class _StopOnInterrupt:

@@ -131,12 +131,12 @@ def _distance_variance(
     outputs: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, edge: int
 ) -> torch.Tensor:
     """float64 [E]: unbiased variance of all T x T squared distances of an expert's outputs."""
-    total = square = 0.0
+    zero = torch.zeros((), dtype=torch.float64, device=rows.device)
+    total, square = zero, zero
     for a, b, y_a, y_b in _block_pairs(outputs, rows, edge):
         distances = _distances(torch.bmm(y_a, y_b.transpose(1, 2)), y_a, y_b)
         times = 1 if a is b else 2
         total = total + times * distances.sum((1, 2))
         square = square + times * distances.square().sum((1, 2))
-    assert isinstance(total, torch.Tensor) and isinstance(square, torch.Tensor)
     count = len(rows) ** 2
     return (square - total.square() / count) / (count - 1)

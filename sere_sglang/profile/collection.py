@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,16 @@ class CollectionSpec:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def check_enough(num_tokens: int, measures: Sequence[str], asked: int) -> None:
+    """Raise `SereError`, with the number needed, when a measure cannot say much."""
+    for measure in measures:
+        if num_tokens < MINIMUM_TOKENS[measure]:
+            raise SereError(
+                f"--measure {measure} needs at least {MINIMUM_TOKENS[measure]} tokens, the text "
+                f"and --tokens {asked} give {num_tokens}; give more --data or a larger --tokens"
+            )
 
 
 def block_tokens(spec: CollectionSpec, num_experts: int, hidden: int, width: int) -> int:

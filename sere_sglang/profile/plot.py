@@ -33,7 +33,8 @@ def plot_profile(profile: SereProfile, path: Path, measure: str | None = None) -
     columns = min(_COLUMNS, len(shown))
     map_rows = -(-len(shown) // columns)
     figure = plt.figure(figsize=(12, 3.3 * map_rows + 3.9), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[3.3 * map_rows, 3.6])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3.3 * map_rows, 3.6])
+    above, below = parts
     low = min(upper(m).min().item() for m in matrices.values())
     high = max(upper(m).max().item() for m in matrices.values())
     maps = above.subplots(map_rows, columns, squeeze=False)

@@ -64,7 +64,6 @@ def layer_reports(profile: SereProfile, measure: str | None = None) -> list[Laye
     for layer, matrix in matrices_of(profile, measure).items():
         pairs = upper(matrix)
         best = best_similarity(matrix)
-        order = best.argsort(stable=True)
         popularity = profile.tables.get(layer, {}).get("popularity")
         reports.append(
             LayerReport(
@@ -76,8 +75,8 @@ def layer_reports(profile: SereProfile, measure: str | None = None) -> list[Laye
                 highest=pairs.max().item(),
                 mean_best=best.mean().item(),
                 lowest_best=best.min().item(),
-                critical=order[:3].tolist(),
-                replaceable=order.flip(0)[:3].tolist(),
+                critical=best.argsort(stable=True)[:3].tolist(),
+                replaceable=best.argsort(descending=True, stable=True)[:3].tolist(),
                 balance=None if popularity is None else balance(popularity),
                 unused=None if popularity is None else int((popularity == 0).sum()),
             )
@@ -87,7 +86,7 @@ def layer_reports(profile: SereProfile, measure: str | None = None) -> list[Laye
 
 def upper(matrix: torch.Tensor) -> torch.Tensor:
     """The entries above the diagonal, float64 [E (E - 1) / 2]."""
-    rows, columns = torch.triu_indices(*matrix.shape, offset=1)
+    rows, columns = torch.triu_indices(len(matrix), len(matrix), offset=1)
     return matrix[rows, columns].to(torch.float64)
 
 

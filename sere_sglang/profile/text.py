@@ -77,13 +77,22 @@ def read_windows(
     return CalibrationText(name, chosen)
 
 
-def _documents(files: Iterable[Path], column: str) -> Iterator[str]:
+def check_files(files: Iterable[Path]) -> None:
+    """Raise `SereError` for a file that is missing or of an unknown format."""
     for file in files:
         if not file.is_file():
             raise SereError(f"--data {file}: no such file")
+        if file.suffix.lower() not in FORMATS:
+            raise SereError(
+                f"--data {file}: cannot read {file.suffix or 'a file without suffix'}; "
+                f"give {', '.join(FORMATS)}"
+            )
+
+
+def _documents(files: Sequence[Path], column: str) -> Iterator[str]:
+    check_files(files)
+    for file in files:
         suffix = file.suffix.lower()
-        if suffix not in FORMATS:
-            raise SereError(f"--data {file}: cannot read {suffix or 'this'}; give {FORMATS}")
         try:
             if suffix == ".parquet":
                 yield from _parquet(file, column)

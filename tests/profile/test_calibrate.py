@@ -72,10 +72,16 @@ def runs(folder: Path) -> Iterator[dict[str, Run]]:
         ]
         command = [sys.executable, "-m", "tests.profile.calibration_run", *map(str, paths)]
         children[name] = _start([*command, *MEASURES], folder / f"{name}.log")
+    out, log = folder / "resumed.safetensors", folder / "interrupted.log"
+    interrupted = [sys.executable, "-m", "tests.profile.interrupted_run", "256"]
+    children["interrupted"] = _start([*interrupted, *_arguments(folder, out)], log)
     finished = {}
     try:
         for name, child in children.items():
-            assert child.wait(timeout=400) == 0, _tail(folder / f"{name}.log")
+            expected = 130 if name == "interrupted" else 0
+            assert child.wait(timeout=400) == expected, _tail(folder / f"{name}.log")
+            if name == "interrupted":
+                continue
             kept = load_file(folder / f"{name}.kept")
             layers = moe_layer_ids(name)
             finished[name] = Run(
@@ -147,21 +153,11 @@ def test_a_server_takes_the_profile(runs: dict[str, Run], name: str) -> None:
 def test_interrupted_and_resumed_is_the_same_to_the_byte(
     runs: dict[str, Run], folder: Path
 ) -> None:
-    run = runs["qwen3_moe"]
-    out = folder / "resumed.safetensors"
-    command = [COMMAND, "calibrate", "--model", str(run.model), "--data", str(folder / "text.txt")]
-    command += ["--out", str(out), "--tokens", str(TOKENS), "--length", "128", "--device", "cpu"]
-    command += ["--measure", "all", "--cka-tokens", str(CKA_TOKENS)]
-    log = folder / "interrupted.log"
-    interrupting = [sys.executable, "-m", "tests.profile.interrupted_run", "256"]
-    child = _start([*interrupting, *command[1:]], log)
-    try:
-        assert child.wait(timeout=300) == 130, _tail(log)
-    finally:
-        _end(child)
+    out, log = folder / "resumed.safetensors", folder / "interrupted.log"
     assert "--resume" in log.read_text()
     assert not out.exists()
 
+    command = [COMMAND, *_arguments(folder, out)]
     refused = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert refused.returncode == 2 and "--resume" in refused.stderr
 
@@ -171,8 +167,15 @@ def test_interrupted_and_resumed_is_the_same_to_the_byte(
         assert child.wait(timeout=300) == 0, _tail(log)
     finally:
         _end(child)
-    assert out.read_bytes() == run.profile.read_bytes()
+    assert out.read_bytes() == runs["qwen3_moe"].profile.read_bytes()
     assert not out.with_name(out.name + ".partial").exists()
+
+
+def _arguments(folder: Path, out: Path) -> list[str]:
+    """The calibration of `calibration_run` on the command line."""
+    text = f"calibrate --data {folder}/text.txt --tokens {TOKENS} --length 128 --device cpu"
+    measures = f"--measure all --cka-tokens {CKA_TOKENS}"
+    return [*text.split(), *measures.split(), f"--model={folder}/qwen3_moe", f"--out={out}"]
 
 
 def _expert_outputs(weights: dict[str, torch.Tensor], layer: int, rows: torch.Tensor) -> np.ndarray:

@@ -1,0 +1,181 @@
+"""The ``sere-sglang`` command without an engine: help, doctor, inspect, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from sere_sglang.cli.main import app
+from sere_sglang.config import SereConfig, flag_of
+from sere_sglang.errors import SereError
+from sere_sglang.profile import ProfileMetadata, SereProfile, save_profile
+from sere_sglang.profile import report as reports
+from sere_sglang.profile.collection import CollectionSpec, block_tokens, check_enough
+from tests.server.checkpoints import write_checkpoint
+
+WIDE = {"COLUMNS": "200", "TERM": "dumb"}
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments), env=WIDE)
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    write_checkpoint("dense", folder / "dense")
+    write_checkpoint("qwen3_moe", folder / "moe")
+    return folder
+
+
+def a_profile(seed: int = 0, experts: int = 6) -> SereProfile:
+    generator = torch.Generator().manual_seed(seed)
+    similarity, tables = {}, {}
+    for layer in (0, 3):
+        half = torch.rand(experts, experts, generator=generator)
+        similarity[layer] = ((half + half.T) / 2).fill_diagonal_(1)
+        by_rank = torch.stack([torch.randperm(experts, generator=generator) for _ in range(2)])
+        tables[layer] = {
+            "similarity_cka_rbf": similarity[layer].clone(),
+            "popularity": by_rank.sum(0),
+            "popularity_by_rank": by_rank,
+        }
+    tokens = int(by_rank.sum(1)[0])
+    metadata = ProfileMetadata(model="a/model", method="frobenius", num_tokens=tokens, top_k=2)
+    return SereProfile(metadata, similarity, tables)
+
+
+def test_help_names_the_server_flags_and_where_they_are_described() -> None:
+    code, output = run("--help")
+    assert code == 0
+    assert "python -m sglang.launch_server --help" in output
+    for name in SereConfig.__dataclass_fields__:
+        assert flag_of(name) in output
+
+
+def test_the_command_is_installed() -> None:
+    command = Path(sys.executable).with_name("sere-sglang")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "calibrate" in done.stdout
+
+
+def test_doctor_reports_what_serving_needs() -> None:
+    code, output = run("doctor")
+    assert code == 0, output
+    assert "sere -> sere_sglang.plugin:register" in output
+    assert f"torch{'':21}{'':1}{torch.__version__.split('+')[0]}" in output
+    assert "reroute torch on cpu" in output
+
+
+def test_inspect_prints_plots_and_compares(tmp_path: Path) -> None:
+    a, b = tmp_path / "sere_profile.safetensors", tmp_path / "b.safetensors"
+    save_profile(a_profile(0), a)
+    save_profile(a_profile(1), b)
+    picture = tmp_path / "a.png"
+    code, output = run("inspect", str(tmp_path), "--plot", str(picture), "--compare", str(b))
+    assert code == 0, output
+    assert "a/model" in output and "best substitute differs" in output and "cka-rbf" in output
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
+
+    code, output = run("inspect", str(a), "--compare", str(b), "--json")
+    facts = json.loads(output)
+    assert [layer["layer"] for layer in facts["layers"]] == [0, 3]
+    profile = a_profile(0)
+    best = reports.best_similarity(profile.similarity[3])
+    assert facts["layers"][1]["critical"][0] == int(best.argmin())
+    assert facts["layers"][1]["replaceable"][0] == int(best.argmax())
+    # The table is a copy of the leading similarity.
+    assert facts["measures"]["cka-rbf"][0]["rank_correlation"] == pytest.approx(1)
+    assert facts["measures"]["cka-rbf"][0]["best_substitute_differs"] == 0
+    assert abs(facts["compare"][0]["rank_correlation"]) < 0.9
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    from scipy.stats import spearmanr
+
+    a, b = (a_profile(seed, experts=12).similarity[0] for seed in (0, 1))
+    a = (a * 10).round() / 10  # with ties
+    expected = spearmanr(reports.upper(a), reports.upper(b)).statistic
+    assert reports.rank_correlation(a, b) == pytest.approx(expected, abs=1e-9)
+
+
+def test_expected_active_experts_against_simulation() -> None:
+    """Independent tokens drawn with the stored popularity by rank."""
+    experts, top_k, tokens, batch = 12, 3, 4000, 8
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(experts, generator=generator)
+    noise = -torch.empty(tokens, experts).exponential_(generator=generator).log()
+    ids = (logits + noise).topk(top_k).indices  # [T, K], ranked
+    by_rank = torch.stack([ids[:, r].bincount(minlength=experts) for r in range(top_k)])
+    for primary_k in (1, 2, 3):
+        picked = torch.randint(tokens, (3000, batch), generator=generator)
+        used = ids[picked][:, :, :primary_k].flatten(1)
+        simulated = sum(len(row.unique()) for row in used) / len(used)
+        expected = reports.expected_active(by_rank, tokens, primary_k, batch)
+        assert expected == pytest.approx(simulated, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "{folder}/dense"], "dense model"),
+        (["--model", "{folder}"], "config.json: no such file"),
+        (["--model", "some/hub-id"], "say with --out where to write"),
+        (["--model", "{folder}/moe", "--measure", "x"], "--measure x: choose from frobenius"),
+        (["--model", "{folder}/moe", "--weighting", "x"], "--weighting x: choose from all, routed"),
+        (
+            ["--model", "{folder}/moe", "--measure", "cka", "--weighting", "routed"],
+            "drop one of the two",
+        ),
+        (["--model", "{folder}/moe", "--memory", "lots"], "--memory lots: not a size"),
+        (["--model", "{folder}/moe", "--device", "tpu"], "--device tpu: choose from"),
+        (["--model", "{folder}/moe", "--data", "{folder}/none.txt"], "none.txt: no such file"),
+        (["--model", "{folder}/moe", "--out", "{folder}"], "is a folder; name the file"),
+    ],
+)
+def test_calibrate_refuses_before_the_model_loads(
+    folder: Path, arguments: list[str], message: str
+) -> None:
+    code, output = run("calibrate", *(a.format(folder=folder) for a in arguments))
+    assert code == 2
+    assert output.startswith("sere-sglang: error: ") and message in output
+    assert "Traceback" not in output
+
+
+def test_an_unfinished_calibration_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.safetensors"
+    partial = tmp_path / "p.safetensors.partial"
+    partial.write_bytes(b"x")
+    code, output = run("calibrate", "--model", str(folder / "moe"), "--out", str(out))
+    assert code == 2 and str(partial) in output and "--resume" in output
+    assert partial.read_bytes() == b"x"
+
+
+def test_inspect_refuses_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    save_profile(a_profile(), path)
+    assert "this profile holds frobenius, cka-rbf" in run("inspect", str(path), "--measure", "x")[1]
+    assert "end the name in .png" in run("inspect", str(path), "--plot", "x.doc")[1]
+    code, output = run("inspect", str(tmp_path / "none"))
+    assert code == 2 and "no such file" in output
+
+
+def test_too_few_tokens_says_how_many_are_needed() -> None:
+    check_enough(128, ("frobenius", "cka"), 128)
+    with pytest.raises(SereError, match="--measure cka needs at least 128 tokens"):
+        check_enough(100, ("frobenius", "cka"), 100)
+
+
+def test_too_little_memory_says_how_much_is_needed() -> None:
+    small = CollectionSpec(memory=1 << 20)
+    with pytest.raises(SereError, match=r"at least --memory \d+MiB") as error:
+        block_tokens(small, num_experts=128, hidden=2048, width=768)
+    enough = int(str(error.value).split("at least --memory ")[1].removesuffix("MiB"))
+    assert block_tokens(CollectionSpec(memory=enough << 20), 128, 2048, 768) >= 16

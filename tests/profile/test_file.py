@@ -1,0 +1,237 @@
+"""The profile file: what is written is what is read; what is broken is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sere_sglang.profile import (
+    FORMAT_VERSION,
+    MoeModelInfo,
+    ProfileError,
+    ProfileMetadata,
+    SereProfile,
+    check_profile_fits,
+    load_profile,
+    save_profile,
+)
+
+METADATA = ProfileMetadata(
+    model="some/model",
+    architecture="SomeMoeForCausalLM",
+    num_layers=3,
+    num_experts=4,
+    top_k=2,
+    hidden_size=16,
+    method="frobenius",
+    method_parameters={"weighting": "all", "measures": ["frobenius", "cka"]},
+    data="text.jsonl",
+    num_tokens=4096,
+    tool_version="0.1.0",
+    date="2026-01-31",
+)
+
+
+def a_matrix(experts: int, seed: int) -> torch.Tensor:
+    half = torch.rand(experts, experts, generator=torch.Generator().manual_seed(seed))
+    return ((half + half.T) / 2).fill_diagonal_(1)
+
+
+def a_profile(layers: tuple[int, ...] = (0, 2), experts: int = 4) -> SereProfile:
+    return SereProfile(
+        METADATA,
+        {layer: a_matrix(experts, layer) for layer in layers},
+        {layer: {"popularity": torch.arange(experts)} for layer in layers},
+    )
+
+
+@given(
+    st.sets(st.integers(0, 120), min_size=1, max_size=6),
+    st.integers(1, 40),
+    st.text(max_size=20),
+    st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=3),
+)
+@settings(max_examples=60, deadline=None)
+def test_round_trip(
+    tmp_path_factory: pytest.TempPathFactory,
+    layers: set[int],
+    experts: int,
+    data: str,
+    parameters: dict[str, object],
+) -> None:
+    path = tmp_path_factory.mktemp("round") / "profile.safetensors"
+    written = a_profile(tuple(layers), experts)
+    written.metadata = dataclasses.replace(METADATA, data=data, method_parameters=parameters)
+    save_profile(written, path)
+    read = load_profile(path)
+    assert read.metadata == written.metadata
+    assert list(read.similarity) == sorted(layers)
+    assert all(torch.equal(read.similarity[i], written.similarity[i]) for i in layers)
+    assert all(torch.equal(read.tables[i]["popularity"], torch.arange(experts)) for i in layers)
+
+
+def test_the_same_profile_gives_the_same_bytes_and_leaves_nothing_else(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_profile(a_profile((0, 2)), a)
+    save_profile(a_profile((2, 0)), b)
+    assert a.read_bytes() == b.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+    with safe_open(a, framework="pt") as file:
+        assert set(file.metadata()) == {f.name for f in dataclasses.fields(ProfileMetadata)}
+        assert "layers.2.similarity" in file.keys()  # noqa: SIM118
+
+
+def test_bfloat16_similarities_are_read_as_float32(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    matrix = a_matrix(4, 0).to(torch.bfloat16)
+    save_file({"layers.0.similarity": matrix}, path)
+    assert torch.equal(load_profile(path).similarity[0], matrix.float())
+
+
+def test_what_is_unknown_is_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    tensors = {"layers.0.similarity": a_matrix(4, 0), "something.else": torch.ones(2)}
+    save_file(tensors, path, metadata={"format_version": "1.7", "later": "x"})
+    assert list(load_profile(path).similarity) == [0]
+
+
+def _write_text(path: Path) -> None:
+    path.write_text("not a profile at all")
+
+
+def _write_truncated(path: Path) -> None:
+    save_profile(a_profile(), path)
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _write_pickle(path: Path) -> None:
+    torch.save({"layers.0.similarity": a_matrix(4, 0)}, path)
+
+
+def _write_newer(path: Path) -> None:
+    newer = str(int(FORMAT_VERSION.split(".")[0]) + 1) + ".0"
+    save_file({"layers.0.similarity": a_matrix(4, 0)}, path, metadata={"format_version": newer})
+
+
+def _write_matrix(path: Path, change: str) -> None:
+    matrix = a_matrix(4, 0)
+    if change == "nan":
+        matrix[1, 2] = float("nan")
+    elif change == "above":
+        matrix[1, 2] = 1.5
+    elif change == "diagonal":
+        matrix[3, 3] = 0.5
+    elif change == "half":
+        matrix = matrix.to(torch.float16)
+    elif change == "shape":
+        matrix = matrix[:, :3].contiguous()
+    save_file({"layers.0.similarity": matrix}, path)
+
+
+def _write_uneven(path: Path) -> None:
+    tensors = {"layers.0.similarity": a_matrix(4, 0), "layers.1.similarity": a_matrix(5, 0)}
+    save_file(tensors, path)
+
+
+BROKEN = {
+    "no file": (lambda path: None, "sere-sglang calibrate"),
+    "text": (_write_text, "not a readable safetensors file"),
+    "truncated": (_write_truncated, "not a readable safetensors file"),
+    "pickle": (_write_pickle, "not a readable safetensors file"),
+    "newer major version": (_write_newer, "upgrade sere-sglang"),
+    "no similarity": (lambda path: save_file({"x": torch.ones(1)}, path), "SERE profile?"),
+    "NaN": (lambda path: _write_matrix(path, "nan"), r"holds NaN .* at \[1, 2\]"),
+    "above 1": (lambda path: _write_matrix(path, "above"), r"outside \[0, 1\] \(1.5 at"),
+    "diagonal": (lambda path: _write_matrix(path, "diagonal"), "expert 3 is 0.5 similar to itself"),
+    "dtype": (lambda path: _write_matrix(path, "half"), "expected float32 or bfloat16"),
+    "shape": (lambda path: _write_matrix(path, "shape"), r"expected \[E, E\]"),
+    "uneven": (_write_uneven, "disagree about the number of experts"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_file_is_refused_by_name(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "broken.safetensors"
+    write, message = BROKEN[how]
+    write(path)
+    with pytest.raises(ProfileError, match=message) as error:
+        load_profile(path)
+    assert str(path) in str(error.value)
+
+
+def _model(**changes: object) -> MoeModelInfo:
+    config = {
+        "architectures": ["SomeMoeForCausalLM"],
+        "num_hidden_layers": 3,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "hidden_size": 16,
+        "mlp_only_layers": [1],
+        **changes,
+    }
+    return MoeModelInfo.from_config(config, name="the/model")
+
+
+def _profile_for(model: MoeModelInfo) -> SereProfile:
+    profile = a_profile()
+    profile.metadata = dataclasses.replace(METADATA, fingerprint=model.fingerprint)
+    return profile
+
+
+def test_a_profile_fits_the_model_it_was_made_for() -> None:
+    check_profile_fits(_profile_for(_model()), _model(), Path("p"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "both_sides"),
+    [
+        ({"num_experts": 8}, "experts: profile 4, model 8"),
+        ({"mlp_only_layers": []}, r"MoE layers: profile \[0, 2\], model \[0, 1, 2\]"),
+        ({"num_experts_per_tok": 3}, "experts per token: profile 2, model 3"),
+        ({"hidden_size": 32}, "hidden size: profile 16, model 32"),
+        (
+            {"architectures": ["OtherMoe"]},
+            "architecture: profile SomeMoeForCausalLM, model OtherMoe",
+        ),
+        ({"num_hidden_layers": 4, "mlp_only_layers": [1, 3]}, "config fingerprint: profile"),
+    ],
+)
+def test_a_profile_of_another_model_is_refused_with_both_sides(
+    changes: dict[str, object], both_sides: str
+) -> None:
+    with pytest.raises(ProfileError, match=both_sides) as error:
+        check_profile_fits(_profile_for(_model()), _model(**changes), Path("some.safetensors"))
+    assert "--sere-profile some.safetensors" in str(error.value)
+    assert "sere-sglang calibrate --model the/model" in str(error.value)
+
+
+def test_other_weights_in_the_same_shape_are_refused(tmp_path: Path) -> None:
+    from sere_sglang.profile import weights_fingerprint
+
+    prints = {}
+    for name, seed in (("one", 0), ("two", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file({"w": a_matrix(200, seed)}, folder / "model.safetensors")
+        prints[name] = weights_fingerprint(folder)
+    model = dataclasses.replace(_model(), name=str(tmp_path / "one"))
+    profile = _profile_for(model)
+    profile.metadata = dataclasses.replace(profile.metadata, weights=prints["one"])
+    check_profile_fits(profile, model, Path("p"))
+    profile.metadata = dataclasses.replace(profile.metadata, weights=prints["two"])
+    with pytest.raises(ProfileError, match=f"weights: profile {prints['two']}, model"):
+        check_profile_fits(profile, model, Path("p"))
+
+
+def test_metadata_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    save_file({"layers.0.similarity": a_matrix(4, 0)}, path, metadata={"num_tokens": "many"})
+    with pytest.raises(ProfileError, match="num_tokens"):
+        load_profile(path)
