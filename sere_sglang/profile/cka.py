@@ -11,6 +11,7 @@ variance of all squared distances, polynomial is (x . y + 1)^2, the result is cl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -20,13 +21,13 @@ _KERNEL_OF = {"cka": "linear", "cka-rbf": "rbf", "cka-polynomial": "polynomial"}
 _MIN_VARIANCE = 1e-8
 _MIN_DENOMINATOR = 1e-12
 
+_TILE = {"cpu": 128, "cuda": 512}  # on a CPU [E, tile, tile] is to stay in its cache
+
+Outputs = Callable[[torch.Tensor], torch.Tensor]
+
 
 def cka_matrix(
-    outputs: Callable[[torch.Tensor], torch.Tensor],
-    rows: torch.Tensor,
-    measures: Sequence[str],
-    *,
-    block: int,
+    outputs: Outputs, rows: torch.Tensor, measures: Sequence[str], *, block: int
 ) -> dict[str, torch.Tensor]:
     """CKA similarity of all experts over `rows`.
 
@@ -34,41 +35,86 @@ def cka_matrix(
         outputs: ``[n, H] -> [E, n, H]``, every expert's output for some rows.
         rows: ``[T, H]``, T >= 2.
         measures: of ``cka``, ``cka-rbf``, ``cka-polynomial``.
-        block: rows per block (see `collection.cka_block`).
+        block: rows whose outputs are held at once, twice (see `collection.cka_block`).
 
     Returns:
         measure -> float32 ``[E, E]``.
     """
-    if len(rows) < 2:
-        raise ValueError(f"CKA needs at least 2 tokens, got {len(rows)}")
+    tokens = len(rows)
+    if tokens < 2:
+        raise ValueError(f"CKA needs at least 2 tokens, got {tokens}")
     kernels = {measure: _KERNEL_OF[measure] for measure in measures}
-    edge = min(block, len(rows))
-    if edge == len(rows):
+    if block >= tokens:
         everything = outputs(rows)  # fits: no expert runs twice
         outputs = lambda part: everything  # noqa: E731
-    mean = _mean_output(outputs, rows, edge) if "linear" in kernels.values() else None
-    variance = _distance_variance(outputs, rows, edge) if "rbf" in kernels.values() else None
+    first = _FirstPass(outputs, rows, block) if kernels.keys() - {"cka-polynomial"} else None
     sums: dict[str, _KernelSums] = {}
-    for a, b, y_a, y_b in _block_pairs(outputs, rows, edge):
-        inner = torch.bmm(y_a, y_b.transpose(1, 2))
+    for tile in _tiles(outputs, rows, block):
         for measure, kernel in kernels.items():
-            if kernel == "linear":
-                assert mean is not None
-                centred = torch.bmm(y_a - mean, (y_b - mean).transpose(1, 2))
-                values = centred
-            elif kernel == "rbf":
-                assert variance is not None
-                values = _rbf(inner, y_a, y_b, variance)
+            if kernel == "polynomial":
+                values = tile.inner.square().add_(tile.inner, alpha=2)  # less 1
+            elif kernel == "linear":
+                assert first is not None
+                centre = first.to_mean
+                values = tile.inner - centre[:, tile.a, None] - centre[:, None, tile.b]
             else:
-                values = inner.square() + 2 * inner  # less 1
+                assert first is not None
+                values = _rbf(tile, first.variance)
             if measure not in sums:
-                sums[measure] = _KernelSums(len(y_a), len(rows), rows.device)
-            sums[measure].add(a, b, values)
+                sums[measure] = _KernelSums(len(values), tokens, rows.device)
+            sums[measure].add(tile.a, tile.b, values)
     return {measure: total.cka() for measure, total in sums.items()}
 
 
+@dataclass(frozen=True)
+class _Tile:
+    """Tokens `a` against tokens `b`, a.start <= b.start: inner [E, a, b], norms |y|^2 [E, n]."""
+
+    a: slice
+    b: slice
+    inner: torch.Tensor
+    norms_a: torch.Tensor
+    norms_b: torch.Tensor
+
+    @property
+    def times(self) -> int:
+        """A tile off the diagonal stands for its mirror image too."""
+        return 1 if self.a.start == self.b.start else 2
+
+    def distances(self) -> torch.Tensor:
+        """Squared distances [E, a, b]."""
+        sums = self.norms_a[:, :, None] + self.norms_b[:, None, :]
+        return sums.sub_(self.inner, alpha=2)
+
+
+class _FirstPass:
+    """What the kernels need to know of all tokens before they can be computed.
+
+    to_mean: float64 [E, T], y(t) . mean y, which centres the linear kernel up to constants.
+    variance: float64 [E], unbiased, of all T x T squared distances.
+    """
+
+    def __init__(self, outputs: Outputs, rows: torch.Tensor, block: int) -> None:
+        tokens = len(rows)
+        row_sums: torch.Tensor | None = None
+        total = square = torch.zeros((), dtype=torch.float64, device=rows.device)
+        for tile in _tiles(outputs, rows, block):
+            if row_sums is None:
+                row_sums = tile.inner.new_zeros(len(tile.inner), tokens)
+            row_sums[:, tile.a] += tile.inner.sum(2)
+            if tile.times == 2:
+                row_sums[:, tile.b] += tile.inner.sum(1)
+            distances = tile.distances()
+            total = total + tile.times * distances.sum((1, 2))
+            square = square + tile.times * distances.square_().sum((1, 2))
+        assert row_sums is not None
+        self.to_mean = row_sums / tokens
+        count = tokens**2
+        self.variance = (square - total.square() / count) / (count - 1)
+
+
 class _KernelSums:
-    """Sums over all entries of each expert's kernel; a block off the diagonal counts twice."""
+    """Sums over all entries of each expert's kernel matrix."""
 
     def __init__(self, num_experts: int, num_tokens: int, device: torch.device) -> None:
         self.dot = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=device)
@@ -92,51 +138,40 @@ class _KernelSums:
         return as_similarity(inner / denominator)
 
 
-def _block_pairs(
-    outputs: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, edge: int
-) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
-    """Every unordered pair of blocks, with all experts' float64 outputs [E, edge, H] of each."""
-    slices = [slice(i, min(i + edge, len(rows))) for i in range(0, len(rows), edge)]
-    for n, a in enumerate(slices):
-        y_a = outputs(rows[a]).to(torch.float64)
-        for b in slices[n:]:
-            yield a, b, y_a, y_a if b is a else outputs(rows[b]).to(torch.float64)
-
-
-def _mean_output(
-    outputs: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, edge: int
-) -> torch.Tensor:
-    """float64 [E, 1, H]: each expert's mean output, which centres the linear kernel exactly."""
-    total = sum(outputs(part).to(torch.float64).sum(1, keepdim=True) for part in rows.split(edge))
-    assert isinstance(total, torch.Tensor)
-    return total / len(rows)
-
-
-def _rbf(
-    inner: torch.Tensor, y_a: torch.Tensor, y_b: torch.Tensor, variance: torch.Tensor
-) -> torch.Tensor:
+def _rbf(tile: _Tile, variance: torch.Tensor) -> torch.Tensor:
     """Less 1, as is the polynomial kernel: centring removes it, and with it the cancellation."""
-    distances = _distances(inner, y_a, y_b)
-    safe = variance.clamp(min=_MIN_VARIANCE)[:, None, None]
-    values = torch.expm1(-distances / (2 * safe))
-    return torch.where(variance[:, None, None] > _MIN_VARIANCE, values, 0.0)
+    # The paper's code takes all tokens as alike below that variance.
+    factor = torch.where(variance > _MIN_VARIANCE, -0.5 / variance, 0.0)
+    return tile.distances().mul_(factor[:, None, None]).expm1_()
 
 
-def _distances(inner: torch.Tensor, y_a: torch.Tensor, y_b: torch.Tensor) -> torch.Tensor:
-    """Squared distances [E, a, b]."""
-    return y_a.square().sum(2)[:, :, None] + y_b.square().sum(2)[:, None, :] - 2 * inner
+def _tiles(outputs: Outputs, rows: torch.Tensor, block: int) -> Iterator[_Tile]:
+    """Every unordered pair of tiles, once; experts run once per pair of blocks."""
+    edge = _TILE.get(rows.device.type, 128)
+    blocks = _slices(0, len(rows), block)
+    for n, a in enumerate(blocks):
+        y_a = _floats(outputs(rows[a]))
+        norms_a = y_a.to(torch.float64).square().sum(2)
+        for b in blocks[n:]:
+            same = b is a
+            y_b = y_a if same else _floats(outputs(rows[b]))
+            norms_b = norms_a if same else y_b.to(torch.float64).square().sum(2)
+            for i in _slices(0, y_a.shape[1], edge):
+                for j in _slices(i.start if same else 0, y_b.shape[1], edge):
+                    inner = torch.bmm(y_a[:, i], y_b[:, j].transpose(1, 2)).to(torch.float64)
+                    yield _Tile(
+                        slice(a.start + i.start, a.start + i.stop),
+                        slice(b.start + j.start, b.start + j.stop),
+                        inner,
+                        norms_a[:, i],
+                        norms_b[:, j],
+                    )
 
 
-def _distance_variance(
-    outputs: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, edge: int
-) -> torch.Tensor:
-    """float64 [E]: unbiased variance of all T x T squared distances of an expert's outputs."""
-    zero = torch.zeros((), dtype=torch.float64, device=rows.device)
-    total, square = zero, zero
-    for a, b, y_a, y_b in _block_pairs(outputs, rows, edge):
-        distances = _distances(torch.bmm(y_a, y_b.transpose(1, 2)), y_a, y_b)
-        times = 1 if a is b else 2
-        total = total + times * distances.sum((1, 2))
-        square = square + times * distances.square().sum((1, 2))
-    count = len(rows) ** 2
-    return (square - total.square() / count) / (count - 1)
+def _floats(outputs: torch.Tensor) -> torch.Tensor:
+    """What inner products of single tokens are taken in: they need no more than float32."""
+    return outputs if outputs.dtype == torch.float64 else outputs.to(torch.float32)
+
+
+def _slices(start: int, stop: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]

@@ -80,13 +80,11 @@ def block_tokens(spec: CollectionSpec, num_experts: int, hidden: int, width: int
 
 
 def cka_block(spec: CollectionSpec, num_experts: int, hidden: int, width: int) -> int:
-    """Tokens per block of token pairs: two blocks of outputs and three kernel blocks at once."""
-    largest = block_tokens(spec, num_experts, hidden, width) // 2
-    # memory = E (linear n + square n^2), solved for n.
-    linear, square = 2 * hidden * 12 + width * 8, 3 * 8
-    room = spec.memory / num_experts
-    edge = ((linear**2 + 4 * square * room) ** 0.5 - linear) / (2 * square)
-    return max(_LEAST_BLOCK // 2, min(int(edge), largest))
+    """Tokens per block of the CKA measures, which hold two blocks of outputs and their norms."""
+    per_token = num_experts * (2 * hidden * (4 + 2 + 8) + width * 8)
+    fitting = spec.memory // per_token
+    # More than the tokens in use would be of no use.
+    return max(_LEAST_BLOCK // 2, min(int(fitting), spec.cka_tokens))
 
 
 def save_partial(

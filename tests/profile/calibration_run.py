@@ -1,37 +1,41 @@
-"""Calibrates as a child process of the tests, and keeps the tokens that the engine showed us.
+"""The real command, watched: keeps what the engine showed us, and presses Ctrl-C when asked.
 
-usage: python -m tests.profile.calibration_run MODEL TEXT OUT KEPT [measure ...]
-KEPT receives the collected state from just before the sums are finished: it still has every MoE
-layer's input rows.
+usage: python -m tests.profile.calibration_run KEPT TOKENS calibrate --model ...
+
+KEPT receives the collected state from just before the sums are finished, when it still has every
+MoE layer's input rows. With TOKENS > 0, SIGINT goes to the whole process group, as a terminal
+sends it, once that many tokens have run.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
-from sere_sglang.calibration import CalibrationJob, calibrate
-from sere_sglang.profile.collection import CollectionSpec
+from sere_sglang import calibration
+from sere_sglang.cli.main import app
 
 
 def main() -> None:
-    model, text, out, kept, *measures = sys.argv[1:]
-    job = CalibrationJob(
-        model=model,
-        out=Path(out),
-        spec=CollectionSpec(measures=tuple(measures), cka_tokens=400),
-        data=(Path(text),),
-        num_tokens=600,
-        length=128,
-        device="cpu",
-    )
+    kept, interrupt_at = sys.argv.pop(1), int(sys.argv.pop(1))
+    original = calibration.calibrate
 
-    def keep(_done: int, _total: int, what: str) -> None:
-        if what.startswith("computing similarities, layer 1/"):
-            shutil.copy(job.partial, kept)
+    def calibrate(job: Any, *, progress: Callable[[int, int, str], None], stop: Any) -> Any:
+        def show(done: int, total: int, what: str) -> None:
+            progress(done, total, what)
+            if what.startswith("computing similarities, layer 1/"):
+                shutil.copy(job.partial, kept)
+            if done and done == interrupt_at:
+                os.killpg(os.getpgrp(), signal.SIGINT)
 
-    calibrate(job, progress=keep)
+        return original(job, progress=show, stop=stop)
+
+    calibration.calibrate = calibrate
+    app()
 
 
 if __name__ == "__main__":
