@@ -5,7 +5,7 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
 NEEDS_DISK_GIB=12
-NEEDS_MEMORY_GIB=6
+NEEDS_MEMORY_GIB=8
 
 say() { printf '\033[1m[setup]\033[0m %s\n' "$*" >&2; }
 stop() { printf '\033[1;31m[setup]\033[0m %s\n' "$*" >&2; exit 1; }

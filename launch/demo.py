@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
 import sys
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,168 +19,234 @@ from rich.table import Table
 
 from benchmarks._common import hardware_info
 from launch import quality
+from launch.experiment import (
+    PLAIN,
+    ROOT,
+    Point,
+    Row,
+    both_servers,
+    count_active,
+    decode_speeds,
+    set_point,
+)
+from launch.large_model import PARAMETERS_BYTES, write_large_model
 from launch.load import run_load
-from launch.local_server import Server, serve
+from launch.local_server import Server
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "demo_model"
+FLAGS = ("--chunked-prefill-size=16384", "--served-model-name=default")
 
 console = Console()
-
-
-@dataclass(frozen=True)
-class Point:
-    """What one measurement runs at. server: 'plain' or 'sere'; S == top-k means exact routing."""
-
-    server: str
-    primary_k: int | None = None
-    threshold: float | None = None
-
-    def label(self, top_k: int) -> str:
-        if self.primary_k is None:
-            return "plain SGLang"
-        if self.primary_k >= top_k:
-            return "SERE, exact"
-        return f"SERE, S={self.primary_k}, rho={self.threshold:g}"
-
-
-@dataclass
-class Row:
-    """One line of the table and of demo.json. active_*: mean distinct experts per MoE layer."""
-
-    concurrency: int
-    primary_k: int | None
-    threshold: float | None
-    active_before: float
-    active_after: float
-    tok_s: float
-    ratio: float
-    kl: float
-    perplexity: float
 
 
 def main() -> None:
     args = _arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    top_k = json.loads((args.model / "config.json").read_text())["num_experts_per_tok"]
-    exact = Point("sere", top_k, 0.0)
-    points = [Point("plain"), exact]
-    points += [Point("sere", s, 0.0) for s in range(1, top_k) if s in args.primary_k]
-    points += [Point("sere", min(args.primary_k), rho) for rho in args.threshold]
+    top_k = _top_k(args.model)
+    points = [PLAIN, Point(top_k, 0.0)]
+    points += [Point(s, 0.0) for s in sorted(args.primary_k) if s < top_k]
+    points += [Point(min(args.primary_k), rho) for rho in args.threshold]
     texts = _prompts(args.model)
-    env = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    flags = [quality.SERVER_FLAG, "--chunked-prefill-size=16384", "--served-model-name=default"]
-    with ExitStack() as stack:
-        servers: dict[str, Server] = {}
-        for name, extra in (
-            ("plain", []),
-            ("sere", ["--moe-backend=sere", f"--sere-profile={args.profile}"]),
-        ):
-            with console.status(f"starting the {name} server (log: {args.out / f'{name}.log'})"):
-                log = args.out / f"{name}.log"
-                servers[name] = stack.enter_context(serve(args.model, log, *flags, *extra, env=env))
-            console.print(f"[green]up[/] {name} server at {servers[name].url}")
-        rows, samples = _measure(servers, points, exact, texts, args)
-    _report(rows, points, samples, top_k, args.out)
+    rows: list[Row] = []
+    large: list[Row] = []
+    try:
+        with both_servers(
+            args.model, args.profile, args.out, *FLAGS, quality.SERVER_FLAG, told=console.print
+        ) as servers:
+            samples = _trained(servers, points, texts, args, top_k, rows)
+        _print_trained(rows, samples, points, texts, top_k)
+        if not args.no_large:
+            _large(args, large)
+    except KeyboardInterrupt:
+        console.print("\nstopped; the servers are down")
+        rows = rows[: len(rows) // len(points) * len(points)]
+        if not rows:
+            sys.exit(130)
+    _write(args.out, rows, large, points, top_k)
+    _farewell(args)
 
 
-def _measure(
+def _print_trained(
+    rows: list[Row],
+    samples: dict[Point, str],
+    points: list[Point],
+    texts: list[dict[str, Any]],
+    top_k: int,
+) -> None:
+    _print_table("The demo model (trained)", rows, points, top_k)
+    console.print(
+        "active: distinct experts per MoE layer and decode step. x plain: median of interleaved\n"
+        "rounds. KL: nats per token to plain SGLang on held-out text, teacher-forced at the same\n"
+        "batch. 'SERE off' differs from plain only in the CPU MoE runner.\n"
+    )
+    for point in (PLAIN, points[2]):
+        console.print(f"[bold]{point.label(top_k)}[/] continues {texts[0]['prompt'][-60:]!r} with")
+        console.print(f"  {samples[point]!r}\n", markup=False)
+
+
+def _trained(
     servers: dict[str, Server],
     points: list[Point],
-    exact: Point,
     texts: list[dict[str, Any]],
     args: argparse.Namespace,
-) -> tuple[list[Row], dict[Point, str]]:
-    rows: list[Row] = []
+    top_k: int,
+    rows: list[Row],
+) -> dict[Point, str]:
     samples: dict[Point, str] = {}
-    steps = len(args.concurrency) * len(points) * (args.rounds + 1)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("measuring", total=steps)
+    with _progress() as progress:
+        total = len(args.concurrency) * len(points) * (args.rounds + 1)
+        task = progress.add_task("measuring", total=total)
         for concurrency in args.concurrency:
             batch = [texts[i % len(texts)] for i in range(concurrency)]
-            speeds: dict[Point, list[float]] = {point: [] for point in points}
-            for _ in range(args.rounds):
-                for point in points:
-                    progress.update(task, description=f"speed, {concurrency} streams")
-                    _set(servers, point, exact)
-                    result = run_load(
-                        servers[point.server].url, [t["prompt"] for t in batch], args.tokens
-                    )
-                    speeds[point].append(result.decode_tok_s)
-                    samples[point] = result.text
-                    progress.advance(task)
+            progress.update(task, description=f"speed, {concurrency} streams")
+            speeds = decode_speeds(
+                servers,
+                points,
+                [t["prompt"] for t in batch],
+                top_k=top_k,
+                rounds=args.rounds,
+                tokens=args.tokens,
+                advance=lambda: progress.advance(task),
+            )
+            progress.update(task, description=f"quality, {concurrency} streams")
             reference = None
             for point in points:
-                progress.update(task, description=f"quality, {concurrency} streams")
-                found, active = _quality(servers, point, exact, batch)
-                reference = found["log_probs"] if reference is None else reference
+                tok_s, ratio, samples[point] = speeds[point]
+                found, active = _quality(servers, point, batch, top_k)
+                reference = found if reference is None else reference
                 rows.append(
                     Row(
-                        concurrency=concurrency,
-                        primary_k=point.primary_k,
-                        threshold=point.threshold,
-                        active_before=active[0],
-                        active_after=active[1],
-                        tok_s=statistics.median(speeds[point]),
-                        ratio=statistics.median(
-                            s / p for s, p in zip(speeds[point], speeds[points[0]], strict=True)
-                        ),
-                        kl=quality.mean_kl(reference, found["log_probs"]),
-                        perplexity=found["perplexity"],
+                        concurrency,
+                        point.primary_k,
+                        point.threshold,
+                        *active,
+                        tok_s,
+                        ratio,
+                        quality.mean_kl(reference, found),
+                        quality.perplexity(found, [t["continuation_ids"] for t in batch]),
                     )
                 )
                 progress.advance(task)
-            # The plain server has no counters; its routing is the exact one, row for row.
-            plain, same = rows[-len(points)], rows[-len(points) + 1]
-            plain.active_before, plain.active_after = same.active_before, same.active_after
-    return rows, samples
-
-
-def _set(servers: dict[str, Server], point: Point, exact: Point) -> None:
-    if point.server == "sere":
-        if point == exact:
-            servers["sere"].set_sere(enabled=False)
-        else:
-            servers["sere"].set_sere(
-                enabled=True, primary_k=point.primary_k, threshold=point.threshold
-            )
+    return samples
 
 
 def _quality(
-    servers: dict[str, Server], point: Point, exact: Point, batch: list[dict[str, Any]]
-) -> tuple[dict[str, Any], tuple[float, float]]:
-    server = servers[point.server]
-    counted = point.server == "sere"
-    if counted:
-        if point == exact:
-            # Counts, and moves nothing but exact twins: a threshold of 1.
-            server.set_sere(enabled=True, primary_k=exact.primary_k - 1, threshold=1.0)
-        else:
-            _set(servers, point, exact)
-        server.set_sere(reset_counters=True)
+    servers: dict[str, Server], point: Point, batch: list[dict[str, Any]], top_k: int
+) -> tuple[Any, tuple[float, float]]:
+    """Log-probabilities along the held-out text, and active experts while walking it."""
     prompts = [t["prompt_ids"] for t in batch]
     continuations = [t["continuation_ids"] for t in batch]
-    log_probs = quality.forced_log_probs(server, prompts, continuations)
-    active = _active(server.sere()["counters"]) if counted else (0.0, 0.0)
-    return {
-        "log_probs": log_probs,
-        "perplexity": quality.perplexity(log_probs, continuations),
-    }, active
+
+    def walk(name: str) -> Any:
+        return quality.forced_log_probs(servers[name], prompts, continuations)
+
+    set_point(servers, point, top_k)
+    if point.primary_k in (None, top_k):
+        found = walk(point.server)
+        return found, count_active(servers, point, top_k, lambda: walk("sere"))
+    kept: list[Any] = []
+    active = count_active(servers, point, top_k, lambda: kept.append(walk("sere")))
+    return kept[0], active
 
 
-def _active(counters: dict[str, dict[str, int]]) -> tuple[float, float]:
-    layers = list(counters.values())
-    forwards = sum(layer["forwards"] for layer in layers)
-    return (
-        sum(layer["active_before"] for layer in layers) / forwards,
-        sum(layer["active_after"] for layer in layers) / forwards,
+def _large(args: argparse.Namespace, rows: list[Row]) -> None:
+    """Speed alone, where experts have a real model's size."""
+    console.rule()
+    with console.status("writing a model with random weights and experts of a real model's size"):
+        model, profile = write_large_model(args.out / "large_model", args.model)
+    top_k = _top_k(model)
+    points = [PLAIN, Point(top_k, 0.0), *(Point(s, 0.0) for s in (1, 2, 4))]
+    prompts = [t["prompt"] for t in _prompts(args.model)]
+    logs = args.out / "large"
+    logs.mkdir(exist_ok=True)
+    with both_servers(model, profile, logs, *FLAGS, told=console.print) as servers:  # noqa: SIM117
+        with _progress() as progress:
+            levels = sorted({min(args.concurrency), max(args.concurrency)})
+            task = progress.add_task("", total=len(levels) * len(points) * (args.rounds + 1))
+            for concurrency in levels:
+                batch = [prompts[i % len(prompts)] for i in range(concurrency)]
+                progress.update(task, description=f"speed, {concurrency} streams")
+                speeds = decode_speeds(
+                    servers,
+                    points,
+                    batch,
+                    top_k=top_k,
+                    rounds=args.rounds,
+                    tokens=24,
+                    advance=lambda: progress.advance(task),
+                )
+                for point in points:
+                    set_point(servers, point, top_k)
+                    url = servers["sere"].url
+                    active = count_active(
+                        servers, point, top_k, lambda u=url, b=batch: run_load(u, b, 8)
+                    )
+                    tok_s, ratio, _ = speeds[point]
+                    rows.append(
+                        Row(concurrency, point.primary_k, point.threshold, *active, tok_s, ratio)
+                    )
+                    progress.advance(task)
+    title = f"Random weights, {PARAMETERS_BYTES / 1e9:.1f} GB of experts: speed only"
+    _print_table(title, rows, points, top_k)
+
+
+def _print_table(title: str, rows: list[Row], points: list[Point], top_k: int) -> None:
+    table = Table(title=title)
+    for column in ("streams", "routing", "active before", "after", "tok/s", "x plain", "KL", "ppl"):
+        table.add_column(column, justify="left" if column == "routing" else "right")
+    for i, row in enumerate(rows):
+        table.add_row(
+            str(row.concurrency),
+            points[i % len(points)].label(top_k),
+            f"{row.active_before:.1f}",
+            f"{row.active_after:.1f}",
+            f"{row.tok_s:.0f}",
+            f"{row.ratio:.2f}",
+            "" if row.kl is None else f"{row.kl:.4f}",
+            "" if row.perplexity is None else f"{row.perplexity:.2f}",
+            end_section=(i + 1) % len(points) == 0,
+        )
+    console.print(table)
+
+
+def _write(out: Path, rows: list[Row], large: list[Row], points: list[Point], top_k: int) -> None:
+    from launch.demo_plot import draw
+
+    payload = {
+        "hardware": hardware_info(),
+        "rows": [asdict(row) for row in rows],
+        "large_random_weights_rows": [asdict(row) for row in large],
+    }
+    (out / "demo.json").write_text(json.dumps(payload, indent=2) + "\n")
+    draw(rows, large, points, top_k, out / "demo.png")
+    console.print(f"wrote {out / 'demo.json'} and {out / 'demo.png'}\n")
+
+
+def _farewell(args: argparse.Namespace) -> None:
+    def short(path: Path) -> str:
+        path = path.resolve()
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+    python = Path(sys.executable)
+    sglang = python.with_name("sglang")
+    console.print("[bold]Keep a server running:[/]")
+    command = (
+        f"  SGLANG_USE_CPU_ENGINE=1 {short(sglang) if sglang.is_relative_to(ROOT) else sglang} "
+        f"serve --model-path {short(args.model)} --device cpu --attention-backend torch_native "
+        f"--disable-radix-cache --port 30000 --moe-backend sere "
+        f"--sere-profile {short(args.profile)} --sere-primary-k {min(args.primary_k)}"
     )
+    curl = (
+        "  curl http://127.0.0.1:30000/v1/completions -H 'Content-Type: application/json' -d "
+        '\'{"model": "default", "prompt": "In the beginning", "max_tokens": 40}\''
+    )
+    console.print(command, soft_wrap=True, markup=False, highlight=False)
+    console.print("[bold]and ask it:[/]")
+    console.print(curl, soft_wrap=True, markup=False, highlight=False)
+
+
+def _top_k(model: Path) -> int:
+    return int(json.loads((model / "config.json").read_text())["num_experts_per_tok"])
 
 
 def _prompts(model: Path, prompt_tokens: int = 48, continuation_tokens: int = 33) -> list[Any]:
@@ -211,39 +274,14 @@ def _prompts(model: Path, prompt_tokens: int = 48, continuation_tokens: int = 33
     return texts
 
 
-def _report(
-    rows: list[Row], points: list[Point], samples: dict[Point, str], top_k: int, out: Path
-) -> None:
-    from launch.demo_plot import draw
-
-    table = Table(title="Decoding: plain SGLang against SERE, interleaved, medians")
-    for column in ("streams", "routing", "active before", "after", "tok/s", "x plain", "KL", "ppl"):
-        table.add_column(column, justify="left" if column == "routing" else "right")
-    for i, row in enumerate(rows):
-        point = points[i % len(points)]
-        table.add_row(
-            str(row.concurrency),
-            point.label(top_k),
-            f"{row.active_before:.1f}",
-            f"{row.active_after:.1f}",
-            f"{row.tok_s:.0f}",
-            f"{row.ratio:.2f}",
-            f"{row.kl:.4f}",
-            f"{row.perplexity:.2f}",
-            end_section=(i + 1) % len(points) == 0,
-        )
-    console.print(table)
-    console.print(
-        "active: distinct experts per MoE layer and decode step. KL: nats per token to plain\n"
-        "SGLang on held-out text, teacher-forced at the same batch. 'SERE, exact' differs from\n"
-        "plain only in the CPU MoE runner: compare SERE rows with it for skipping alone.\n"
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
     )
-    for point in points[:1] + points[2:3]:
-        console.print(f"[bold]{point.label(top_k)}[/] writes: {samples[point]!r}\n")
-    payload = {"hardware": hardware_info(), "rows": [asdict(row) for row in rows]}
-    (out / "demo.json").write_text(json.dumps(payload, indent=2) + "\n")
-    draw(rows, points, top_k, out / "demo.png")
-    console.print(f"wrote {out / 'demo.json'} and {out / 'demo.png'}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -255,9 +293,14 @@ def _arguments() -> argparse.Namespace:
         "--concurrency", type=int, nargs="+", default=[4, 16, 32], help="streams at once"
     )
     parser.add_argument("--primary-k", type=int, nargs="+", default=[1, 2, 3], help="S to try")
-    parser.add_argument("--threshold", type=float, nargs="+", default=[0.5], help="rho at least S")
+    parser.add_argument(
+        "--threshold", type=float, nargs="+", default=[0.5], help="rho to try at the lowest S"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
-    parser.add_argument("--tokens", type=int, default=64, help="decode steps per stream")
+    parser.add_argument("--tokens", type=int, default=48, help="decode steps per stream")
+    parser.add_argument(
+        "--no-large", action="store_true", help="leave out the second, speed-only model"
+    )
     return parser.parse_args()
 
 

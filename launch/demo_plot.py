@@ -1,9 +1,9 @@
-"""The demo's picture: speed against quality, one panel per number of streams."""
+"""The demo's picture: speed against quality, and the experts that were loaded."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -11,57 +11,103 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
-    from launch.demo import Point, Row
+    from launch.experiment import Point, Row
 
 
-def draw(rows: list[Row], points: list[Point], top_k: int, path: Path) -> None:
-    """Left: decode speed over plain against KL. Right: active experts before and after."""
+def draw(rows: list[Row], large: list[Row], points: list[Point], top_k: int, path: Path) -> None:
+    """Left: speed over plain against KL. Middle: active experts. Right: the large random model."""
+    width = 17 if large else 12
+    figure, panels = plt.subplots(
+        1, 3 if large else 2, figsize=(width, 4.8), layout="constrained", squeeze=False
+    )
+    _speed_against_quality(panels[0][0], rows, points, top_k)
+    _active_experts(panels[0][1], rows, points, top_k)
+    if large:
+        _speed_against_active(panels[0][2], large)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def _levels(rows: list[Row]) -> list[tuple[int, Any]]:
     levels = sorted({row.concurrency for row in rows})
-    figure, (speed, active) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    colors = plt.get_cmap("viridis")([0.15, 0.5, 0.8, 0.95])
-    for level, color in zip(levels, colors, strict=False):
-        mine = [(r, p) for r, p in zip(rows, points * len(levels), strict=True)]
-        mine = [(r, p) for r, p in mine if r.concurrency == level and r.primary_k is not None]
-        mine.sort(key=lambda pair: pair[0].kl)
-        speed.plot(
-            [r.kl for r, _ in mine],
-            [r.ratio for r, _ in mine],
+    colors = plt.get_cmap("viridis")([0.9 * i / max(1, len(levels)) for i in range(len(levels))])
+    return list(zip(levels, colors, strict=True))
+
+
+def _speed_against_quality(panel: Any, rows: list[Row], points: list[Point], top_k: int) -> None:
+    levels = _levels(rows)
+    for level, color in levels:
+        mine = [row for row in rows if row.concurrency == level]
+        mine = sorted(mine[1:], key=lambda row: row.kl or 0.0)
+        panel.plot(
+            [row.kl for row in mine],
+            [row.ratio for row in mine],
             "o-",
             color=color,
             label=f"{level} streams",
         )
-        if level == levels[-1]:
-            for r, p in mine:
-                speed.annotate(
-                    p.label(top_k).removeprefix("SERE, "),
-                    (r.kl, r.ratio),
+        if level == levels[-1][0]:
+            for row in mine:
+                label = next(p for p in points if p.primary_k == row.primary_k).label(top_k)
+                if row.threshold:
+                    label = f"{label.split(',')[0]}, S={row.primary_k}, rho={row.threshold:g}"
+                panel.annotate(
+                    label.removeprefix("SERE, ").removesuffix(", rho=0"),
+                    (row.kl, row.ratio),
                     textcoords="offset points",
                     xytext=(6, 6),
                     fontsize=8,
                 )
-    speed.axhline(1.0, color="grey", lw=1, ls="--")
-    speed.annotate(
-        "plain SGLang", (0, 1.0), xytext=(4, -12), textcoords="offset points", color="grey"
-    )
-    speed.set(
+    panel.axhline(1.0, color="grey", lw=1, ls="--")
+    panel.text(
+        0.99, 1.0, "plain SGLang", color="grey", ha="right", va="bottom",
+        transform=panel.get_yaxis_transform(),
+    )  # fmt: skip
+    panel.set(
         xlabel="KL to plain SGLang, nats per token (held-out text)",
         ylabel="decode tokens/s over plain",
-        title="Speed against quality",
+        title="Demo model: speed against quality",
     )
-    speed.legend()
-    labels = [p.label(top_k).removeprefix("SERE, ") for p in points[1:]]
+    panel.margins(x=0.12, y=0.15)
+    panel.legend()
+
+
+def _active_experts(panel: Any, rows: list[Row], points: list[Point], top_k: int) -> None:
+    levels = _levels(rows)
+    labels = [
+        p.label(top_k).removeprefix("SERE, ").replace(", ", "\n") for p in points[1:]
+    ]  # plain loads what 'SERE off' loads
     width = 0.8 / len(levels)
-    for i, (level, color) in enumerate(zip(levels, colors, strict=False)):
-        mine_rows = [r for r in rows if r.concurrency == level and r.primary_k is not None]
+    for i, (level, color) in enumerate(levels):
+        mine = [row for row in rows if row.concurrency == level and row.primary_k is not None]
         xs = [x + (i - (len(levels) - 1) / 2) * width for x in range(len(labels))]
-        active.bar(xs, [r.active_before for r in mine_rows], width, color=color, alpha=0.25)
-        active.bar(
-            xs, [r.active_after for r in mine_rows], width, color=color, label=f"{level} streams"
-        )
-    active.set_xticks(range(len(labels)), labels, fontsize=8)
-    active.set(
-        ylabel="active experts per MoE layer", title="Experts loaded per decode step (pale: before)"
+        panel.bar(xs, [row.active_before for row in mine], width, color=color, alpha=0.25)
+        after = [row.active_after for row in mine]
+        panel.bar(xs, after, width, color=color, label=f"{level} streams")
+    panel.set_xticks(range(len(labels)), labels, fontsize=8)
+    panel.set(
+        ylabel="active experts per MoE layer",
+        title="Demo model: experts loaded per decode step (pale: before)",
     )
-    active.legend()
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    panel.legend()
+
+
+def _speed_against_active(panel: Any, rows: list[Row]) -> None:
+    for level, color in _levels(rows):
+        mine = [row for row in rows if row.concurrency == level][1:]
+        mine.sort(key=lambda row: row.active_after)
+        panel.plot(
+            [row.active_after / row.active_before for row in mine],
+            [row.ratio / mine[-1].ratio for row in mine],
+            "o-",
+            color=color,
+            label=f"{level} streams",
+        )
+    panel.axhline(1.0, color="grey", lw=1, ls="--")
+    panel.set(
+        xlabel="active experts, share of exact routing",
+        ylabel="decode tokens/s over SERE off",
+        title="Experts of real size, random weights: speed alone",
+    )
+    panel.invert_xaxis()
+    panel.legend()

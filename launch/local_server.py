@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ CPU_FLAGS = [
     "--disable-radix-cache",
     "--skip-server-warmup",
     "--max-total-tokens=16384",
+    # SGLang's default leaves room in proportion to --chunked-prefill-size, as a GPU needs it.
+    "--mem-fraction-static=0.5",
     "--random-seed=0",
     "--sleep-on-idle",
 ]
@@ -68,11 +70,15 @@ class Server:
 
 @contextlib.contextmanager
 def serve(
-    model: Path, log: Path, *flags: str, env: dict[str, str] | None = None
+    model: Path,
+    log: Path,
+    *flags: str,
+    env: dict[str, str] | None = None,
+    launcher: Sequence[str] = (SGLANG, "serve"),
 ) -> Iterator[Server]:
     """Start ``sglang serve`` on `model`, wait until it answers, and stop it at the end."""
     port = free_port()
-    command = [SGLANG, "serve", f"--model-path={model}", f"--port={port}", *CPU_FLAGS, *flags]
+    command = [*launcher, f"--model-path={model}", f"--port={port}", *CPU_FLAGS, *flags]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:
         process = subprocess.Popen(

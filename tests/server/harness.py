@@ -7,7 +7,7 @@ import subprocess
 
 from launch.local_server import CPU_ENGINE, CPU_FLAGS, SGLANG, Server, free_port, serve, tail
 
-__all__ = ["Server", "free_port", "run_to_exit", "serve", "tail"]
+__all__ = ["CPU_ENGINE", "Server", "free_port", "run_to_exit", "serve", "tail"]
 
 
 def run_to_exit(*flags: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

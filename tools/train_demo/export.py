@@ -47,7 +47,9 @@ def main() -> None:
         "steps": state["step"],
         "tokens_per_step": run["sequences"] * model.shape.context,
         "tokens_per_epoch": run["tokens_per_epoch"],
-        "loss": state["log"][:: max(1, len(state["log"]) // 20)] + state["log"][-1:],
+        "loss": [
+            entry for entry in state["log"] if entry[0] % 200 == 0 or entry[0] == state["step"]
+        ],
         "bytes": {
             split: {d: sum(len(t.encode()) for t in texts) for d, texts in domains.items()}
             for split, domains in splits.items()

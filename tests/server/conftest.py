@@ -1,0 +1,63 @@
+"""Servers that several test modules share; each starts when the first test asks for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from checkpoints import write_checkpoint
+from harness import Server, serve
+from profiles import write_profile
+
+SERE = ("--moe-backend=sere", "--sere-primary-k=1")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`checkpoint("olmoe")`: a tiny random model folder with a profile beside its weights."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def get(architecture: str) -> Path:
+        folder = root / architecture
+        if not folder.exists():
+            write_checkpoint(architecture, folder)
+            if architecture != "dense":
+                write_profile(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def plain(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """SGLang serving the tiny Qwen3-MoE without the flag."""
+    log = tmp_path_factory.mktemp("logs") / "plain.log"
+    with serve(checkpoint("qwen3_moe"), log) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def sere(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """The same model with ``--moe-backend sere``, S = 1, rho = 0."""
+    log = tmp_path_factory.mktemp("logs") / "sere.log"
+    with serve(checkpoint("qwen3_moe"), log, *SERE, "--enable-metrics") as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _settings_as_started(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests change live settings freely."""
+    yield
+    if "sere" in request.fixturenames:
+        request.getfixturevalue("sere").set_sere(
+            enabled=True, primary_k=1, threshold=0.0, min_batch=1, max_batch=None
+        )

@@ -1,0 +1,43 @@
+"""Random similarity profiles that fit the tiny checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sere_sglang.profile import (
+    MoeModelInfo,
+    ProfileMetadata,
+    SereProfile,
+    save_profile,
+    weights_fingerprint,
+)
+
+
+def random_profile(model: Path, *, seed: int = 0) -> SereProfile:
+    info = MoeModelInfo.from_folder(model)
+    generator = torch.Generator().manual_seed(seed)
+    similarity = {}
+    for layer in info.layer_ids:
+        half = torch.rand(info.num_experts, info.num_experts, generator=generator)
+        similarity[layer] = ((half + half.T) / 2).fill_diagonal_(1.0)
+    metadata = ProfileMetadata(
+        model=str(model),
+        architecture=info.architecture,
+        fingerprint=info.fingerprint,
+        weights=weights_fingerprint(model),
+        num_layers=len(info.layer_ids),
+        num_experts=info.num_experts,
+        top_k=info.top_k,
+        hidden_size=info.hidden_size,
+        method="random",
+    )
+    return SereProfile(metadata, similarity)
+
+
+def write_profile(model: Path, path: Path | None = None) -> Path:
+    """Beside the weights, where the server looks for it, unless `path` is given."""
+    path = path or model / "sere_profile.safetensors"
+    save_profile(random_profile(model), path)
+    return path

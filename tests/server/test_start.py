@@ -1,0 +1,154 @@
+"""The ways in: Engine keywords, launch_server, --config; and the ways out when SERE cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SERE
+from harness import CPU_ENGINE, Server, run_to_exit, serve
+
+Checkpoint = Callable[[str], Path]
+HERE = Path(__file__).parent
+
+
+def _engine(**keywords: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(HERE / "engine_script.py"), json.dumps(keywords)],
+        env={**os.environ, **CPU_ENGINE},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def _seen(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    lines = [line for line in result.stdout.splitlines() if line.startswith("SEEN ")]
+    assert lines, result.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("SEEN "))
+
+
+def test_engine_keywords(checkpoint: Checkpoint) -> None:
+    model = str(checkpoint("qwen3_moe"))
+    seen = _seen(_engine(model_path=model, moe_backend="sere", sere_primary_k=1))
+    assert seen["tokens"] == [8] * 6
+    assert seen["moe_backend"] == "sere"
+    assert seen["sere"]["primary_k"] == 1
+    for row in seen["sere"]["counters"].values():
+        assert row["active_after"] < row["active_before"]
+
+
+def test_engine_refuses_with_an_exception(checkpoint: Checkpoint) -> None:
+    model = str(checkpoint("qwen3_moe"))
+    result = _engine(model_path=model, moe_backend="sere", sere_primary_k=9)
+    assert result.returncode != 0
+    assert "SereError: --sere-primary-k 9" in result.stderr
+
+
+def test_config_file_and_moe_runner_alias(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text("moe-backend: sere\nsere-primary-k: 2\nsere-threshold: 0.25\n")
+    with serve(checkpoint("qwen3_moe"), tmp_path / "log", f"--config={config}") as server:
+        _is_at(server, primary_k=2, threshold=0.25)
+
+
+def test_launch_server_module(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """`python -m sglang.launch_server`, with the name in SGLang's own --moe-runner-backend."""
+    launcher = [sys.executable, "-m", "sglang.launch_server"]
+    flags = ("--moe-runner-backend=sere", "--sere-primary-k=3")
+    model = checkpoint("qwen3_moe")
+    with serve(model, tmp_path / "log", *flags, launcher=launcher) as server:
+        _is_at(server, primary_k=3, threshold=0.0)
+
+
+def _is_at(server: Server, *, primary_k: int, threshold: float) -> None:
+    state = server.sere()
+    assert (state["primary_k"], state["threshold"]) == (primary_k, threshold)
+    server.generate(["one", "two", "three"], 6)
+    assert all(row["forwards"] > 0 for row in server.sere()["counters"].values())
+
+
+def test_help_shows_the_flags() -> None:
+    command = [sys.executable, "-m", "sglang.launch_server", "--help"]
+    env = {**os.environ, **CPU_ENGINE}
+    shown = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    for flag in (
+        "--moe-backend",
+        "--sere-profile",
+        "--sere-policy",
+        "--sere-primary-k",
+        "--sere-threshold",
+        "--sere-min-batch",
+        "--sere-max-batch",
+        "--sere-on-error",
+    ):
+        assert flag in shown
+
+
+def test_fallback_serves_without_sere_and_says_so(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    flags = ("--moe-backend=sere", "--sere-on-error=fallback")
+    with serve(checkpoint("dense"), log, *flags) as server:
+        assert len(server.generate(["hello"], 4)[0]["output_ids"]) == 4
+        assert "sere" not in server.get("/server_info")["internal_states"][0]
+    assert "Serving WITHOUT SERE" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "where"),
+    [("NoTopKForCausalLM", "0-2"), ("UnusedTopKForCausalLM", "1")],
+)
+def test_router_of_its_own_is_refused_by_name(
+    architecture: str, where: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    model = _renamed(checkpoint("qwen3_moe"), tmp_path / "model", architecture)
+    result = run_to_exit(
+        f"--model-path={model}",
+        *SERE,
+        env={
+            "SGLANG_EXTERNAL_MODEL_PACKAGE": "own_router",
+            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+        },
+    )
+    assert result.returncode != 0
+    told = [line for line in result.stderr.splitlines() if "--moe-backend sere:" in line]
+    assert any(architecture in line and f"MoE layer(s) {where} " in line for line in told), (
+        result.stderr[-3000:]
+    )
+
+
+def test_worker_without_the_plugin_stops_the_launch(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The flag is known to the launcher, but the scheduler process does not load the plugin."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    # Runs in every Python process; multiprocessing children are the schedulers.
+    (folder / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if '--multiprocessing-fork' in sys.argv or 'spawn_main' in ' '.join(sys.orig_argv):\n"
+        "    os.environ['SGLANG_PLUGINS'] = 'sere-cpu-engine'\n"
+    )
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    result = run_to_exit(f"--model-path={checkpoint('qwen3_moe')}", *SERE, env={"PYTHONPATH": path})
+    assert result.returncode != 0
+    assert "the scheduler process started without it" in result.stderr
+
+
+def _renamed(model: Path, folder: Path, architecture: str) -> Path:
+    from profiles import write_profile
+
+    folder.mkdir()
+    for file in model.iterdir():
+        if file.name not in ("config.json", "sere_profile.safetensors"):
+            (folder / file.name).symlink_to(file)
+    config = json.loads((model / "config.json").read_text())
+    config["architectures"] = [architecture]
+    (folder / "config.json").write_text(json.dumps(config))
+    write_profile(folder)
+    return folder
