@@ -119,6 +119,8 @@ def choose_device(device: str) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+        # Compiling SGLang's few small compiled functions takes longer than running them.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     return device
 
 

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,6 +77,7 @@ def command(
     from sere_sglang.calibration import check_job
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # SGLang's imports warn in every process
+    warnings.simplefilter("ignore")
     try:
         job = _job(
             model=model,
