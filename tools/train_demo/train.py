@@ -26,7 +26,7 @@ SAVE_EVERY = 200
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("out/train_demo"), help="scratch folder")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--sequences", type=int, default=8, help="sequences of 1024 per step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--balance", type=float, default=0.01, help="load-balance loss weight")

@@ -1,1 +1,1 @@
-"""Models that SGLang loads from outside (SGLANG_EXTERNAL_MODEL_PACKAGE), with routers of their own."""
+"""Models that SGLang loads from outside, with routers of their own."""
