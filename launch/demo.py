@@ -294,7 +294,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--primary-k", type=int, nargs="+", default=[1, 2, 3], help="S to try")
     parser.add_argument(
-        "--threshold", type=float, nargs="+", default=[0.5], help="rho to try at the lowest S"
+        "--threshold", type=float, nargs="+", default=[0.3], help="rho to try at the lowest S"
     )
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
     parser.add_argument("--tokens", type=int, default=48, help="decode steps per stream")
