@@ -36,10 +36,11 @@ check_machine() {
 install_everything() {
   local python uv
   python=$(find_python)
-  if ! "$VENV/bin/python" -c 'import pip' 2>/dev/null; then
+  if ! "$VENV/bin/python" -c 'import sys' 2>/dev/null; then
     say "creating .venv with $python"
     "$python" -m venv --clear "$VENV"
   fi
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip >/dev/null
   uv=$(command -v uv || true)
   if [ -z "$uv" ] && "$VENV/bin/python" -m pip install -q uv; then uv="$VENV/bin/uv"; fi
   say "installing $(grep -c == "$ROOT/requirements.lock") pinned packages (first time: about 4 GB" \

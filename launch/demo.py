@@ -36,7 +36,7 @@ from launch.local_server import Server
 MODEL = ROOT / "demo_model"
 FLAGS = ("--chunked-prefill-size=16384", "--served-model-name=default")
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 110)
 
 
 def main() -> None:
@@ -75,9 +75,10 @@ def _print_trained(
 ) -> None:
     _print_table("The demo model (trained)", rows, points, top_k)
     console.print(
-        "active: distinct experts per MoE layer and decode step. x plain: median of interleaved\n"
-        "rounds. KL: nats per token to plain SGLang on held-out text, teacher-forced at the same\n"
-        "batch. 'SERE off' differs from plain only in the CPU MoE runner.\n"
+        "S, rho: --sere-primary-k, --sere-threshold. active, after: distinct experts per MoE layer\n"
+        "and decode step, before and after re-routing. x plain: median over interleaved rounds. KL,\n"
+        "perplexity: per token of held-out text, teacher-forced in the same batch. 'SERE off' routes\n"
+        "exactly and differs from plain only in the CPU MoE runner.\n"
     )
     for point in (PLAIN, points[2]):
         console.print(f"[bold]{point.label(top_k)}[/] continues {texts[0]['prompt'][-60:]!r} with")
@@ -192,7 +193,7 @@ def _large(args: argparse.Namespace, rows: list[Row]) -> None:
 
 def _print_table(title: str, rows: list[Row], points: list[Point], top_k: int) -> None:
     table = Table(title=title)
-    for column in ("streams", "routing", "active before", "after", "tok/s", "x plain", "KL", "ppl"):
+    for column in ("streams", "routing", "active", "after", "tok/s", "x plain", "KL", "perplexity"):
         table.add_column(column, justify="left" if column == "routing" else "right")
     for i, row in enumerate(rows):
         table.add_row(

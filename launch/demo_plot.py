@@ -48,11 +48,13 @@ def _speed_against_quality(panel: Any, rows: list[Row], points: list[Point], top
         )
         if level == levels[-1][0]:
             for row in mine:
-                label = next(p for p in points if p.primary_k == row.primary_k).label(top_k)
-                if row.threshold:
-                    label = f"{label.split(',')[0]}, S={row.primary_k}, rho={row.threshold:g}"
+                point = next(
+                    p
+                    for p in points
+                    if (p.primary_k, p.threshold) == (row.primary_k, row.threshold)
+                )
                 panel.annotate(
-                    label.removeprefix("SERE, ").removesuffix(", rho=0"),
+                    point.label(top_k).removesuffix(", rho=0"),
                     (row.kl, row.ratio),
                     textcoords="offset points",
                     xytext=(6, 6),
@@ -75,7 +77,7 @@ def _speed_against_quality(panel: Any, rows: list[Row], points: list[Point], top
 def _active_experts(panel: Any, rows: list[Row], points: list[Point], top_k: int) -> None:
     levels = _levels(rows)
     labels = [
-        p.label(top_k).removeprefix("SERE, ").replace(", ", "\n") for p in points[1:]
+        p.label(top_k).replace(", ", "\n") for p in points[1:]
     ]  # plain loads what 'SERE off' loads
     width = 0.8 / len(levels)
     for i, (level, color) in enumerate(levels):

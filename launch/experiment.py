@@ -32,7 +32,7 @@ class Point:
             return "plain SGLang"
         if self.primary_k >= top_k:
             return "SERE off"
-        return f"SERE, S={self.primary_k}, rho={self.threshold:g}"
+        return f"S={self.primary_k}, rho={self.threshold:g}"
 
 
 PLAIN = Point()

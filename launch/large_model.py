@@ -72,6 +72,7 @@ def _tensors(vocab: int) -> dict[str, torch.Tensor]:
         made[name] = (noise[at : at + size].view(shape) * std).contiguous()
 
     random("model.embed_tokens.weight", vocab, HIDDEN, std=1.0)
+    random("lm_head.weight", vocab, HIDDEN, std=0.05)
     made["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
     for i in range(LAYERS):
         at = f"model.layers.{i}"

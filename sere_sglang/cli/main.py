@@ -25,3 +25,7 @@ app = typer.Typer(
 app.command("calibrate")(calibrate.command)
 app.command("inspect")(inspect.command)
 app.command("doctor")(doctor.command)
+
+
+if __name__ == "__main__":
+    app()

@@ -52,7 +52,7 @@ class Shape:
             "max_position_embeddings": self.context,
             "rope_theta": self.rope_theta,
             "rms_norm_eps": self.eps,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": False,  # SGLang's Qwen3-MoE always loads its own lm_head
             "attention_bias": False,
             "attention_dropout": 0.0,
             "use_sliding_window": False,
@@ -229,7 +229,11 @@ class Qwen3Moe(nn.Module):
 
     def hf_tensors(self) -> dict[str, torch.Tensor]:
         """Weights under their Hugging Face names, bfloat16."""
-        out = {"model.embed_tokens.weight": self.embed, "model.norm.weight": self.norm.weight}
+        out = {
+            "model.embed_tokens.weight": self.embed,
+            "lm_head.weight": self.embed.clone(),  # tied in training
+            "model.norm.weight": self.norm.weight,
+        }
         for i, layer in enumerate(self.layers):
             at = f"model.layers.{i}"
             for name, p in layer.named_parameters():

@@ -1,0 +1,37 @@
+"""``impl="cpu"``: re-routing in C++ (``csrc/reroute_cpu.cpp``), what the CPU engine uses."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from sere_sglang.ops.jit import load_module
+from sere_sglang.ops.table import LayerTable
+
+
+def is_available(device_type: str) -> str | None:
+    """CPU tensors only."""
+    return None if device_type == "cpu" else f"serves CPU tensors, not {device_type}"
+
+
+@functools.cache
+def _function() -> Any:
+    return load_module("reroute_cpu", ["reroute_cpu.cpp"]).reroute
+
+
+def build() -> None:
+    _function()
+
+
+def reroute_(
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    table: LayerTable,
+    control: torch.Tensor,
+    row_class: torch.Tensor | None,
+    counters: torch.Tensor | None,
+) -> None:
+    """See `sere_sglang.ops.reroute_`; arguments are validated there."""
+    _function()(topk_ids, topk_weights, table.similarity, table.scale, control, row_class, counters)
