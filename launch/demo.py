@@ -75,10 +75,10 @@ def _print_trained(
 ) -> None:
     _print_table("The demo model (trained)", rows, points, top_k)
     console.print(
-        "S, rho: --sere-primary-k, --sere-threshold. active, after: distinct experts per MoE layer\n"
-        "and decode step, before and after re-routing. x plain: median over interleaved rounds. KL,\n"
-        "perplexity: per token of held-out text, teacher-forced in the same batch. 'SERE off' routes\n"
-        "exactly and differs from plain only in the CPU MoE runner.\n"
+        "S, rho: --sere-primary-k, --sere-threshold. active, after: distinct experts per MoE\n"
+        "layer and decode step, before and after re-routing. x plain: median over interleaved\n"
+        "rounds. KL, perplexity: per token of held-out text, teacher-forced in the same batch.\n"
+        "'SERE off' routes exactly and differs from plain only in the CPU MoE runner.\n"
     )
     for point in (PLAIN, points[2]):
         console.print(f"[bold]{point.label(top_k)}[/] continues {texts[0]['prompt'][-60:]!r} with")
@@ -298,7 +298,7 @@ def _arguments() -> argparse.Namespace:
         "--threshold", type=float, nargs="+", default=[0.3], help="rho to try at the lowest S"
     )
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
-    parser.add_argument("--tokens", type=int, default=48, help="decode steps per stream")
+    parser.add_argument("--tokens", type=int, default=32, help="decode steps per stream")
     parser.add_argument(
         "--no-large", action="store_true", help="leave out the second, speed-only model"
     )

@@ -7,6 +7,6 @@ mkdir -p out/demo
 profile=out/demo/sere_profile.safetensors
 if [ "${1:-}" != "--help" ] && [ ! -s "$profile" ]; then
   "$PYTHON" -m sere_sglang.cli.main calibrate --model demo_model \
-    --data demo_model/data/calibration.txt --out "$profile"
+    --data demo_model/data/calibration.txt --tokens 8192 --out "$profile"
 fi
 exec "$PYTHON" -m launch.demo --profile "$profile" "$@"
