@@ -1,6 +1,6 @@
 """All similarity measures of one layer, streamed, against the pairwise loop of the definitions.
 
-    python benchmarks/calibration.py [--experts 64 --hidden 1024 --width 512 --tokens 4096]
+    python -m benchmarks.calibration [--experts 64 --hidden 1024 --width 512 --tokens 4096]
 
 The loop holds every expert's output [E, T, H] in float32 and compares each pair by itself, as the
 paper's calibration does; it is timed over a few pairs (--pairs) and multiplied to all of them,
@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import write_result
 from cpu_moe import Layer
 
+from benchmarks._common import write_result
 from sere_sglang.backend.cpu_moe import fused_moe
 from sere_sglang.profile.cka import cka_matrix
 from sere_sglang.profile.collection import CollectionSpec, block_tokens, cka_block

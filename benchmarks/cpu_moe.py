@@ -1,6 +1,6 @@
 """The CPU MoE runner against SGLang's ``moe_forward_native``, and its time by active experts.
 
-    python benchmarks/cpu_moe.py [--quick]
+    python -m benchmarks.cpu_moe [--quick]
 
 The routing has no expert twice in a row, as the native path breaks on those. Writes
 ``cpu_moe.json``: rows ``{"table", "T", "E", "K", "H", "I", "active", "us", ...}``.
@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from _common import interleaved_median, write_result
 
+from benchmarks._common import interleaved_median, write_result
 from sere_sglang.backend.cpu_moe import choose_impl, fused_moe
 
 SHAPES = ((32, 4, 256, 96), (48, 6, 256, 64), (64, 8, 1024, 512), (128, 8, 512, 256))

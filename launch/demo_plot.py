@@ -90,8 +90,9 @@ def _active_experts(panel: Any, rows: list[Row], points: list[Point], top_k: int
     panel.set(
         ylabel="active experts per MoE layer",
         title="Demo model: experts loaded per decode step (pale: before)",
+        ylim=(0, 1.25 * max(row.active_before for row in rows)),
     )
-    panel.legend()
+    panel.legend(loc="upper left", ncols=len(levels))
 
 
 def _speed_against_active(panel: Any, rows: list[Row]) -> None:
