@@ -1,0 +1,110 @@
+"""Re-routing on the CPU: ours against the torch reference and the published operation sequence.
+
+    python -m benchmarks.cpu_reroute [--quick]
+
+``us_native`` calls the compiled function, ``us`` the public in-place op (argument checks and
+torch's dispatch included). Writes ``cpu_reroute.json``: rows ``{"T", "E", "K", "us", ...}``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from benchmarks._common import interleaved_median, write_result
+from sere_sglang.ops import LayerTable, cpu, encode_control, reference, reroute_
+
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024)
+SHAPES = ((60, 4), (64, 6), (128, 8), (256, 8), (512, 10))  # (E, K)
+PRIMARY_K = 2
+THRESHOLD = 0.3
+
+
+def published_sequence(
+    topk_ids: torch.Tensor, similarity: torch.Tensor, primary_k: int, threshold: float
+) -> torch.Tensor:
+    """Cast, zero a mask, scatter into it, scan: as the SERE paper's kernel works, in torch."""
+    ids = topk_ids.to(torch.int64)
+    mask = torch.zeros(similarity.shape[0], dtype=torch.bool)
+    mask.scatter_(0, ids[:, :primary_k].flatten(), True)
+    secondary = ids[:, primary_k:]
+    candidates = similarity[secondary].masked_fill_(~mask, -1.0)
+    best, best_id = candidates.max(dim=-1)
+    keep = mask[secondary] | (best < threshold)
+    ids[:, primary_k:] = torch.where(keep, secondary, best_id)
+    return ids.to(topk_ids.dtype)
+
+
+def make_inputs(tokens: int, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids int32 ``[T, K]`` of a skewed router, best first, and a similarity matrix ``[E, E]``."""
+    generator = torch.Generator().manual_seed(tokens * experts)
+    popular = torch.randn(experts, generator=generator)
+    scores = popular + torch.randn(tokens, experts, generator=generator)
+    similarity = torch.rand(experts, experts, generator=generator)
+    similarity = (similarity + similarity.T) / 2
+    similarity.fill_diagonal_(1.0)
+    return scores.topk(top_k).indices.to(torch.int32), similarity
+
+
+def measure(tokens: int, experts: int, top_k: int, budget_s: float) -> dict[str, float]:
+    ids, similarity = make_inputs(tokens, experts, top_k)
+    table = LayerTable.build(similarity)
+    control = encode_control(enabled=True, num_valid=-1, classes=[(PRIMARY_K, THRESHOLD)])
+    work = torch.empty_like(ids)
+
+    def in_place(function: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            work.copy_(ids)  # its cost, about a microsecond, is in every figure
+            function()
+
+        return run
+
+    functions = {
+        "us": in_place(lambda: reroute_(work, None, table, control, impl="cpu")),
+        "us_native": in_place(lambda: cpu.reroute_(work, None, table, control, None, None)),
+        "us_torch": in_place(lambda: reference.reroute_(work, None, table, control, None, None)),
+        "us_published": lambda: work.copy_(
+            published_sequence(ids, similarity, PRIMARY_K, THRESHOLD)
+        ),
+    }
+    results = []
+    for function in functions.values():
+        function()
+        results.append(work.clone())
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+    row = {"T": tokens, "E": experts, "K": top_k}
+    row |= {
+        name: seconds * 1e6
+        for name, seconds in interleaved_median(functions, budget_s=budget_s).items()
+    }
+    row["times_torch"] = row["us_torch"] / row["us"]
+    row["times_published"] = row["us_published"] / row["us"]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    budget_s = 0.2 if parser.parse_args().quick else 1.5
+    torch.set_num_threads(1)
+    cpu.build()
+    rows = []
+    columns = ("us", "us_native", "us_torch", "us_published", "times_torch", "times_published")
+    print("    T   E  K " + "".join(f"{name:>16}" for name in columns))
+    for experts, top_k in SHAPES:
+        for tokens in TOKENS:
+            row = measure(tokens, experts, top_k, budget_s)
+            rows.append(row)
+            print(
+                f"{tokens:5} {experts:3} {top_k:2} " + "".join(f"{row[c]:16.1f}" for c in columns),
+                flush=True,
+            )
+    print(write_result("cpu_reroute", rows, threads=1, primary_k=PRIMARY_K, threshold=THRESHOLD))
+
+
+if __name__ == "__main__":
+    main()
