@@ -6,6 +6,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
 if [ $# -gt 0 ]; then exec "$PYTHON" -m pytest "$@"; fi
 
+# Two at a time: a server's start is mostly imports on one core. Waiting threads must not spin then.
+export OMP_WAIT_POLICY=passive
 failed=()
 step() {
   printf '\n\033[1m== %s\033[0m\n' "$1"
@@ -16,7 +18,7 @@ step() {
 step "style" "$PYTHON" -m ruff check .
 step "format" "$PYTHON" -m ruff format --check .
 step "types" "$PYTHON" -m mypy
-step "tests" "$PYTHON" -m pytest tests -q --durations=8
+step "tests" "$PYTHON" -m pytest tests -q -n 2 --dist loadfile --durations=8
 if [ -f launch/compile_check.sh ]; then
   step "kernels compile" bash launch/compile_check.sh
 fi

@@ -9,7 +9,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang import config
-from sere_sglang.patches import calibration, cpu_engine
+from sere_sglang.patches import calibration, cpu_engine, weight_files
 from sere_sglang.patches.seam import declare
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ def register() -> None:
         target = f"{_MODULE}.Scheduler.__init__"
         declare(target, _before_init, HookType.BEFORE, needs=["server_args"])
         declare(f"{_MODULE}.Scheduler.get_init_info", _report, HookType.AFTER)
+        weight_files.register()
 
 
 def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
@@ -43,6 +44,8 @@ def _add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
 
 
 def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+    with exit_on_error():
+        _require_config_was_read(getattr(args, "config", None))
     asked = config.from_namespace(args)
     if getattr(args, "moe_runner_backend", None) == "sere":
         # SGLang's own registration point; the grouped GEMM under it stays automatic.
@@ -54,6 +57,15 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Names
     config.attach(record, asked)
     record._sere_from_cli = True
     return record
+
+
+def _require_config_was_read(path: str | None) -> None:
+    """SGLang merges ``--config FILE`` away; ``--config=FILE`` it ignores without a word."""
+    if path and Path(path).is_file() and "sere" in Path(path).read_text():
+        raise SereError(
+            f"--config={path} asks for SERE, but SGLang reads the file only when it is written "
+            f"with a space: --config {path}"
+        )
 
 
 def _resolve_once(original: Callable[..., None], record: Any) -> None:

@@ -6,6 +6,7 @@ Nothing inside the scheduler is touched unless the server was started with
 
     launcher    patches.server_args   flags, --config, Engine keywords, early checks
     scheduler   patches.scheduler     installs the rest, reports SERE in the ready handshake
+                patches.weight_files  keeps a profile in the model folder out of the weights
                 patches.model_runner  binds stages after the weights load; one control write
                                       before each forward
                 patches.topk          re-routes right after top-k

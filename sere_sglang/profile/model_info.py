@@ -14,7 +14,8 @@ from sere_sglang.profile.file import ProfileError, SereProfile
 
 DEFAULT_FILE_NAME = "sere_profile.safetensors"
 
-# Sampled, not read whole: a server starts with it, and checkpoints have hundreds of gigabytes.
+# Large files are sampled: a server starts with it, and checkpoints have hundreds of gigabytes.
+_WHOLE_BYTES = 16 << 20
 _BLOCKS, _BLOCK_BYTES = 64, 4096
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -123,9 +124,10 @@ def check_profile_fits(profile: SereProfile, model: MoeModelInfo, path: Path) ->
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """A hash of a local checkpoint's safetensors files: names, sizes, headers, sampled blocks.
+    """A hash of a local checkpoint's safetensors files: names, sizes, headers, contents.
 
-    Empty when there is no such file (a hub id, another format): then it is unknown.
+    Of files above 16 MiB only evenly spaced blocks are read, so a change of a few values can
+    go unseen there. Empty, that is unknown, when there is no such file (a hub id, say).
     """
     digest = hashlib.sha256()
     files = [p for p in sorted(Path(folder).glob("*.safetensors")) if p.name != DEFAULT_FILE_NAME]
@@ -133,6 +135,9 @@ def weights_fingerprint(folder: str | Path) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as content:
+            if size <= _WHOLE_BYTES:
+                digest.update(content.read())
+                continue
             header = int.from_bytes(content.read(8), "little")
             digest.update(content.read(min(header, size)))
             for block in range(_BLOCKS):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from harness import run_to_exit
+from harness import refusal_of, run_to_exit
 from profiles import random_profile, write_profile
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +20,10 @@ Checkpoint = Callable[[str], Path]
 
 def _refused(*flags: str) -> str:
     """The refusal of ``sglang serve`` with these flags."""
-    result = run_to_exit(*flags)
+    return _message(refusal_of(*flags))
+
+
+def _message(result: subprocess.CompletedProcess[str]) -> str:
     lines = result.stderr.splitlines()
     errors = [line for line in lines if line.startswith("sere-sglang: error:")]
     assert result.returncode == 2, result.stderr[-2000:]
@@ -46,7 +50,8 @@ def test_no_profile_to_be_found(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for file in checkpoint("qwen3_moe").iterdir():
         if file.name != "sere_profile.safetensors":
             (bare / file.name).symlink_to(file)
-    message = _refused(f"--model-path={bare}", "--moe-backend=sere")
+    # A process of its own, as a user has it.
+    message = _message(run_to_exit(f"--model-path={bare}", "--moe-backend=sere"))
     assert "--sere-profile" in message
     assert f"sere-sglang calibrate --model {bare}" in message
 

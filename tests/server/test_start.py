@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import SERE
-from harness import CPU_ENGINE, Server, run_to_exit, serve
+from harness import CPU_ENGINE, Server, refusal_of, run_to_exit, serve
 
 Checkpoint = Callable[[str], Path]
 HERE = Path(__file__).parent
@@ -52,20 +52,22 @@ def test_engine_refuses_with_an_exception(checkpoint: Checkpoint) -> None:
     assert "SereError: --sere-primary-k 9" in result.stderr
 
 
-def test_config_file_and_moe_runner_alias(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_launch_server_module_with_config_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """``python -m sglang.launch_server``, the name in SGLang's own --moe-runner-backend."""
     config = tmp_path / "server.yaml"
-    config.write_text("moe-backend: sere\nsere-primary-k: 2\nsere-threshold: 0.25\n")
-    with serve(checkpoint("qwen3_moe"), tmp_path / "log", f"--config={config}") as server:
+    config.write_text("moe-runner-backend: sere\nsere-primary-k: 2\nsere-threshold: 0.25\n")
+    launcher = [sys.executable, "-m", "sglang.launch_server"]
+    model = checkpoint("qwen3_moe")
+    with serve(model, tmp_path / "log", "--config", str(config), launcher=launcher) as server:
         _is_at(server, primary_k=2, threshold=0.25)
 
 
-def test_launch_server_module(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """`python -m sglang.launch_server`, with the name in SGLang's own --moe-runner-backend."""
-    launcher = [sys.executable, "-m", "sglang.launch_server"]
-    flags = ("--moe-runner-backend=sere", "--sere-primary-k=3")
-    model = checkpoint("qwen3_moe")
-    with serve(model, tmp_path / "log", *flags, launcher=launcher) as server:
-        _is_at(server, primary_k=3, threshold=0.0)
+def test_config_file_that_sglang_would_ignore(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text("moe-backend: sere\n")
+    result = refusal_of(f"--model-path={checkpoint('qwen3_moe')}", f"--config={config}")
+    assert result.returncode == 2
+    assert f"written with a space: --config {config}" in result.stderr
 
 
 def _is_at(server: Server, *, primary_k: int, threshold: float) -> None:
