@@ -19,6 +19,7 @@ from sere_sglang.schedule.control import ControlBlock
 class Binding:
     """The stages of one rank's model and what they share. counters: int64 [layers, 6]."""
 
+    model_name: str
     stages: list[RerouteStage]
     control: ControlBlock
     counters: torch.Tensor
@@ -34,9 +35,9 @@ class Binding:
         silent = [stage.layer_id for stage in self.stages if stage.calls == 0]
         if silent:
             raise SereError(
-                f"--moe-backend sere: MoE layer(s) {_ranges(silent)} ran without passing SGLang's "
-                "standard top-k, so they cannot be re-routed; serve this model without "
-                "--moe-backend sere"
+                f"--moe-backend sere: MoE layer(s) {_ranges(silent)} of {self.model_name} ran "
+                "without passing SGLang's standard top-k, so they cannot be re-routed; serve it "
+                "without --moe-backend sere"
             )
 
 
@@ -85,7 +86,7 @@ def bind_model(model: torch.nn.Module, config: SereConfig, *, device: str) -> Bi
         topk_config.fused_gate_packed_ids = False
         bind_stage(topk_config, stage)
         stages.append(stage)
-    return Binding(stages, control, counters, switch, impl)
+    return Binding(name, stages, control, counters, switch, impl)
 
 
 def _moe_layers(model: torch.nn.Module) -> dict[int, Any]:

@@ -15,10 +15,16 @@ from launch.local_server import CPU_ENGINE, CPU_FLAGS, SGLANG, Server, free_port
 __all__ = ["CPU_ENGINE", "Server", "free_port", "refusal_of", "run_to_exit", "serve", "tail"]
 
 
-def run_to_exit(*flags: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run ``sglang serve`` with flags that must make it stop by itself."""
+def run_to_exit(
+    *flags: str, env: dict[str, str] | None = None, warm_up: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run ``sglang serve`` with flags that must make it stop by itself.
+
+    With `warm_up`, SGLang's first forward, which the other tests do without, happens.
+    """
+    command = [f for f in _command(*flags) if not (warm_up and f == "--skip-server-warmup")]
     return subprocess.run(
-        _command(*flags),
+        command,
         env={**os.environ, **CPU_ENGINE, **(env or {})},
         capture_output=True,
         text=True,

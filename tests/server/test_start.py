@@ -114,6 +114,7 @@ def test_router_of_its_own_is_refused_by_name(
     result = run_to_exit(
         f"--model-path={model}",
         *SERE,
+        warm_up=True,
         env={
             "SGLANG_EXTERNAL_MODEL_PACKAGE": "own_router",
             "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
