@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sere_sglang.config import SereConfig
 from sere_sglang.ops import COUNTER_FIELDS
 from sere_sglang.schedule.composition import BatchComposition
-from sere_sglang.schedule.policy import OFF, OperatingPoint, Settings, static_policy
+from sere_sglang.schedule.control import ClassTable
+from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback
+from sere_sglang.schedule.observer import Observer
+from sere_sglang.schedule.policy import (
+    OFF,
+    OperatingPoint,
+    Policy,
+    PolicyContext,
+    choose,
+    make_policy,
+)
+from sere_sglang.schedule.request_quality import QualityRules, row_classes
+from sere_sglang.schedule.settings import Settings
+from sere_sglang.schedule.trace import TraceWriter
+from sere_sglang.telemetry.clock import StepClock
+from sere_sglang.telemetry.counters import CounterReader, Window
 
 if TYPE_CHECKING:
     from sere_sglang.backend.bind import Binding
+    from sere_sglang.telemetry.metrics import SereMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -21,43 +37,82 @@ _current: SereRuntime | None = None
 
 
 class SereRuntime:
-    """One per rank. `begin_forward` / `end_forward` bracket every forward of the target model."""
+    """One per rank. `begin_forward` / `end_forward` bracket every forward of the target model.
+
+    Every rank decides by itself, from what all ranks see: composition, settings, feedback. What
+    was measured comes from one rank (`measures`) as `Feedback`.
+    """
 
     def __init__(self, config: SereConfig) -> None:
-        assert config.sere_primary_k is not None and config.sere_threshold is not None
-        assert config.sere_min_batch is not None
         self.config = config
-        self.settings = Settings(
-            enabled=True,
-            primary_k=config.sere_primary_k,
-            threshold=config.sere_threshold,
-            min_batch=config.sere_min_batch,
-            max_batch=config.sere_max_batch,
-        )
+        self.settings = config.live_settings()
+        self.quality_rules = config.quality_rules()
         self.binding: Binding | None = None
+        self.policy: Policy | None = None
+        self.context: PolicyContext | None = None
         self.point: OperatingPoint = OFF
         self.last: BatchComposition | None = None
+        self.feedback: Feedback = NO_FEEDBACK
+        self.window: Window | None = None
+        self.metrics: SereMetrics | None = None
+        self.measures = False
+        self._clock = StepClock()
+        self._outbox: Feedback | None = None
+        self._steps = 0
         self._checked = False
 
-    def attach(self, binding: Binding) -> None:
-        self.binding = binding
+    def attach(self, binding: Binding, context: PolicyContext) -> None:
+        """After the weights have loaded."""
+        self.binding, self.context = binding, context
+        self._reader = CounterReader(binding.counters)
+        self._build_policy()
         logger.info(
             "SERE on: %d MoE layers, %s kernel, policy %s, S=%d, rho=%g, profile %s",
             len(binding.stages),
             binding.impl,
-            self.config.sere_policy,
+            self.settings.policy,
             self.settings.primary_k,
             self.settings.threshold,
             self.config.sere_profile,
         )
 
-    def begin_forward(self, composition: BatchComposition) -> None:
+    def start_measuring(self, *, rank: int, metrics: SereMetrics | None) -> None:
+        """On the rank that receives requests, once its scheduler is up."""
+        self.measures = rank == 0
+        self.metrics = metrics
+        if self.measures and self.config.sere_trace is not None:
+            self._trace = TraceWriter(self.config.sere_trace)
+
+    _trace: TraceWriter | None = None
+
+    def begin_forward(
+        self, composition: BatchComposition, request_classes: Sequence[int] = ()
+    ) -> None:
         """Choose and publish the operating point of the forward that is about to run."""
-        assert self.binding is not None
+        assert self.binding is not None and self.policy is not None
+        self._steps += 1
+        classes = b""
+        if composition.is_decode_like and any(request_classes):
+            rows = composition.num_tokens // len(request_classes)
+            classes = row_classes(request_classes, rows)
+        composition = dataclasses.replace(
+            composition,
+            step=self._steps,
+            exact_rows=classes.count(1),
+            fast_rows=classes.count(2),
+        )
+        if self.measures:
+            self._measure(composition)
         self.last = composition
-        self.point = static_policy(composition, self.settings)
-        self.binding.control.write(self.point, composition.num_tokens)
+        self.point = choose(self.policy, composition, self.settings, self.feedback)
+        if len(classes) > self.binding.control.max_rows:
+            self.point = OFF  # more rows than classes can be told apart for: exact for all
+        self.binding.control.write(
+            self.point, composition.num_tokens, classes, self._class_table() if classes else ()
+        )
         self.binding.switch.launch = self.point.enabled
+        if self._trace is not None:
+            self._trace.write(composition, self.point, self.feedback)
 
     def end_forward(self) -> None:
         assert self.binding is not None
@@ -65,6 +120,17 @@ class SereRuntime:
         if not self._checked and self.last is not None and self.last.num_tokens:
             self.binding.check_all_ran()
             self._checked = True
+        if self.measures or self.metrics is not None:
+            self._read_counters()
+
+    def take_feedback(self) -> Feedback | None:
+        """What the measuring rank has concluded since the last call, for all ranks."""
+        outbox, self._outbox = self._outbox, None
+        return outbox
+
+    def set_feedback(self, feedback: Feedback) -> None:
+        """On every rank, between two steps."""
+        self.feedback = feedback
 
     def settings_with(self, changes: Mapping[str, Any]) -> Settings:
         """The settings after `changes`, validated; raises `SereError` and changes nothing."""
@@ -72,9 +138,12 @@ class SereRuntime:
 
     def update(self, changes: Mapping[str, Any]) -> None:
         """Apply `changes` of ``/set_internal_state``; ``reset_counters: true`` zeroes them."""
-        self.settings = self.settings_with(changes)
+        before, self.settings = self.settings, self.settings_with(changes)
+        if before.policy != self.settings.policy:
+            self._build_policy()
         if changes.get("reset_counters") and self.binding is not None:
             self.binding.counters.zero_()
+            self._reader.forget()
         logger.info("SERE settings: %s", self.settings)
 
     @property
@@ -86,9 +155,10 @@ class SereRuntime:
         assert self.binding is not None
         return {
             "profile": self.config.sere_profile,
-            "policy": self.config.sere_policy,
             "layers": self.binding.layer_ids,
             "kernel": self.binding.impl,
+            "quality": self.quality_rules.default,
+            "allowed_quality": list(self.quality_rules.allowed),
         }
 
     def state(self) -> dict[str, Any]:
@@ -99,11 +169,80 @@ class SereRuntime:
             **dataclasses.asdict(self.settings),
             "top_k": self.top_k,
             "operating_point": dataclasses.asdict(self.point),
+            "composition": None if self.last is None else dataclasses.asdict(self.last),
+            "feedback": dataclasses.asdict(self.feedback),
+            "step_ms": self._clock.step_ms,
+            "predicted_step_ms": self._predicted_ms(),
             "counters": {
                 str(layer): dict(zip(COUNTER_FIELDS, row, strict=True))
                 for layer, row in zip(self.binding.layer_ids, rows, strict=True)
             },
         }
+
+    def summary(self) -> str:
+        """For SGLang's decode log line."""
+        text = f"sere S: {self.point.primary_k}" if self.point.enabled else "sere: exact"
+        if self.window is not None:
+            before, after = self.window.active_before.mean(), self.window.active_after.mean()
+            text += f", active experts: {before:.1f} -> {after:.1f}"
+        return text
+
+    def _build_policy(self) -> None:
+        assert self.context is not None
+        self.policy = make_policy(self.settings.policy, self.context)
+        self.feedback = NO_FEEDBACK
+        self._observer = Observer(self.policy, self.context.cost)
+
+    def _class_table(self) -> ClassTable:
+        fast = (self.settings.fast_primary_k, self.settings.fast_threshold)
+        return ((self.top_k, 0.0), fast)
+
+    def _measure(self, composition: BatchComposition) -> None:
+        """The launch of this step ends the previous one."""
+        elapsed = self._clock.tick(
+            is_decode_like=composition.is_decode_like, after_idle=composition.after_idle
+        )
+        if elapsed is None or self.last is None or self.context is None:
+            return
+        row = min(self.last.num_tokens, len(self.context.expectation.plain) - 1)
+        expected = float(self.context.expectation.plain[row])
+        feedback = self._observer.note_step(elapsed, self.last, expected, self.settings)
+        if feedback is not None:
+            self._outbox = feedback
+        if self.metrics is not None:
+            assert self._clock.step_ms is not None
+            self.metrics.observe_step(elapsed, self._clock.step_ms)
+
+    def _read_counters(self) -> None:
+        assert self.last is not None
+        window = self._reader.poll()
+        if window is not None:
+            self.window = window
+            self._observer.note_active(float(window.active_after.sum()))
+        if self.metrics is not None:
+            self.metrics.count_forward(self.last.mode, self.last.num_tokens, self.point.enabled)
+            if window is not None:
+                self.metrics.set_window(window)
+                self.metrics.set_point(
+                    self.point.primary_k if self.point.enabled else 0,
+                    self.point.threshold,
+                    self.feedback.budget
+                    if self.feedback.budget is not None
+                    else self.settings.quality_budget,
+                    self._predicted_ms(),
+                )
+
+    def _predicted_ms(self) -> float | None:
+        """Step time that the model behind the decisions expects of the last decode batch."""
+        if self.context is None or self.last is None or not self.last.is_decode_like:
+            return None
+        tables, rows = self.context.expectation, self.last.num_tokens
+        row = min(rows, len(tables.plain) - 1)
+        active = tables.plain[row]
+        key = (self.point.primary_k, self.point.threshold)
+        if self.point.enabled and key in tables.points:
+            active = tables.active[row, tables.points.index(key)]
+        return float(self.feedback.step.step_ms(rows, self.context.cost.moe_ms(rows, active)))
 
 
 def start(config: SereConfig) -> SereRuntime:

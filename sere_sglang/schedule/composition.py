@@ -10,12 +10,27 @@ Mode = Literal["decode", "extend", "mixed", "verify", "idle"]
 
 @dataclass(frozen=True)
 class BatchComposition:
-    """One forward of the target model, before padding. Counts are tokens (MoE input rows)."""
+    """One forward of the target model. Token counts are MoE input rows, without padding.
+
+    padded_rows: rows the kernels will see, the size of the CUDA graph that fits; equal to
+        `num_tokens` when there is none.
+    running, waiting: requests in the scheduler.
+    exact_rows, fast_rows: decode-like rows whose request asked for that quality.
+    step: number of the forward, counted by this rank.
+    after_idle: the scheduler had nothing to run before it.
+    """
 
     mode: Mode
     decode_tokens: int = 0
     prefill_tokens: int = 0
     verify_tokens: int = 0
+    padded_rows: int = 0
+    running: int = 0
+    waiting: int = 0
+    exact_rows: int = 0
+    fast_rows: int = 0
+    step: int = 0
+    after_idle: bool = False
 
     @property
     def num_tokens(self) -> int:

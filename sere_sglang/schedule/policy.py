@@ -1,83 +1,127 @@
-"""Policies: batch composition -> operating point. Pure functions of what every rank sees."""
+"""Policies: batch composition -> operating point, from nothing but what every rank sees."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import TYPE_CHECKING, Protocol
 
-from sere_sglang.errors import SereError
 from sere_sglang.schedule.composition import BatchComposition
+
+if TYPE_CHECKING:
+    from sere_sglang.schedule.cost import MoeCost
+    from sere_sglang.schedule.expectation import Expectation
+    from sere_sglang.schedule.feedback import Feedback
+    from sere_sglang.schedule.settings import Settings
+
+ENTRY_POINTS = "sere_sglang.policies"
+"""Entry-point group of third parties' policies: name -> a `PolicyFactory`."""
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What one forward runs at: S (`primary_k`) and rho (`threshold`), or nothing at all."""
+    """What one forward runs at: S (`primary_k`) and rho (`threshold`), or nothing at all.
+
+    layers: (layer id, point) of layers that differ from it.
+    """
 
     enabled: bool
     primary_k: int = 0
     threshold: float = 0.0
+    layers: tuple[tuple[int, OperatingPoint], ...] = field(default=(), repr=False)
+
+    def at(self, layer: int) -> OperatingPoint:
+        return dict(self.layers).get(layer, self) if self.layers else self
 
 
 OFF = OperatingPoint(enabled=False)
 
 
+class Policy(Protocol):
+    """Asked before every forward that `eligible` lets through. Must be a pure function: ranks
+    that are asked the same must answer the same. Clocks reach it as `feedback` only."""
+
+    def decide(
+        self, composition: BatchComposition, settings: Settings, feedback: Feedback
+    ) -> OperatingPoint: ...
+
+
 @dataclass(frozen=True)
-class Settings:
-    """What a running server may be told; changed whole, between two steps, on every rank."""
+class PolicyContext:
+    """What a policy may build on: the profile's expectation and the cost of this model."""
 
-    enabled: bool
-    primary_k: int
-    threshold: float
-    min_batch: int
-    max_batch: int | None
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Settings:
-        """From the live state that ``/server_info`` shows."""
-        return cls(**{f.name: state[f.name] for f in dataclasses.fields(cls)})
-
-    def updated(self, changes: Mapping[str, Any], *, top_k: int) -> Settings:
-        """A validated copy; ``reset_counters`` is a command and passes through. Raises
-        `SereError` naming the key; nothing is applied then."""
-        if not isinstance(changes.get("reset_counters", True), bool):
-            raise SereError(f"reset_counters must be true or false, got {changes!r}")
-        changes = {key: value for key, value in changes.items() if key != "reset_counters"}
-        known = {f.name for f in dataclasses.fields(self)}
-        for key in changes:
-            if key not in known:
-                raise SereError(f"unknown key {key!r}; known: {', '.join(sorted(known))}")
-        new = dataclasses.replace(self, **changes)
-        if not isinstance(new.enabled, bool):
-            raise SereError(f"enabled must be true or false, got {new.enabled!r}")
-        _check_int("primary_k", new.primary_k, 1, top_k - 1)
-        if isinstance(new.threshold, bool) or not isinstance(new.threshold, (int, float)):
-            raise SereError(f"threshold must be a number, got {new.threshold!r}")
-        if not 0.0 <= new.threshold <= 1.0:
-            raise SereError(f"threshold must lie in [0, 1], got {new.threshold!r}")
-        _check_int("min_batch", new.min_batch, 1, None)
-        if new.max_batch is not None:
-            _check_int("max_batch", new.max_batch, new.min_batch, None)
-        return new
+    expectation: Expectation
+    cost: MoeCost
 
 
-def static_policy(composition: BatchComposition, settings: Settings) -> OperatingPoint:
-    """The published method: fixed S and rho on decode batches of the configured sizes."""
+PolicyFactory = Callable[[PolicyContext], Policy]
+
+
+class StaticPolicy:
+    """The published method: S and rho from the settings on every eligible batch."""
+
+    def decide(
+        self, composition: BatchComposition, settings: Settings, feedback: Feedback
+    ) -> OperatingPoint:
+        return OperatingPoint(True, settings.primary_k, settings.threshold)
+
+
+def eligible(composition: BatchComposition, settings: Settings) -> bool:
+    """Decode-like batches of the configured sizes; everything else runs exact."""
     rows = composition.num_tokens
-    if (
-        not settings.enabled
-        or not composition.is_decode_like
-        or rows < settings.min_batch
-        or (settings.max_batch is not None and rows > settings.max_batch)
-    ):
+    return (
+        settings.enabled
+        and composition.is_decode_like
+        and settings.min_batch <= rows
+        and (settings.max_batch is None or rows <= settings.max_batch)
+    )
+
+
+def choose(
+    policy: Policy, composition: BatchComposition, settings: Settings, feedback: Feedback
+) -> OperatingPoint:
+    """The operating point of a forward."""
+    if not eligible(composition, settings):
         return OFF
-    return OperatingPoint(True, settings.primary_k, settings.threshold)
+    return policy.decide(composition, settings, feedback)
 
 
-def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise SereError(f"{name} must be a whole number, got {value!r}")
-    if value < low or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        raise SereError(f"{name} must be {bounds}, got {value}")
+@functools.cache
+def policy_names() -> tuple[str, ...]:
+    """Ours first, then third parties' in alphabetical order: the same in every process."""
+    others = {entry.name for entry in metadata.entry_points(group=ENTRY_POINTS)}
+    return (*_FACTORIES, *sorted(others - set(_FACTORIES)))
+
+
+def make_policy(name: str, context: PolicyContext) -> Policy:
+    """Build a policy by name. Raises `KeyError` for one that `policy_names` does not list."""
+    if name in _FACTORIES:
+        return _FACTORIES[name](context)
+    (entry,) = metadata.entry_points(group=ENTRY_POINTS, name=name)
+    factory: PolicyFactory = entry.load()
+    return factory(context)
+
+
+def _static(_context: PolicyContext) -> Policy:
+    return StaticPolicy()
+
+
+def _adaptive(context: PolicyContext) -> Policy:
+    from sere_sglang.schedule.adaptive import AdaptivePolicy
+
+    return AdaptivePolicy(context.expectation, context.cost)
+
+
+def _slo(context: PolicyContext) -> Policy:
+    from sere_sglang.schedule.slo import SloPolicy
+
+    return SloPolicy(context.expectation, context.cost)
+
+
+_FACTORIES: Mapping[str, PolicyFactory] = {
+    "static": _static,
+    "adaptive": _adaptive,
+    "slo": _slo,
+}

@@ -1,0 +1,24 @@
+"""Seam: the logger of ``SchedulerMetricsReporter`` (0.5.19 - 0.5.23): SERE in the decode line.
+
+SGLang builds the "Decode batch" line in one function without a hook; a filter on its logger adds
+what SERE did since the previous line.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from sere_sglang import runtime
+
+_LOGGER = "sglang.srt.managers.scheduler_components.metrics_reporter"
+
+
+def install() -> None:
+    logging.getLogger(_LOGGER).addFilter(_add)
+
+
+def _add(record: logging.LogRecord) -> bool:
+    active = runtime.current()
+    if active is not None and isinstance(record.msg, str) and record.msg.startswith("Decode batch"):
+        record.msg = f"{record.msg.rstrip(', ')}, {active.summary()}"
+    return True

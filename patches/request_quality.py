@@ -1,0 +1,37 @@
+"""Seam: ``TokenizerManager._create_tokenized_object`` (0.5.13 - 0.5.23).
+
+Every API (native, OpenAI-compatible, ``Engine``) turns a request into what the scheduler gets
+there, and answers a ValueError with status 400. A request that asks for a quality this server
+does not offer is told so instead of being served with another one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from sere_sglang.errors import SereError
+from sere_sglang.patches.seam import hook
+from sere_sglang.schedule.request_quality import QualityRules
+
+_TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object"
+_rules: QualityRules | None = None
+
+
+def install(rules: QualityRules) -> None:
+    """In the launcher, once its server is known to run SERE."""
+    global _rules
+    if _rules is None:
+        hook(_TARGET, _check, HookType.BEFORE, needs=["obj"])
+    _rules = rules
+
+
+def _check(_manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:
+    sampling = getattr(obj, "sampling_params", None)
+    if _rules is None or not isinstance(sampling, dict):
+        return
+    try:
+        _rules.check(sampling.get("custom_params"))
+    except SereError as error:
+        raise ValueError(str(error)) from None

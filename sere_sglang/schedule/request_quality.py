@@ -1,0 +1,66 @@
+"""What a single request may ask for: ``custom_params: {"sere": "exact" | "balanced" | "fast"}``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sere_sglang.errors import SereError
+
+KEY = "sere"
+QUALITIES = ("balanced", "exact", "fast")
+"""In the order of the row classes: balanced rows follow the policy, exact rows keep every expert
+and vote with all of them, fast rows run at an operating point of their own."""
+
+_CLASS = {name: index for index, name in enumerate(QUALITIES)}
+
+
+@dataclass(frozen=True)
+class QualityRules:
+    """The operator's part: what a request that does not ask gets, and what it may ask for."""
+
+    default: str = "balanced"
+    allowed: tuple[str, ...] = QUALITIES
+
+    def check(self, custom_params: Any) -> None:
+        """Raise `SereError` with the reason when a request may not have what it asks for."""
+        asked = custom_params.get(KEY) if isinstance(custom_params, dict) else None
+        if asked is None:
+            return
+        if asked not in QUALITIES:
+            raise SereError(f'custom_params "{KEY}" must be one of {_listed(QUALITIES)}: {asked!r}')
+        if asked not in self.allowed:
+            raise SereError(
+                f'custom_params "{KEY}": {asked!r} is not allowed on this server '
+                f"(--sere-allow-quality {','.join(self.allowed)})"
+            )
+
+    def class_of(self, custom_params: Any) -> int:
+        """The row class of a request; whatever `check` would refuse counts as not asked for."""
+        asked = custom_params.get(KEY) if isinstance(custom_params, dict) else None
+        return _CLASS[asked if asked in self.allowed else self.default]
+
+
+def row_classes(request_classes: Sequence[int], rows_per_request: int) -> bytes:
+    """One byte per row of a decode or verify batch; empty when every row is balanced."""
+    if not any(request_classes):
+        return b""
+    if rows_per_request == 1:
+        return bytes(request_classes)
+    return bytes(c for c in request_classes for _ in range(rows_per_request))
+
+
+def parse_allowed(text: str) -> tuple[str, ...]:
+    """``exact,balanced`` -> in the order of `QUALITIES`; raises `SereError`."""
+    names = {part.strip() for part in text.split(",") if part.strip()}
+    unknown = sorted(names - set(QUALITIES))
+    if unknown or not names:
+        raise SereError(
+            f"--sere-allow-quality {text}: expected a comma-separated list of {_listed(QUALITIES)}"
+        )
+    return tuple(name for name in QUALITIES if name in names)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,93 @@
+"""What an operator may change while the server runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sere_sglang.errors import SereError
+
+COMMANDS = ("reset_counters",)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Changed whole, between two steps, on every rank.
+
+    quality_budget: expected loss of a re-routed batch, in [0, 1], that ``adaptive`` may spend
+        and ``slo`` at most.
+    min_gain: predicted gain in step time below which a batch is left alone.
+    tpot_slo_ms: target of ``slo``; None for the other policies.
+    fast_primary_k, fast_threshold: operating point of rows that asked to be fast.
+    """
+
+    enabled: bool
+    policy: str
+    primary_k: int
+    threshold: float
+    min_batch: int
+    max_batch: int | None
+    quality_budget: float
+    min_gain: float
+    tpot_slo_ms: float | None
+    fast_primary_k: int
+    fast_threshold: float
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Settings:
+        """From the live state that ``/server_info`` shows."""
+        return cls(**{f.name: state[f.name] for f in dataclasses.fields(cls)})
+
+    def updated(self, changes: Mapping[str, Any], *, top_k: int) -> Settings:
+        """A validated copy; `COMMANDS` are not settings and pass through. Raises `SereError`
+        naming the key; nothing is applied then."""
+        for command in COMMANDS:
+            if not isinstance(changes.get(command, True), bool):
+                raise SereError(f"{command} must be true or false, got {changes[command]!r}")
+        changes = {key: value for key, value in changes.items() if key not in COMMANDS}
+        known = {f.name for f in dataclasses.fields(self)}
+        for key in changes:
+            if key not in known:
+                raise SereError(f"unknown key {key!r}; known: {', '.join(sorted(known))}")
+        new = dataclasses.replace(self, **changes)
+        new.check(top_k=top_k)
+        return new
+
+    def check(self, *, top_k: int) -> None:
+        """Raise `SereError` naming the first key that is wrong."""
+        from sere_sglang.schedule.policy import policy_names
+
+        if not isinstance(self.enabled, bool):
+            raise SereError(f"enabled must be true or false, got {self.enabled!r}")
+        if self.policy not in policy_names():
+            raise SereError(
+                f"policy must be one of {', '.join(policy_names())}, got {self.policy!r}"
+            )
+        _check_int("primary_k", self.primary_k, 1, top_k - 1)
+        _check_int("fast_primary_k", self.fast_primary_k, 1, top_k - 1)
+        _check_int("min_batch", self.min_batch, 1, None)
+        if self.max_batch is not None:
+            _check_int("max_batch", self.max_batch, self.min_batch, None)
+        for name in ("threshold", "fast_threshold", "quality_budget", "min_gain"):
+            _check_number(name, getattr(self, name), 0.0, 1.0)
+        if self.tpot_slo_ms is not None:
+            _check_number("tpot_slo_ms", self.tpot_slo_ms, 0.01, 1e6)
+        elif self.policy == "slo":
+            raise SereError("policy slo needs tpot_slo_ms, its target in milliseconds")
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SereError(f"{name} must be a whole number, got {value!r}")
+    if value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        raise SereError(f"{name} must be {bounds}, got {value}")
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SereError(f"{name} must be a number, got {value!r}")
+    if not low <= value <= high:
+        raise SereError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}")

@@ -1,0 +1,82 @@
+"""``slo``: a closed loop around ``adaptive`` that skips just enough to hold a target."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from sere_sglang.schedule.adaptive import AdaptivePolicy
+from sere_sglang.schedule.composition import BatchComposition
+from sere_sglang.schedule.feedback import Feedback
+from sere_sglang.schedule.policy import OperatingPoint
+from sere_sglang.schedule.settings import Settings
+
+_TOO_SLOW = 1.02  # of the target: above it the budget grows
+_SLACK = 0.97  # of the target: a smaller budget must be predicted to stay below it
+_PATIENCE = (4, 64)  # windows between a violation and the next smaller budget, at least and most
+
+
+class SloPolicy(AdaptivePolicy):
+    """``adaptive`` with the budget that `SloController` sent to all ranks; exact before that."""
+
+    def decide(
+        self, composition: BatchComposition, settings: Settings, feedback: Feedback
+    ) -> OperatingPoint:
+        budget = min(feedback.budget or 0.0, settings.quality_budget)
+        allowed = dataclasses.replace(settings, quality_budget=budget)
+        return super().decide(composition, allowed, feedback)
+
+
+@dataclass
+class SloController:
+    """Moves the budget between 0 and ``quality_budget``, a rung of `AdaptivePolicy.rungs` at a
+    time. On the rank that measures; the others only learn the budget.
+
+    A target between two rungs would make it climb and fall for ever. It falls only to a rung that
+    is predicted to hold the target, and each fall that turns out wrong doubles the wait for the
+    next one; a held target halves it again.
+    """
+
+    policy: AdaptivePolicy
+    budget: float = 0.0
+    _patience: int = _PATIENCE[0]
+    _calm: int = 0
+    _fell: bool = False
+
+    def update(
+        self,
+        step_ms: float,
+        composition: BatchComposition,
+        settings: Settings,
+        feedback: Feedback,
+    ) -> float:
+        """After a window of steps that took `step_ms` each at `composition`. The new budget."""
+        target = settings.tpot_slo_ms
+        if target is None:
+            return self.budget
+        ceiling = settings.quality_budget
+        rungs = [r for r in self.policy.rungs(composition, settings, feedback) if r[0] <= ceiling]
+        here = max(i for i, (budget, _) in enumerate(rungs) if budget <= self.budget)
+        if step_ms > _TOO_SLOW * target:
+            if self._fell:
+                self._patience = min(2 * self._patience, _PATIENCE[1])
+            self._calm, self._fell = 0, False
+            if here + 1 < len(rungs):
+                # Prediction picks the rung, in proportion to what was measured; at least the next.
+                wanted = [
+                    i
+                    for i in range(here + 1, len(rungs))
+                    if step_ms * rungs[i][1] / rungs[here][1] <= target
+                ]
+                here = wanted[0] if wanted else len(rungs) - 1
+        else:
+            self._calm += 1
+            if self._fell and self._calm >= _PATIENCE[0]:
+                self._fell = False
+                self._patience = max(self._patience // 2, _PATIENCE[0])
+            lower = step_ms * rungs[here - 1][1] / rungs[here][1] if here > 0 else None
+            if lower is not None and lower <= _SLACK * target and self._calm >= self._patience:
+                here -= 1
+                self._calm, self._fell = 0, True
+        self.budget = rungs[here][0]
+        return self.budget

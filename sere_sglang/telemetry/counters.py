@@ -1,0 +1,81 @@
+"""Reading the device counters while the model runs, without waiting for the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sere_sglang.ops import COUNTER_FIELDS
+
+_FORWARDS, _ROWS, _BEFORE, _AFTER, _REROUTED, _CRITICAL = range(len(COUNTER_FIELDS))
+
+
+@dataclass(frozen=True)
+class Window:
+    """Means per re-routed forward since the previous reading; arrays are float64 ``[layers]``."""
+
+    forwards: int
+    rows: float
+    active_before: np.ndarray
+    active_after: np.ndarray
+    rerouted: np.ndarray
+    critical: np.ndarray
+
+
+class CounterReader:
+    """Copies int64 ``[layers, 6]`` counters to the host every `interval` forwards.
+
+    On a GPU the copy is queued on the current (forward) stream and collected by a later `poll`
+    once it is done; nothing waits. A window without a re-routed forward is not reported.
+    """
+
+    def __init__(self, counters: torch.Tensor, interval: int = 16) -> None:
+        self._counters = counters
+        self._interval = interval
+        self._since = 0
+        self._asynchronous = counters.is_cuda
+        self._host = torch.zeros_like(counters, device="cpu", pin_memory=self._asynchronous)
+        self._done = torch.cuda.Event() if self._asynchronous else None
+        self._pending = False
+        self._previous = np.zeros(tuple(counters.shape), dtype=np.int64)
+
+    def poll(self) -> Window | None:
+        """Call once per forward, after it was queued."""
+        window = self._collect()
+        self._since += 1
+        if self._since >= self._interval and not self._pending:
+            self._since = 0
+            self._host.copy_(self._counters, non_blocking=True)
+            if self._done is not None:
+                self._done.record()
+            self._pending = True
+            if not self._asynchronous:
+                return self._collect()
+        return window
+
+    def forget(self) -> None:
+        """After the counters were zeroed."""
+        self._previous[:] = 0
+        self._pending = False
+
+    def _collect(self) -> Window | None:
+        if not self._pending or (self._done is not None and not self._done.query()):
+            return None
+        self._pending = False
+        now = self._host.numpy().copy()
+        step = now - self._previous
+        self._previous = now
+        forwards = int(step[:, _FORWARDS].max(initial=0))
+        if forwards <= 0 or int(step.min(initial=0)) < 0:
+            return None
+        mean = step / forwards
+        return Window(
+            forwards=forwards,
+            rows=float(mean[:, _ROWS].max()),
+            active_before=mean[:, _BEFORE],
+            active_after=mean[:, _AFTER],
+            rerouted=mean[:, _REROUTED],
+            critical=mean[:, _CRITICAL],
+        )

@@ -1,0 +1,89 @@
+"""Prometheus metrics, on SGLang's own ``/metrics`` when the server has ``--enable-metrics``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sere_sglang.telemetry.counters import Window
+
+PREFIX = "sglang:sere_"
+_STEP_MS_BUCKETS = (0.5, 1, 2, 4, 6, 8, 10, 15, 20, 30, 40, 60, 80, 120, 200, 400, 1000)
+_EXPERT_BUCKETS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+class SereMetrics:
+    """One per reporting rank; `labels` are the ones SGLang puts on its scheduler metrics."""
+
+    def __init__(self, labels: Mapping[str, str], layer_ids: Sequence[int]) -> None:
+        # SGLang sets PROMETHEUS_MULTIPROC_DIR before this may be imported.
+        from prometheus_client import Counter, Gauge, Histogram
+
+        self._labels = dict(labels)
+        self._layers = [str(layer) for layer in layer_ids]
+        names = list(labels)
+
+        def gauge(name: str, text: str, *extra: str) -> Any:
+            return Gauge(
+                PREFIX + name, text, labelnames=[*names, *extra], multiprocess_mode="mostrecent"
+            )
+
+        self._primary_k = gauge("primary_k", "S of the last decode step; 0 while it is exact.")
+        self._threshold = gauge("threshold", "rho of the last decode step.")
+        self._budget = gauge("quality_budget", "Expected loss that the policy may spend.")
+        self._predicted = gauge("predicted_step_ms", "Decode step time the policy expected.")
+        self._step = gauge("step_ms", "Measured decode step time (time per output token), smoothed.")
+        self._before = gauge("active_experts_before", "Mean experts the routers chose.", "layer")
+        self._after = gauge("active_experts_after", "Mean experts executed.", "layer")
+        self._rerouted = gauge("rerouted_slots", "Mean slots moved per forward.", "layer")
+        self._critical = gauge("critical_slots", "Mean slots kept as critical.", "layer")
+        self._forwards = Counter(
+            PREFIX + "forwards_total",
+            "Forwards of the target model.",
+            labelnames=[*names, "mode", "rerouted"],
+        )
+        self._rows = Histogram(
+            PREFIX + "batch_rows",
+            "Rows per forward.",
+            labelnames=[*names, "mode"],
+            buckets=tuple(2**i for i in range(14)),
+        )
+        self._active = Histogram(
+            PREFIX + "active_experts",
+            "Experts executed per layer and re-routed forward, means of short windows.",
+            labelnames=names,
+            buckets=_EXPERT_BUCKETS,
+        )
+        self._tpot = Histogram(
+            PREFIX + "tpot_ms",
+            "Time from one decode step to the next.",
+            labelnames=names,
+            buckets=_STEP_MS_BUCKETS,
+        )
+
+    def count_forward(self, mode: str, rows: int, rerouted: bool) -> None:
+        self._forwards.labels(**self._labels, mode=mode, rerouted=str(rerouted).lower()).inc()
+        self._rows.labels(**self._labels, mode=mode).observe(rows)
+
+    def observe_step(self, elapsed_ms: float, smoothed_ms: float) -> None:
+        self._tpot.labels(**self._labels).observe(elapsed_ms)
+        self._step.labels(**self._labels).set(smoothed_ms)
+
+    def set_point(
+        self, primary_k: int, threshold: float, budget: float | None, predicted_ms: float | None
+    ) -> None:
+        self._primary_k.labels(**self._labels).set(primary_k)
+        self._threshold.labels(**self._labels).set(threshold)
+        if budget is not None:
+            self._budget.labels(**self._labels).set(budget)
+        if predicted_ms is not None:
+            self._predicted.labels(**self._labels).set(predicted_ms)
+
+    def set_window(self, window: Window) -> None:
+        for i, layer in enumerate(self._layers):
+            labels = {**self._labels, "layer": layer}
+            self._before.labels(**labels).set(window.active_before[i])
+            self._after.labels(**labels).set(window.active_after[i])
+            self._rerouted.labels(**labels).set(window.rerouted[i])
+            self._critical.labels(**labels).set(window.critical[i])
+            self._active.labels(**self._labels).observe(window.active_after[i])
