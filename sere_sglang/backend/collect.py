@@ -85,7 +85,7 @@ class Collector:
             )
         self._modules = layers
         for layer_id in sorted(layers):
-            require_standard_format(routers[layer_id], name)
+            require_standard_format(routers[layer_id], name, asked="--model")
             self.layers[layer_id] = LayerCollector(LayerExperts(layers[layer_id]), self.spec)
 
     def begin_forward(self, num_tokens: int, *, is_prefill: bool) -> None:

@@ -31,15 +31,17 @@ def routers_of(model: torch.nn.Module) -> dict[int, Any]:
     }
 
 
-def require_standard_format(router: Any, model_name: str) -> None:
-    """Raise `SereError` when the layer's runner routes inside its kernel."""
+def require_standard_format(
+    router: Any, model_name: str, *, asked: str = "--moe-backend sere"
+) -> None:
+    """Raise `SereError`, naming what was `asked`, when the runner routes inside its kernel."""
     from sglang.srt.layers.moe.topk import TopKOutputFormat
 
     topk_config = router.topk_config
     if topk_config.output_format not in (None, TopKOutputFormat.STANDARD):
         backend = topk_config.runner_backend
         raise SereError(
-            f"--moe-backend sere: {model_name} runs --moe-runner-backend "
+            f"{asked}: {model_name} runs --moe-runner-backend "
             f"{getattr(backend, 'value', backend)}, which routes inside its kernel "
             f"({topk_config.output_format.name.lower()}); choose another, for instance "
             "--moe-runner-backend triton or flashinfer_trtllm_routed"

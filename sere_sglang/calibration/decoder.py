@@ -146,7 +146,7 @@ class Block:
         modules = [m for m in self._module.modules() if _holds_experts(m)]
         if len(modules) > 1:
             raise decoder.refused(f"layer {index} has {len(modules)} groups of experts")
-        self.experts = BlockExperts(modules[0], index, decoder.device) if modules else None
+        self.experts = BlockExperts(modules[0], index, decoder) if modules else None
         self._hook = modules[0].register_forward_pre_hook(self._look) if modules else None
 
     @torch.no_grad()
@@ -175,12 +175,12 @@ class Block:
 class BlockExperts:
     """The experts of a transformers module that holds them as [E, ..., ...] parameters."""
 
-    def __init__(self, module: Any, layer_id: int, device: torch.device) -> None:
+    def __init__(self, module: Any, layer_id: int, decoder: Decoder) -> None:
         self.module = module
         self.layer_id = layer_id
-        self.device = device
+        self.device = decoder.device
+        self.hidden_size = decoder.hidden_size
         self.num_experts, one, other = module.down_proj.shape
-        self.hidden_size = int(getattr(module, "hidden_dim", 0) or module.hidden_size)
         self.width = int(one * other // self.hidden_size)
 
     @torch.no_grad()
@@ -247,7 +247,7 @@ def _without_weights(folder: str) -> Any:
         dtype = getattr(config, "dtype", None) or torch.bfloat16
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", experts_implementation="eager"
+                config, dtype=dtype, experts_implementation="eager"
             )
     except (ValueError, KeyError, ImportError) as error:
         first = str(error).splitlines()[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,20 +18,26 @@ from safetensors.torch import load_file, save_file
 from sere_sglang.calibration import CalibrationJob, Interrupted, calibrate, layers
 from sere_sglang.calibration.decoder import Decoder
 from sere_sglang.errors import SereError
-from sere_sglang.profile import SereProfile, load_profile
+from sere_sglang.profile import load_profile
 from sere_sglang.profile.collection import MEASURES, CollectionSpec
 from sere_sglang.profile.report import matrices_of
 from tests.profile import definitions
+from tests.profile.layer_jobs import (
+    CKA_TOKENS,
+    LENGTH,
+    TOKENS,
+    a_job,
+    same_everywhere,
+    write_float32,
+)
 from tests.server.checkpoints import (
     EXPERTS,
     LAYERS,
     MOE_ARCHITECTURES,
     TOP_K,
     moe_layer_ids,
-    write_checkpoint,
 )
 
-TOKENS, LENGTH, CKA_TOKENS = 300, 64, 200
 DEMO = Path(__file__).parents[2] / "demo_model"
 
 
@@ -40,26 +45,13 @@ DEMO = Path(__file__).parents[2] / "demo_model"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layers")
     for architecture in MOE_ARCHITECTURES:
-        config = write_checkpoint(architecture, folder / architecture) / "config.json"
-        # Rounding to bfloat16 would hide small mistakes.
-        config.write_text(config.read_text().replace("bfloat16", "float32"))
+        write_float32(architecture, folder / architecture)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def _same_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    # What choosing a CPU sets for SGLang's workers is not for the tests that follow.
-    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-
-
-def a_job(model: Path, out: Path, **changes: Any) -> CalibrationJob:
-    spec = CollectionSpec(measures=MEASURES, memory=1 << 21, cka_tokens=CKA_TOKENS)
-    settings = {"num_tokens": TOKENS, "length": LENGTH, "device": "cpu", **changes}
-    return CalibrationJob(
-        model=str(model), out=out, **{"spec": spec, "layer_by_layer": True, **settings}
-    )
+def _same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    same_everywhere(monkeypatch)
 
 
 class _Whole:
@@ -253,101 +245,45 @@ def _profile_of(folder: Path, name: str) -> Path:
     return out
 
 
-def _changed(folder: Path, to: Path, **config: Any) -> Path:
-    shutil.copytree(folder / "qwen3_moe", to)
-    told = json.loads((to / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps({**told, **config}))
-    return to
+FAMILIES = ("deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "minimax_m2", "phimoe")
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"model_type": "none_such"}, "transformers cannot build .*none_such"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "is quantized"),
-        ({"mlp_only_layers": [1]}, "does not give model.layers.1 its weights"),
-        ({"num_hidden_layers": 4}, "does not give model.layers.3 its weights"),
-    ],
-)
-def test_what_cannot_be_built_is_refused_by_name(
-    folder: Path, tmp_path: Path, config: dict[str, Any], message: str
-) -> None:
-    model = _changed(folder, tmp_path / "model", **config)
-    with pytest.raises(SereError, match=message) as error:
-        calibrate(a_job(model, tmp_path / "p.out"))
-    assert "drop --layer-by-layer" in str(error.value)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_gives_what_it_gives_in_the_whole_model(family: str, tmp_path: Path) -> None:
+    """Bit for bit, of checkpoints that transformers itself wrote."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-
-def test_flags_that_do_not_go_together(folder: Path, tmp_path: Path) -> None:
-    job = a_job(folder / "qwen3_moe", tmp_path / "p.out", server_args=("--tp", "2"))
-    with pytest.raises(SereError, match=r"'-- --tp 2' is for; drop one of the two"):
-        calibrate(job)
-    with pytest.raises(SereError, match="reads a model folder, --model some/hub-id is none"):
-        calibrate(dataclasses.replace(job, model="some/hub-id", server_args=()))
-
-
-def test_too_small_a_memory_is_refused_before_anything_runs(folder: Path, tmp_path: Path) -> None:
-    job = a_job(folder / "qwen3_moe", tmp_path / "p.out", spec=CollectionSpec(memory=1 << 14))
-    with pytest.raises(SereError, match=r"at least --memory \d+MiB"):
-        calibrate(job)
-
-
-def test_out_of_memory_names_the_flag(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sere_sglang.calibration.decoder import BlockExperts
-
-    def outputs(_self: Any, _rows: torch.Tensor) -> torch.Tensor:
-        return torch.empty(1 << 50)  # DefaultCPUAllocator: can't allocate memory
-
-    monkeypatch.setattr(BlockExperts, "outputs", outputs)
-    with pytest.raises(SereError, match=r"out of memory .* lower --memory \(now 2MiB\)"):
-        calibrate(a_job(folder / "qwen3_moe", tmp_path / "p.out"))
-
-
-@pytest.mark.parametrize(
-    ("room", "message"),
-    [(20_000, "cannot reserve 0 MiB for the hidden"), (80_000, "partial: cannot be written")],
-)
-def test_a_full_disk_is_told_with_the_file(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, message: str
-) -> None:
-    """As with a quota: no file may grow beyond `room` bytes."""
-    monkeypatch.setattr(layers, "SAVE_EVERY_S", -1.0)
-    job = a_job(folder / "qwen3_moe", tmp_path / "p.out", spec=CollectionSpec(memory=1 << 24))
-    with _at_most(room), pytest.raises(SereError, match=message) as error:
-        calibrate(job)
-    assert "free some space" in str(error.value)
-    assert not job.out.exists() and not list(tmp_path.glob("*.writing"))
-
-
-def test_a_full_disk_at_the_end_loses_nothing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import sere_sglang.calibration as calibration
-
-    job = a_job(folder / "qwen3_moe", tmp_path / "p.out")
-    original = calibration.save_profile
-
-    def full(profile: SereProfile, path: Path) -> None:
-        with _at_most(1000):
-            original(profile, path)
-
-    monkeypatch.setattr(calibration, "save_profile", full)
-    with pytest.raises(SereError, match=r"--out .* free some space .* --resume"):
-        calibrate(job)
-    assert not job.out.exists()
-    monkeypatch.undo()
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    calibrate(dataclasses.replace(job, resume=True))
-    assert load_profile(job.out).similarity.keys() == {0, 1, 2}
-
-
-@contextmanager
-def _at_most(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16}
+    shape |= {"num_key_value_heads": 4, "intermediate_size": 96, "moe_intermediate_size": 32}
+    shape |= {"vocab_size": 300, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    shape |= dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 8)
+    shape |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    if family == "deepseek_v3":
+        shape |= {"head_dim": 8, "kv_lora_rank": 32, "q_lora_rank": 24, "v_head_dim": 16}
+        shape |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "first_k_dense_replace": 1}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)).save_pretrained(
+        tmp_path
+    )
+    ids = list(range(5, 45))
+    with torch.no_grad():
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+        states = whole(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    decoder = Decoder(str(tmp_path), "cpu")
+    with decoder.embedding() as embed:
+        hidden = embed(ids)
+    looked = 0
+    for index in range(2):
+        with decoder.layer(index) as block:
+            hidden = block(hidden)
+            if block.experts is None:
+                continue
+            looked += 1
+            assert block.seen is not None
+            rows, chosen, weights = block.seen
+            outputs = block.experts.outputs(rows)  # [E, n, H]
+            picked = outputs[chosen, torch.arange(len(rows))[:, None]]  # [n, K, H]
+            mixed = (picked * weights[:, :, None]).sum(1)
+            torch.testing.assert_close(mixed, block.experts.module(rows, chosen, weights))
+        assert torch.equal(hidden, states[index + 1][0])
+    assert looked
