@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cpu_moe import Layer
 
 from benchmarks._common import write_result
+from benchmarks.cpu_moe import Layer
 from sere_sglang.backend.cpu_moe import fused_moe
 from sere_sglang.profile.cka import cka_matrix
 from sere_sglang.profile.collection import CollectionSpec, block_tokens, cka_block

@@ -32,8 +32,9 @@ def register() -> None:
 
 
 def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
-    if calibration.spec_of(server_args) is not None:
-        calibration.install(calibration.spec_of(server_args), device=server_args.device)
+    spec = calibration.spec_of(server_args)
+    if spec is not None:
+        calibration.install(spec, device=server_args.device)
         return
     asked = config.config_of(server_args)
     if not asked.enabled:

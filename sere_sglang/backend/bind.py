@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from sere_sglang.backend.moe_layers import moe_layers, require_standard_format, routers_of
 from sere_sglang.backend.stage import RerouteStage, Switch, bind_stage
 from sere_sglang.config import SereConfig
 from sere_sglang.errors import SereError
@@ -44,8 +44,8 @@ class Binding:
 def bind_model(model: torch.nn.Module, config: SereConfig, *, device: str) -> Binding:
     """Find the model's MoE layers and bind one stage to each. Raises `SereError`."""
     name = type(model).__name__
-    layers = _moe_layers(model)
-    routers = _routers(model)
+    layers = moe_layers(model)
+    routers = routers_of(model)
     if not layers:
         raise SereError(f"--moe-backend sere: {name} has no MoE layers; drop the flag")
     unrouted = sorted(set(layers) - set(routers))
@@ -71,7 +71,7 @@ def bind_model(model: torch.nn.Module, config: SereConfig, *, device: str) -> Bi
     stages = []
     for row, layer_id in enumerate(sorted(layers)):
         router = routers[layer_id]
-        _require_standard_format(router, name)
+        require_standard_format(router, name)
         topk_config = router.topk_config
         stage = RerouteStage(
             layer_id=layer_id,
@@ -87,40 +87,6 @@ def bind_model(model: torch.nn.Module, config: SereConfig, *, device: str) -> Bi
         bind_stage(topk_config, stage)
         stages.append(stage)
     return Binding(name, stages, control, counters, switch, impl)
-
-
-def _moe_layers(model: torch.nn.Module) -> dict[int, Any]:
-    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-
-    return {
-        module.layer_id: module
-        for module in model.modules()
-        if isinstance(module, FusedMoE) and not module.is_shared_fused_moe
-    }
-
-
-def _routers(model: torch.nn.Module) -> dict[int, Any]:
-    from sglang.srt.layers.moe.topk import TopK
-
-    return {
-        module.layer_id: module
-        for module in model.modules()
-        if isinstance(module, TopK) and not module.is_draft
-    }
-
-
-def _require_standard_format(router: Any, model_name: str) -> None:
-    from sglang.srt.layers.moe.topk import TopKOutputFormat
-
-    topk_config = router.topk_config
-    if topk_config.output_format not in (None, TopKOutputFormat.STANDARD):
-        backend = topk_config.runner_backend
-        raise SereError(
-            f"--moe-backend sere: {model_name} runs --moe-runner-backend "
-            f"{getattr(backend, 'value', backend)}, which routes inside its kernel "
-            f"({topk_config.output_format.name.lower()}); choose another, for instance "
-            "--moe-runner-backend triton or flashinfer_trtllm_routed"
-        )
 
 
 def _ranges(ids: list[int]) -> str:

@@ -58,6 +58,14 @@ def command(
         int, typer.Option(min=128, help="Tokens for CKA; cost grows with the square.")
     ] = 2048,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    layer_by_layer: Annotated[
+        bool,
+        typer.Option(
+            "--layer-by-layer",
+            help="For a checkpoint larger than the machine: one layer in memory at a time, each "
+            "read once, without SGLang. For unquantized models that transformers can build.",
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted calibration.")
     ] = False,
@@ -72,7 +80,8 @@ def command(
     """Measure how similar the experts of an MoE model are, and write its SERE profile.
 
     Runs the model over calibration text in SGLang itself, so any model and quantization that
-    SGLang serves will do. Ctrl-C keeps what is done; --resume continues.
+    SGLang serves will do; one too large for this machine runs with --layer-by-layer. Ctrl-C
+    keeps what is done; --resume continues.
     """
     from sere_sglang.calibration import check_job
 
@@ -93,6 +102,7 @@ def command(
             seed=seed,
             device=device,
             resume=resume,
+            layer_by_layer=layer_by_layer,
             server_args=tuple(server_args or ()),
         )
         check_job(job)

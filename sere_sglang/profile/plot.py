@@ -1,4 +1,4 @@
-"""One page about a profile: heat maps with experts clustered, histogram, popularity, activation."""
+"""One page about a profile: heat maps with experts clustered, best substitutes, popularity."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def plot_profile(profile: SereProfile, path: Path, measure: str | None = None) -
     shown = _evenly(list(matrices), _MAX_MAPS)
     columns = min(_COLUMNS, len(shown))
     map_rows = -(-len(shown) // columns)
-    figure = plt.figure(figsize=(12, 3.3 * map_rows + 3.9), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[3.3 * map_rows, 3.6])
+    figure = plt.figure(figsize=(13, 3.2 * map_rows + 3.7), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3.2 * map_rows, 3.1])
     above, below = parts
     low = min(upper(m).min().item() for m in matrices.values())
     high = max(upper(m).max().item() for m in matrices.values())
@@ -43,9 +43,12 @@ def plot_profile(profile: SereProfile, path: Path, measure: str | None = None) -
     for axes, layer in zip(maps.flat, shown, strict=False):
         image = _heat_map(axes, matrices[layer], low, high)
         axes.set_title(f"layer {layer}", fontsize=10)
-    above.colorbar(image, ax=maps, shrink=0.8, label=f"similarity ({measure or _name(profile)})")
-    histogram, popularity, activation = below.subplots(1, 3)
+    label = f"similarity ({measure or _name(profile)})"
+    above.colorbar(image, ax=maps, shrink=0.8, fraction=0.02, pad=0.01, label=label)
+    above.supxlabel("experts, similar ones side by side", fontsize=8)
+    histogram, substitutes, popularity, activation = below.subplots(1, 4)
     _histogram(histogram, matrices)
+    _best_substitutes(substitutes, matrices)
     _popularity(popularity, profile)
     _activation(activation, profile)
     meta = profile.metadata
@@ -91,9 +94,21 @@ def _histogram(axes: Any, matrices: dict[int, torch.Tensor]) -> None:
     bins = np.linspace(pairs.min(), max(pairs.max(), pairs.min() + 1e-6), 31)
     axes.hist(pairs, bins=bins, density=True, alpha=0.6, label="all pairs")
     axes.hist(best, bins=bins, density=True, alpha=0.6, label="best substitute")
+    axes.set_title("similarity of pairs, all layers", fontsize=10)
     axes.set_xlabel("similarity")
     axes.set_ylabel("density")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7)
+
+
+def _best_substitutes(axes: Any, matrices: dict[int, torch.Tensor]) -> None:
+    """Low at the left: critical experts, which nobody can stand in for."""
+    for layer, matrix in matrices.items():
+        axes.plot(best_similarity(matrix).sort().values.numpy(), lw=1, label=f"layer {layer}")
+    axes.set_title("best substitute of each expert", fontsize=10)
+    axes.set_xlabel("expert, most critical first")
+    axes.set_ylabel("similarity")
+    if len(matrices) <= _MAX_MAPS:
+        axes.legend(fontsize=7)
 
 
 def _popularity(axes: Any, profile: SereProfile) -> None:
@@ -102,6 +117,8 @@ def _popularity(axes: Any, profile: SereProfile) -> None:
             counts = tables["popularity"].double().sort(descending=True).values
             axes.plot((counts / counts.mean().clamp(min=1)).numpy(), lw=1, label=f"layer {layer}")
     axes.axhline(1, color="grey", lw=0.7, ls=":")
+    axes.set_ylim(bottom=0)
+    axes.set_title("popularity", fontsize=10)
     axes.set_xlabel("expert, most used first")
     axes.set_ylabel("use (1 = even)")
     if 0 < len(profile.tables) <= _MAX_MAPS:
@@ -116,13 +133,16 @@ def _activation(axes: Any, profile: SereProfile) -> None:
         return
     top_k = ranks[0].shape[0]
     batches = [2**n for n in range(9)]
+    axes.set_title("experts active in a decode step", fontsize=10)
     for s in _evenly(list(range(1, top_k + 1)), 5):
         mean = [sum(expected_active(r, tokens, s, b) for r in ranks) / len(ranks) for b in batches]
         axes.plot(batches, mean, marker=".", label=f"S={s}" if s < top_k else "plain")
     axes.set_xscale("log", base=2)
+    axes.set_xticks(batches[::2], batches[::2])
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("decode batch, tokens")
-    axes.set_ylabel("expected active experts")
-    axes.legend(fontsize=8)
+    axes.set_ylabel("expected active experts per layer")
+    axes.legend(fontsize=7)
 
 
 def _name(profile: SereProfile) -> str:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,18 +59,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> Iterator[dict[str, Run]]:
-    """qwen3_moe in one go, deepseek_v2 interrupted and resumed; most of it is SGLang starting."""
-    straight = _start(folder, "qwen3_moe", "qwen3_moe.log")
-    interrupted = _start(folder, "deepseek_v2", "interrupted.log", interrupt_at=256)
-    children = [straight, interrupted]
+    """Both in one go, and deepseek_v2 interrupted and resumed; most of it is SGLang starting."""
+    children = [_start(folder, "qwen3_moe", "qwen3_moe.log")]
     try:
-        assert interrupted.wait(timeout=300) == 130, _tail(folder / "interrupted.log")
+        children.append(_start(folder, "deepseek_v2", "interrupted.log", interrupt_at=256))
+        assert children[1].wait(timeout=300) == 130, _tail(folder / "interrupted.log")
         assert not (folder / "deepseek_v2.out").exists()
-        resumed = _start(folder, "deepseek_v2", "deepseek_v2.log", "--resume")
-        children.append(resumed)
+        children.append(_start(folder, "deepseek_v2", "deepseek_v2.log", "--resume"))
+        assert children[0].wait(timeout=300) == 0, _tail(folder / "qwen3_moe.log")
+        children.append(_start(folder, "deepseek_v2", "straight.log", out="straight.out"))
         finished = {}
-        for name, child in (("qwen3_moe", straight), ("deepseek_v2", resumed)):
+        for name, child in zip(("deepseek_v2", "straight"), children[2:], strict=True):
             assert child.wait(timeout=400) == 0, _tail(folder / f"{name}.log")
+        for name in ARCHITECTURES:
             kept = load_file(folder / f"{name}.kept")
             layers = moe_layer_ids(name)
             finished[name] = Run(
@@ -151,6 +152,35 @@ def test_ctrl_c_says_how_to_resume_and_leaves_nothing_behind(
     assert len(rows) == TOKENS and len(rows.unique(dim=0)) > TOKENS - 5
 
 
+def test_resuming_gives_the_bytes_of_an_uninterrupted_run(
+    runs: dict[str, Run], folder: Path
+) -> None:
+    assert runs["deepseek_v2"].profile.read_bytes() == (folder / "straight.out").read_bytes()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layer_by_layer_agrees(runs: dict[str, Run], name: str, tmp_path: Path) -> None:
+    """The same tokens through transformers' modules, both in bfloat16."""
+    folder = runs[name].model.parent
+    command = [*_command(folder, name, tmp_path / "p.out"), "--layer-by-layer"]
+    command[2:5] = ["sere_sglang.cli.main"]
+    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=120, capture_output=True)
+    ours, theirs = load_profile(tmp_path / "p.out"), load_profile(runs[name].profile)
+    assert ours.similarity.keys() == theirs.similarity.keys()
+    for layer, matrix in ours.similarity.items():
+        np.testing.assert_allclose(matrix, theirs.similarity[layer], atol=2e-3)
+        tables, others = ours.tables[layer], theirs.tables[layer]
+        assert tables.keys() == others.keys()
+        for measure in ("cosine", "residual"):
+            name_of = f"similarity_{measure}"
+            np.testing.assert_allclose(tables[name_of], others[name_of], atol=2e-3)
+    told = [{**p.metadata.method_parameters} for p in (ours, theirs)]
+    assert told[0].pop("layer_by_layer") is True
+    assert told[0] == told[1]
+    same = [replace(p.metadata, method_parameters={}) for p in (ours, theirs)]
+    assert same[0] == same[1]
+
+
 def _expert_outputs(weights: dict[str, torch.Tensor], layer: int, rows: torch.Tensor) -> np.ndarray:
     """[E, T, H] float64: silu(gate(x)) * up(x), down, as the checkpoint's own matrices say."""
     outputs = []
@@ -164,19 +194,24 @@ def _expert_outputs(weights: dict[str, torch.Tensor], layer: int, rows: torch.Te
     return torch.stack(outputs).numpy()
 
 
-def _start(
-    folder: Path, name: str, log: str, *extra: str, interrupt_at: int = 0
-) -> subprocess.Popen[bytes]:
+def _command(folder: Path, name: str, out: Path, *, interrupt_at: int = 0) -> list[str]:
     command = [sys.executable, "-m", "tests.profile.calibration_run"]
-    command += [str(folder / f"{name}.kept"), str(interrupt_at), "calibrate"]
-    command += [f"--model={folder / name}", f"--out={folder / name}.out", *extra]
+    command += [f"{out.with_suffix('')}.kept", str(interrupt_at), "calibrate"]
+    command += [f"--model={folder / name}", f"--out={out}"]
     command += [f"--data={folder}/text.txt", f"--tokens={TOKENS}", "--length=128", "--device=cpu"]
-    command += ["--measure=all", f"--cka-tokens={CKA_TOKENS}"]
-    with (folder / log).open("w") as out:
+    return [*command, "--measure=all", f"--cka-tokens={CKA_TOKENS}"]
+
+
+def _start(
+    folder: Path, name: str, log: str, *extra: str, out: str = "", interrupt_at: int = 0
+) -> subprocess.Popen[bytes]:
+    written = folder / (out or f"{name}.out")
+    command = [*_command(folder, name, written, interrupt_at=interrupt_at), *extra]
+    with (folder / log).open("w") as lines:
         return subprocess.Popen(
             command,
             env=ENVIRONMENT,
-            stdout=out,
+            stdout=lines,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from sere_sglang.ops import LayerTable
 from sere_sglang.profile import (
     FORMAT_VERSION,
     MoeModelInfo,
@@ -235,3 +237,23 @@ def test_metadata_that_is_no_json_is_refused(tmp_path: Path) -> None:
     save_file({"layers.0.similarity": a_matrix(4, 0)}, path, metadata={"num_tokens": "many"})
     with pytest.raises(ProfileError, match="num_tokens"):
         load_profile(path)
+
+
+def test_a_server_starts_fast_with_a_large_profile(tmp_path: Path) -> None:
+    """48 layers of 128 experts with every table: read, checked, and its tables built."""
+    path = tmp_path / "p.safetensors"
+    profile = a_profile(tuple(range(48)), experts=128)
+    for layer, matrix in profile.similarity.items():
+        for measure in ("cosine", "residual", "cka", "cka_rbf", "cka_polynomial"):
+            profile.tables[layer][f"similarity_{measure}"] = matrix.clone()
+        profile.tables[layer]["scale"] = matrix.clone()
+        profile.tables[layer]["coactivation"] = torch.zeros(128, 128, dtype=torch.int64)
+    save_profile(profile, path)
+    began = time.perf_counter()
+    read = load_profile(path)
+    tables = [LayerTable.build(matrix) for matrix in read.similarity.values()]
+    assert time.perf_counter() - began < 1
+    # A rank keeps the similarity that was read, not a second one, and half of it in neighbours.
+    assert all(t.similarity is m for t, m in zip(tables, read.similarity.values(), strict=True))
+    kept = [(t.similarity, t.neighbors) for t in tables]
+    assert sum(x.nbytes for pair in kept for x in pair if x is not None) < 5 << 20

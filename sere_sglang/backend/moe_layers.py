@@ -1,0 +1,48 @@
+"""The MoE layers and routers of a model that SGLang has built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sere_sglang.errors import SereError
+
+
+def moe_layers(model: torch.nn.Module) -> dict[int, Any]:
+    """layer id -> ``FusedMoE`` with routed experts."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    return {
+        module.layer_id: module
+        for module in model.modules()
+        if isinstance(module, FusedMoE) and not module.is_shared_fused_moe
+    }
+
+
+def routers_of(model: torch.nn.Module) -> dict[int, Any]:
+    """layer id -> ``TopK``."""
+    from sglang.srt.layers.moe.topk import TopK
+
+    return {
+        module.layer_id: module
+        for module in model.modules()
+        if isinstance(module, TopK) and not module.is_draft
+    }
+
+
+def require_standard_format(
+    router: Any, model_name: str, *, asked: str = "--moe-backend sere"
+) -> None:
+    """Raise `SereError`, naming what was `asked`, when the runner routes inside its kernel."""
+    from sglang.srt.layers.moe.topk import TopKOutputFormat
+
+    topk_config = router.topk_config
+    if topk_config.output_format not in (None, TopKOutputFormat.STANDARD):
+        backend = topk_config.runner_backend
+        raise SereError(
+            f"{asked}: {model_name} runs --moe-runner-backend "
+            f"{getattr(backend, 'value', backend)}, which routes inside its kernel "
+            f"({topk_config.output_format.name.lower()}); choose another, for instance "
+            "--moe-runner-backend triton or flashinfer_trtllm_routed"
+        )

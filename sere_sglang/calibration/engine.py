@@ -1,0 +1,163 @@
+"""Calibration through SGLang's own engine: whatever SGLang loads, as it will be served.
+
+One request at a time, so that the order of the sums, and with it every bit of the profile, does
+not depend on when the scheduler happens to look into its queue.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sere_sglang.calibration.job import (
+    SAVE_EVERY_S,
+    CalibrationJob,
+    Interrupted,
+    Progress,
+    about,
+    choose_device,
+    read_text,
+    resumable,
+)
+from sere_sglang.calibration.result import State, layer_ids
+from sere_sglang.errors import SereError
+from sere_sglang.profile import MoeModelInfo
+from sere_sglang.profile.collection import load_partial
+from sere_sglang.profile.text import CalibrationText
+
+
+def collect(
+    job: CalibrationJob, progress: Progress, stop: Callable[[], bool]
+) -> tuple[CalibrationText, State, MoeModelInfo]:
+    """Start SGLang, run the text through it; the text, what was collected, the model's shape."""
+    record = _server_args(job)
+    progress(0, 0, "reading the text")
+    text = _text(job, record)
+    kept = resumable(job, text)
+    progress(0, 0, "loading the model")
+    engine = _engine(record)
+    try:
+        state = _run(job, engine, text, kept, progress, stop)
+    finally:
+        engine.shutdown()
+    return text, state, MoeModelInfo.from_config(_hf_config(record), name=job.model)
+
+
+def _server_args(job: CalibrationJob) -> Any:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.server_args import prepare_server_args
+
+    from sere_sglang.patches import calibration
+
+    flags = [
+        f"--model-path={job.model}",
+        "--disable-radix-cache",  # a cached token would not be observed
+        "--disable-cuda-graph",
+        "--disable-overlap-schedule",
+        "--disable-shared-experts-fusion",
+        "--max-running-requests=1",
+        f"--chunked-prefill-size={max(job.length, 512)}",
+        "--skip-server-warmup",
+        "--sleep-on-idle",
+        "--watchdog-timeout=36000",  # all experts on one block may take long on a CPU
+        "--log-level=error",
+        f"--random-seed={job.seed}",
+    ]
+    if choose_device(job.device) == "cpu":
+        flags += ["--device=cpu", "--attention-backend=torch_native"]
+        flags += [f"--max-total-tokens={max(4 * job.length, 2048)}"]
+    record = prepare_server_args([*flags, *job.server_args])
+    calibration.attach_spec(record, job.spec)
+    return record
+
+
+def _text(job: CalibrationJob, record: Any) -> CalibrationText:
+    from sglang.srt.utils.hf_transformers.tokenizer import get_tokenizer
+
+    tokenizer = get_tokenizer(
+        record.tokenizer_path or record.model_path, trust_remote_code=record.trust_remote_code
+    )
+    return read_text(job, tokenizer)
+
+
+def _engine(record: Any) -> Any:
+    import signal
+
+    from sglang.srt.entrypoints.engine import Engine
+
+    # Ctrl-C reaches the whole process group, and the workers must outlive it to save their sums.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return Engine(server_args=record)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _run(
+    job: CalibrationJob,
+    engine: Any,
+    text: CalibrationText,
+    kept: dict[str, Any] | None,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> State:
+    """Run the text through the engine; returns the collected state of all layers."""
+    call = _Remote(engine)
+    done = kept["windows_done"] if kept else 0
+    call("begin")
+    if kept:
+        call("restore", path=str(job.partial.absolute()))
+
+    def save() -> None:
+        told = {**about(job, text), "windows_done": done}
+        call("save", path=str(job.partial.absolute()), about=told)
+
+    saved = time.monotonic()
+    tokens = sum(map(len, text.windows[:done]))
+    for window in text.windows[done:]:
+        progress(tokens, text.num_tokens, "running all experts")
+        engine.generate(input_ids=window, sampling_params={"max_new_tokens": 1, "temperature": 0})
+        call("check")
+        done += 1
+        tokens += len(window)
+        if stop():
+            save()
+            raise Interrupted
+        if time.monotonic() - saved > SAVE_EVERY_S:
+            save()
+            saved = time.monotonic()
+    save()
+    layers = layer_ids(load_partial(job.partial)[0])
+    for n, layer in enumerate(layers):
+        progress(tokens, text.num_tokens, f"computing similarities, layer {n + 1}/{len(layers)}")
+        call("finish", layer=layer)
+        if stop():
+            save()
+            raise Interrupted
+    save()
+    state, _ = load_partial(job.partial)
+    return state
+
+
+class _Remote:
+    """Calls `Collector.call` on every rank; its `SereError` comes back as one."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def __call__(self, action: str, **arguments: Any) -> None:
+        from sere_sglang.patches.calibration import RPC
+
+        try:
+            self.engine.collective_rpc(RPC, action=action, **arguments)
+        except AssertionError as error:
+            raise SereError(str(error)) from None
+
+
+def _hf_config(record: Any) -> dict[str, Any]:
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    return model_config_of(record).hf_config.to_dict()

@@ -1,0 +1,150 @@
+"""What a calibration is asked to do, and everything that can be refused before a model loads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sere_sglang.errors import SereError
+from sere_sglang.profile import MoeModelInfo, weights_fingerprint
+from sere_sglang.profile.collection import CollectionSpec, check_enough, load_partial
+from sere_sglang.profile.text import CalibrationText, check_files, read_windows
+
+SAVE_EVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class CalibrationJob:
+    """What the command line asks for. server_args: further flags of SGLang, as on its own."""
+
+    model: str
+    out: Path
+    spec: CollectionSpec
+    data: tuple[Path, ...] = ()
+    column: str = "text"
+    num_tokens: int = 16384
+    length: int = 512
+    seed: int = 0
+    device: str = "auto"
+    resume: bool = False
+    layer_by_layer: bool = False
+    server_args: tuple[str, ...] = ()
+
+    @property
+    def partial(self) -> Path:
+        return self.out.with_name(self.out.name + ".partial")
+
+    @property
+    def hidden_files(self) -> tuple[Path, Path]:
+        """Where a layer-by-layer calibration keeps what goes into a layer and what comes out."""
+        name = self.partial.name
+        return self.out.with_name(f"{name}.hidden0"), self.out.with_name(f"{name}.hidden1")
+
+
+class Interrupted(Exception):
+    """Ctrl-C; everything collected is in the partial file."""
+
+
+Progress = Callable[[int, int, str], None]
+"""Called with (tokens done, tokens in all, what is being done)."""
+
+
+def check_job(job: CalibrationJob) -> None:
+    """Everything that can be refused before SGLang is even imported. Raises `SereError`."""
+    if not job.resume and job.partial.exists():
+        raise SereError(
+            f"{job.partial} holds an unfinished calibration; continue it with --resume or delete it"
+        )
+    if job.layer_by_layer and job.server_args:
+        raise SereError(
+            f"--layer-by-layer runs without SGLang, which '-- {' '.join(job.server_args)}' is "
+            "for; drop one of the two"
+        )
+    if job.layer_by_layer and not os.path.isdir(job.model):
+        raise SereError(
+            f"--layer-by-layer reads a model folder, --model {job.model} is none; download it first"
+        )
+    check_files(job.data)
+    _check_out(job.out)
+    if os.path.isdir(job.model):
+        _check_model(job.model)
+
+
+def choose_device(device: str) -> str:
+    """Resolve ``auto``; on a CPU, ask SGLang for its CPU engine before SGLang is imported."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+        # Compiling SGLang's few small compiled functions takes longer than running them.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    return device
+
+
+def read_text(job: CalibrationJob, tokenizer: Any) -> CalibrationText:
+    """The windows to run. Raises `SereError` when they are too few for a measure."""
+    text = read_windows(
+        job.data,
+        lambda document: tokenizer.encode(document),
+        num_tokens=job.num_tokens,
+        length=job.length,
+        column=job.column,
+        seed=job.seed,
+    )
+    check_enough(text.num_tokens, job.spec.measures, job.num_tokens)
+    return text
+
+
+def about(job: CalibrationJob, text: CalibrationText) -> dict[str, Any]:
+    """What must be equal for a partial file to be continued."""
+    return {
+        "model": job.model,
+        "weights": weights_fingerprint(job.model),
+        "text": text.digest,
+        "spec": {k: list(v) if isinstance(v, tuple) else v for k, v in job.spec.as_dict().items()},
+        "layer_by_layer": job.layer_by_layer,
+        "server_args": list(job.server_args),
+    }
+
+
+def resumable(job: CalibrationJob, text: CalibrationText) -> dict[str, Any] | None:
+    """`about` of the partial file, None without ``--resume``.
+
+    Raises `SereError` when it is of another calibration.
+    """
+    if not job.resume:
+        return None
+    _, kept = load_partial(job.partial)
+    different = [name for name, value in about(job, text).items() if kept.get(name) != value]
+    if different:
+        raise SereError(
+            f"--resume: {job.partial} was made with another {', '.join(different)}; repeat the "
+            "command that made it, or delete it and start without --resume"
+        )
+    return kept
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir():
+        raise SereError(f"--out {out} is a folder; name the file to write")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SereError(f"--out {out}: {error}; choose another place") from None
+    if not os.access(out.parent, os.W_OK):
+        raise SereError(f"--out {out}: {out.parent} is not writable; choose another place")
+
+
+def _check_model(folder: str) -> None:
+    """Refuse a dense model before anything loads."""
+    try:
+        MoeModelInfo.from_folder(folder)
+    except SereError as error:
+        # Worded for the server's flag.
+        text = str(error).replace("--moe-backend sere: ", "--model: ")
+        raise SereError(text.split("; drop --moe-backend")[0]) from None

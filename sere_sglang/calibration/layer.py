@@ -1,0 +1,147 @@
+"""One MoE layer's running statistics, whoever computes its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from sere_sglang.errors import SereError
+from sere_sglang.profile.cka import cka_matrix
+from sere_sglang.profile.collection import CollectionSpec, block_tokens, cka_block
+from sere_sglang.profile.measures import Moments
+
+
+class Experts(Protocol):
+    """All routed experts of one layer. width: of an expert's intermediate on this rank."""
+
+    layer_id: int
+    num_experts: int
+    hidden_size: int
+    width: int
+    device: torch.device
+
+    def outputs(self, rows: torch.Tensor) -> torch.Tensor:
+        """[E, n, H] in the layer's dtype: every expert's output for `rows` [n, H]."""
+
+
+class LayerCollector:
+    """One MoE layer's running statistics.
+
+    Tokens wait in `pending` until a whole block is there, so that the sums do not depend on how
+    the scheduler cuts the text into batches. `rows` keeps the first tokens for the CKA measures.
+    """
+
+    def __init__(self, experts: Experts, spec: CollectionSpec) -> None:
+        self.experts = experts
+        self.spec = spec
+        self.num_experts = experts.num_experts
+        self.device = experts.device
+        self.moments = Moments(
+            self.num_experts,
+            measures=spec.measures,
+            weighting=spec.weighting,
+            device=self.device,
+        )
+        self.rank_counts = torch.zeros(0, self.num_experts, dtype=torch.int64, device=self.device)
+        self.pending: list[torch.Tensor] = []  # [n, H]
+        self.pending_routed: list[torch.Tensor] = []  # bool [n, E]
+        self.rows: list[torch.Tensor] = []  # [n, H]
+        self.cka: dict[str, torch.Tensor] = {}
+        self.tokens_seen = 0
+
+    @property
+    def block(self) -> int:
+        """Tokens per block. Raises `SereError` when the memory of the spec is too small."""
+        return block_tokens(self.spec, *self._sizes)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        return self.num_experts, self.experts.hidden_size, self.experts.width
+
+    def add(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """rows: [n, H] the layer's input; ids, weights: [n, K] what its router chose."""
+        ids = ids.to(torch.int64)
+        self._count_ranks(ids, weights)
+        routed = torch.zeros(len(rows), self.num_experts + 1, dtype=torch.bool, device=rows.device)
+        known = (ids >= 0) & (ids < self.num_experts)
+        routed.scatter_(1, torch.where(known, ids, self.num_experts), True)
+        self.pending.append(rows.clone())
+        self.pending_routed.append(routed[:, : self.num_experts])
+        missing = self.spec.cka_tokens - _count(self.rows)
+        if self.spec.cka_measures and missing > 0:
+            self.rows.append(self.pending[-1][:missing])
+        self.tokens_seen += len(rows)
+        block = self.block
+        while _count(self.pending) >= block:
+            waiting, routed = torch.cat(self.pending), torch.cat(self.pending_routed)
+            self._consume(waiting[:block], routed[:block])
+            self.pending, self.pending_routed = [waiting[block:]], [routed[block:]]
+
+    def _count_ranks(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Popularity by rank among a token's slots: what a primary-k of S keeps is ranks < S."""
+        if len(self.rank_counts) == 0:
+            self.rank_counts = self.rank_counts.new_zeros(ids.shape[1], self.num_experts)
+        ranked = ids.gather(1, weights.argsort(dim=1, descending=True, stable=True))
+        known = ((ranked >= 0) & (ranked < self.num_experts)).to(torch.int64)
+        self.rank_counts.scatter_add_(1, (ranked * known).T, known.T)
+
+    def finish(self) -> None:
+        """Add what still waits, and compute the CKA measures over the kept rows."""
+        if _count(self.pending):
+            self._consume(torch.cat(self.pending), torch.cat(self.pending_routed))
+        self.pending, self.pending_routed = [], []
+        if self.spec.cka_measures and not self.cka:
+            rows = torch.cat(self.rows)
+            block = cka_block(self.spec, *self._sizes)
+            self.cka = cka_matrix(self.experts.outputs, rows, self.spec.cka_measures, block=block)
+            self.rows = []
+
+    def _consume(self, rows: torch.Tensor, routed: torch.Tensor) -> None:
+        outputs = self.experts.outputs(rows)
+        if not outputs.isfinite().all():
+            raise SereError(
+                f"MoE layer {self.experts.layer_id}: an expert's output is infinite or NaN on the "
+                "calibration text; try another data type through SGLang: -- --dtype bfloat16"
+            )
+        self.moments.update(outputs, routed)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything `restore` needs to go on bit for bit."""
+        kept = {**self.moments.sums, "rank_counts": self.rank_counts}
+        for name in ("pending", "pending_routed", "rows"):
+            parts = getattr(self, name)
+            if _count(parts):
+                kept[name] = torch.cat(parts)
+        return kept | {f"cka.{name}": matrix for name, matrix in self.cka.items()}
+
+    def restore(self, kept: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in self.moments.sums.items():
+            tensor.copy_(kept[name])
+        self.rank_counts = kept["rank_counts"].to(self.device)
+        for name in ("pending", "pending_routed", "rows"):
+            setattr(self, name, [kept[name].to(self.device)] if name in kept else [])
+        self.cka = {n.removeprefix("cka."): t for n, t in kept.items() if n.startswith("cka.")}
+        self.tokens_seen = self.moments.num_tokens + _count(self.pending)
+
+
+def explained(error: Exception, spec: CollectionSpec, advice: str) -> str:
+    """One line for the user; out of memory names the flag that lowers it, and `advice`."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if is_out_of_memory(error):
+        return (
+            f"out of memory while running all experts ({text}); lower --memory "
+            f"(now {spec.memory >> 20}MiB), or {advice}"
+        )
+    return f"{type(error).__name__}: {text}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(
+        error
+    )
+
+
+def _count(parts: list[torch.Tensor]) -> int:
+    return sum(map(len, parts))
