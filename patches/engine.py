@@ -13,7 +13,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang import config
 from sere_sglang.errors import SereError
-from sere_sglang.patches import http_server
+from sere_sglang.patches import http_server, request_quality
 from sere_sglang.patches.seam import hook, resolve
 
 _TARGET = "sglang.srt.entrypoints.engine.Engine"
@@ -60,3 +60,4 @@ def _check_handshake(result: Any, _cls: type, server_args: Any, *_args: Any, **_
             "plugin excluded by SGLANG_PLUGINS, or installed in another environment?)"
         )
     http_server.install()
+    request_quality.install(config.config_of(server_args).quality_rules())

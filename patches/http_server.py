@@ -13,13 +13,16 @@ from typing import Any
 
 from sere_sglang.errors import SereError
 from sere_sglang.patches.seam import SeamError, resolve
-from sere_sglang.schedule.policy import Settings
+from sere_sglang.schedule.policy import policy_names
+from sere_sglang.schedule.settings import COMMANDS, Settings
 
 _MODULE = "sglang.srt.entrypoints.http_server"
 _PATH = "/set_internal_state"
 _PREFIX = "sere."
-_NONE = -1  # only max_batch may be null, and it is positive otherwise
-_FLAGS = ("enabled", "reset_counters")
+_NONE = -1  # of the settings that may be null; they are positive otherwise
+_OPTIONAL = ("max_batch", "tpot_slo_ms")
+_FLAGS = ("enabled", *COMMANDS)
+_WHOLE = ("primary_k", "fast_primary_k", "min_batch", "max_batch")
 
 
 def install() -> None:
@@ -41,11 +44,12 @@ def install() -> None:
 
 
 def flatten(changes: Mapping[str, Any]) -> dict[str, float]:
-    """`{"primary_k": 2}` -> `{"sere.primary_k": 2}`; booleans become 0 or 1, null becomes -1."""
-    return {
-        _PREFIX + key: _NONE if value is None else int(value) if isinstance(value, bool) else value
-        for key, value in changes.items()
-    }
+    """`{"primary_k": 2}` -> `{"sere.primary_k": 2}`; booleans become 0 or 1, null becomes -1, a
+    policy its place among `policy_names`, which are the same in every process."""
+    numbers = dict(changes)
+    if "policy" in numbers:
+        numbers["policy"] = policy_names().index(numbers["policy"])
+    return {_PREFIX + k: _NONE if v is None else v + 0 for k, v in numbers.items()}
 
 
 def unflatten(server_args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -53,15 +57,16 @@ def unflatten(server_args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     ours: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for key, value in server_args.items():
-        if not key.startswith(_PREFIX):
-            rest[key] = value
-            continue
         name = key.removeprefix(_PREFIX)
-        if name in _FLAGS:
+        if name == key:
+            rest[key] = value
+        elif name in _FLAGS:
             ours[name] = bool(value)
-        elif name == "max_batch" and value == _NONE:
+        elif name == "policy":
+            ours[name] = policy_names()[int(value)]
+        elif name in _OPTIONAL and value == _NONE:
             ours[name] = None
-        elif name != "threshold" and isinstance(value, float) and value.is_integer():
+        elif name in _WHOLE and float(value).is_integer():
             ours[name] = int(value)
         else:
             ours[name] = value

@@ -6,14 +6,20 @@ graph or eager, before it runs and before padding. Draft models are left alone.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang import runtime
 from sere_sglang.backend.bind import bind_model
+from sere_sglang.backend.hardware import moe_cost
+from sere_sglang.backend.moe_layers import moe_layers
+from sere_sglang.patches.forward_batch import noted
 from sere_sglang.patches.seam import hook
+from sere_sglang.profile import load_profile
 from sere_sglang.schedule.composition import BatchComposition, Mode
 
 _TARGET = "sglang.srt.model_executor.model_runner.ModelRunner"
@@ -33,8 +39,22 @@ def install() -> None:
 
 def _bind(_result: Any, runner: Any) -> None:
     active = runtime.current()
-    if active is not None and not runner.is_draft_worker:
-        active.attach(bind_model(runner.model, active.config, device=runner.device))
+    if active is None or runner.is_draft_worker:
+        return
+    from sglang.srt.runtime_context import get_parallel
+
+    assert active.config.sere_profile is not None
+    profile = load_profile(active.config.sere_profile)
+    binding = bind_model(runner.model, profile, active.config, device=runner.device)
+    cost = moe_cost(
+        next(iter(moe_layers(runner.model).values())),
+        num_layers=len(profile.similarity),
+        top_k=binding.stages[0].top_k,
+        device=torch.device(runner.device),
+    )
+    # Measured, so it differs between ranks, which must decide alike.
+    cost = get_parallel().world_group.broadcast_object(cost, src=0)
+    active.attach(binding, profile, cost)
 
 
 def _forward(
@@ -43,7 +63,15 @@ def _forward(
     active = runtime.current()
     if active is None or runner.is_draft_worker or active.binding is None:
         return original(runner, forward_batch, *args, **kwargs)
-    active.begin_forward(composition_of(forward_batch))
+    composition = composition_of(forward_batch)
+    graph = runner.decode_cuda_graph_runner
+    sizes = getattr(graph, "capture_bs", None)
+    if sizes and composition.is_decode_like:
+        width = getattr(graph, "captured_req_width", 1) or 1
+        rows = composition.num_tokens
+        padded = next((size * width for size in sizes if size * width >= rows), rows)
+        composition = dataclasses.replace(composition, padded_rows=padded)
+    active.begin_forward(composition, noted(forward_batch).classes)
     try:
         return original(runner, forward_batch, *args, **kwargs)
     finally:
@@ -65,6 +93,14 @@ def composition_of(batch: Any) -> BatchComposition:
         decode = tokens - prefill
     else:
         prefill = tokens
+    seen = noted(batch)
     return BatchComposition(
-        mode=mode, decode_tokens=decode, prefill_tokens=prefill, verify_tokens=verify
+        mode=mode,
+        decode_tokens=decode,
+        prefill_tokens=prefill,
+        verify_tokens=verify,
+        padded_rows=tokens,
+        running=seen.running,
+        waiting=seen.waiting,
+        after_idle=seen.after_idle,
     )

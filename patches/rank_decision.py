@@ -22,9 +22,7 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
 def install() -> None:
     hook(f"{_RECEIVER}._pull_raw_reqs", _send, HookType.AFTER)
-    hook(
-        f"{_SCHEDULER}.process_input_requests", _receive, HookType.BEFORE, needs=["recv_reqs"]
-    )
+    hook(f"{_SCHEDULER}.process_input_requests", _receive, HookType.BEFORE, needs=["recv_reqs"])
 
 
 def _send(result: list[Any] | None, *_args: Any) -> list[Any] | None:

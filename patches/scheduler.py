@@ -27,6 +27,7 @@ def register() -> None:
             cpu_models.install()
         target = f"{_MODULE}.Scheduler.__init__"
         declare(target, _before_init, HookType.BEFORE, needs=["server_args"])
+        declare(target, _after_init, HookType.AFTER)
         declare(f"{_MODULE}.Scheduler.get_init_info", _report, HookType.AFTER)
         weight_files.register()
 
@@ -42,15 +43,50 @@ def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any)
     from sglang.srt.layers.moe.utils import register_moe_runner_backend_name
 
     from sere_sglang import runtime
-    from sere_sglang.patches import cpu_moe, internal_state, model_runner, topk
+    from sere_sglang.patches import (
+        cpu_moe,
+        decode_log,
+        forward_batch,
+        internal_state,
+        model_runner,
+        rank_decision,
+        topk,
+    )
 
     register_moe_runner_backend_name("sere")
     runtime.start(asked)
     model_runner.install()
     topk.install()
+    forward_batch.install()
+    rank_decision.install()
     internal_state.install()
+    decode_log.install()
     if server_args.device == "cpu":
         cpu_moe.install()
+
+
+def _after_init(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    from sglang.srt.runtime_context import get_parallel
+
+    from sere_sglang import runtime
+
+    active, parallel = runtime.current(), get_parallel()
+    if active is None or active.binding is None:
+        return
+    metrics = None
+    reporter = scheduler.metrics_reporter
+    if reporter.current_scheduler_metrics_enabled and reporter.metrics_collector is not None:
+        from sere_sglang.telemetry.metrics import SereMetrics
+
+        metrics = SereMetrics(reporter.metrics_collector.labels, active.binding.layer_ids)
+
+    def queue() -> tuple[int, int]:
+        running = scheduler.running_batch
+        return (len(running.reqs) if running is not None else 0), len(scheduler.waiting_queue)
+
+    active.start_serving(
+        queue=queue, measures=parallel.tp_rank == parallel.pp_rank == 0, metrics=metrics
+    )
 
 
 def _report(result: dict[str, Any], scheduler: Any) -> None:

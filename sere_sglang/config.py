@@ -13,10 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sere_sglang.errors import SereError
+from sere_sglang.schedule.policy import policy_names
+from sere_sglang.schedule.request_quality import QUALITIES, QualityRules, parse_allowed
+from sere_sglang.schedule.settings import Settings
 
 BACKENDS = ("default", "sere")
-POLICIES = ("static",)
 ON_ERROR = ("exit", "fallback")
+DEFAULT_QUALITY_BUDGET = 0.1
+DEFAULT_MIN_GAIN = 0.03
 
 _RECORD_ATTRIBUTE = "_sere_config"
 
@@ -44,28 +48,75 @@ class SereConfig:
     )
     sere_policy: str | None = _option(
         None,
-        "How the degree of skipping is chosen for each forward. static: --sere-primary-k and "
-        "--sere-threshold on every decode batch between --sere-min-batch and --sere-max-batch "
-        "(default: static).",
-        choices=POLICIES,
+        "How the degree of skipping is chosen for each forward. adaptive: the largest predicted "
+        "gain whose expected loss fits --sere-quality-budget. slo: just enough of it to hold "
+        "--sere-tpot-slo-ms. static: --sere-primary-k and --sere-threshold on every decode batch "
+        "(default: adaptive; static or slo when only their flags are given).",
+        choices=policy_names(),
     )
     sere_primary_k: int | None = _option(
         None,
-        "S: each token's S highest-weighted experts are primary and never re-routed; "
+        "static: S, each token's S highest-weighted experts are primary and never re-routed; "
         "1 <= S < top-k, smaller skips more (default: half of the model's top-k).",
         type=int,
         metavar="S",
     )
     sere_threshold: float | None = _option(
         None,
-        "rho: keep an expert when no primary expert of the batch is at least this similar to it; "
-        "0 re-routes every secondary expert, 1 none but exact twins (default: 0).",
+        "static: rho, keep an expert when no primary expert of the batch is at least this "
+        "similar to it; 0 re-routes every secondary expert, 1 none but exact twins (default: 0).",
+        type=float,
+        metavar="RHO",
+    )
+    sere_quality_budget: float | None = _option(
+        None,
+        "adaptive and slo: expected loss that a batch may cost at most, as the share of routing "
+        "weight that moves times its dissimilarity; 0 is exact "
+        f"(default: {DEFAULT_QUALITY_BUDGET:g}).",
+        type=float,
+        metavar="LOSS",
+    )
+    sere_min_gain: float | None = _option(
+        None,
+        "adaptive and slo: leave a batch alone when the predicted gain in step time is smaller "
+        f"than this (default: {DEFAULT_MIN_GAIN:g}).",
+        type=float,
+        metavar="GAIN",
+    )
+    sere_tpot_slo_ms: float | None = _option(
+        None,
+        "slo: target for the time per output token, in milliseconds.",
+        type=float,
+        metavar="MS",
+    )
+    sere_quality: str | None = _option(
+        None,
+        'What a request gets that does not ask with custom_params {"sere": ...}. exact: its '
+        "experts are never re-routed. balanced: the policy's choice. fast: --sere-fast-primary-k "
+        "(default: balanced).",
+        choices=QUALITIES,
+    )
+    sere_allow_quality: str | None = _option(
+        None,
+        "What requests may ask for, comma-separated; others are refused (default: all of "
+        f"{','.join(QUALITIES)}).",
+        metavar="LIST",
+    )
+    sere_fast_primary_k: int | None = _option(
+        None,
+        "S of fast requests (default: 1).",
+        type=int,
+        metavar="S",
+    )
+    sere_fast_threshold: float | None = _option(
+        None,
+        "rho of fast requests (default: 0).",
         type=float,
         metavar="RHO",
     )
     sere_min_batch: int | None = _option(
         None,
-        "Smallest decode batch, in tokens, that is re-routed (default: 1).",
+        "Smallest decode batch, in tokens, that is re-routed (default: 3; 1 with static).",
         type=int,
         metavar="N",
     )
@@ -74,6 +125,12 @@ class SereConfig:
         "Largest decode batch, in tokens, that is re-routed (default: no limit).",
         type=int,
         metavar="N",
+    )
+    sere_trace: str | None = _option(
+        None,
+        "Write one JSON line per forward to this file: composition, operating point, step time. "
+        "'sere-sglang simulate --trace' replays it (default: no trace).",
+        metavar="FILE",
     )
     sere_on_error: str | None = _option(
         None,
@@ -97,17 +154,40 @@ class SereConfig:
                 )
             return self
         _check_choice("moe_backend", self.moe_backend, BACKENDS)
-        _check_choice("sere_policy", self.sere_policy, POLICIES)
+        _check_choice("sere_policy", self.sere_policy, policy_names())
         _check_choice("sere_on_error", self.sere_on_error, ON_ERROR)
-        if self.sere_primary_k is not None and self.sere_primary_k < 1:
+        _check_choice("sere_quality", self.sere_quality, QUALITIES)
+        for name in ("sere_primary_k", "sere_fast_primary_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SereError(
+                    f"{flag_of(name)} {value}: must be at least 1 "
+                    "and smaller than the model's top-k"
+                )
+        for name in ("sere_threshold", "sere_fast_threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise SereError(
+                    f"{flag_of(name)} {value:g}: similarities lie in [0, 1], so must the threshold"
+                )
+        for name in ("sere_quality_budget", "sere_min_gain"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise SereError(f"{flag_of(name)} {value:g}: must lie in [0, 1]")
+        if self.sere_tpot_slo_ms is not None and not self.sere_tpot_slo_ms > 0:
+            raise SereError(f"--sere-tpot-slo-ms {self.sere_tpot_slo_ms:g}: must be positive")
+        if self.sere_policy == "slo" and self.sere_tpot_slo_ms is None:
+            raise SereError("--sere-policy slo needs its target: add --sere-tpot-slo-ms MS")
+        if self.sere_tpot_slo_ms is not None and self.policy != "slo":
             raise SereError(
-                f"--sere-primary-k {self.sere_primary_k}: must be at least 1 "
-                "and smaller than the model's top-k"
+                f"--sere-tpot-slo-ms is the target of --sere-policy slo, not of {self.policy}: "
+                "change the policy or drop the flag"
             )
-        if self.sere_threshold is not None and not 0.0 <= self.sere_threshold <= 1.0:
+        allowed = self.quality_rules()
+        if allowed.default not in allowed.allowed:
             raise SereError(
-                f"--sere-threshold {self.sere_threshold:g}: similarities lie in [0, 1], "
-                "so must the threshold"
+                f"--sere-quality {allowed.default} is not in --sere-allow-quality "
+                f"{','.join(allowed.allowed)}"
             )
         low = 1 if self.sere_min_batch is None else self.sere_min_batch
         if low < 1:
@@ -119,24 +199,55 @@ class SereConfig:
             )
         return self
 
+    @property
+    def policy(self) -> str:
+        """The policy asked for, by name or by the flags that only it has."""
+        if self.sere_policy is not None:
+            return self.sere_policy
+        if self.sere_primary_k is not None or self.sere_threshold is not None:
+            return "static"
+        return "slo" if self.sere_tpot_slo_ms is not None else "adaptive"
+
+    def quality_rules(self) -> QualityRules:
+        """Raises `SereError` for a list that names no quality."""
+        allowed: tuple[str, ...] = QUALITIES
+        if self.sere_allow_quality is not None:
+            allowed = parse_allowed(self.sere_allow_quality)
+        return QualityRules(self.sere_quality or "balanced", allowed)
+
+    def live_settings(self) -> Settings:
+        """What a server starts with, once `resolve_defaults` has run."""
+        fields = {f.name for f in dataclasses.fields(Settings)}
+        given = {name: getattr(self, f"sere_{name}") for name in fields - {"enabled"}}
+        return Settings(enabled=True, **given)
+
     def resolve_defaults(self, *, top_k: int) -> SereConfig:
         """Fill every unset option for a model with `top_k` routed experts per token."""
-        primary_k = self.sere_primary_k
-        if primary_k is None:
-            primary_k = max(1, top_k // 2)
-        if primary_k >= top_k:
-            raise SereError(
-                f"--sere-primary-k {primary_k}: must be smaller than the model's "
-                f"top-k ({top_k} routed experts per token), or nothing is ever re-routed"
-            )
-        return dataclasses.replace(
-            self,
-            sere_policy=self.sere_policy or "static",
-            sere_primary_k=primary_k,
-            sere_threshold=0.0 if self.sere_threshold is None else self.sere_threshold,
-            sere_min_batch=1 if self.sere_min_batch is None else self.sere_min_batch,
-            sere_on_error=self.sere_on_error or "exit",
-        )
+        for name in ("sere_primary_k", "sere_fast_primary_k"):
+            value = getattr(self, name)
+            if value is not None and value >= top_k:
+                raise SereError(
+                    f"{flag_of(name)} {value}: must be smaller than the model's "
+                    f"top-k ({top_k} routed experts per token), or nothing is ever re-routed"
+                )
+        defaults: dict[str, Any] = {
+            "sere_policy": self.policy,
+            "sere_primary_k": max(1, top_k // 2),
+            "sere_threshold": 0.0,
+            "sere_quality_budget": DEFAULT_QUALITY_BUDGET,
+            "sere_min_gain": DEFAULT_MIN_GAIN,
+            "sere_quality": "balanced",
+            "sere_allow_quality": ",".join(QUALITIES),
+            "sere_fast_primary_k": 1,
+            "sere_fast_threshold": 0.0,
+            # A batch of one or two has hardly any experts to stand in for others.
+            "sere_min_batch": 1 if self.policy == "static" else 3,
+            "sere_on_error": "exit",
+        }
+        unset = {name: v for name, v in defaults.items() if getattr(self, name) is None}
+        if top_k < 2:
+            raise SereError("--moe-backend sere: top-1 routing has no secondary experts to skip")
+        return dataclasses.replace(self, **unset)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sere_sglang.config import SereConfig
 from sere_sglang.ops import COUNTER_FIELDS
+from sere_sglang.profile import SereProfile
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.control import ClassTable
+from sere_sglang.schedule.cost import MoeCost
+from sere_sglang.schedule.expectation import expect, statistics_of
 from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback
 from sere_sglang.schedule.observer import Observer
 from sere_sglang.schedule.policy import (
@@ -21,7 +24,7 @@ from sere_sglang.schedule.policy import (
     choose,
     make_policy,
 )
-from sere_sglang.schedule.request_quality import QualityRules, row_classes
+from sere_sglang.schedule.request_quality import row_classes
 from sere_sglang.schedule.settings import Settings
 from sere_sglang.schedule.trace import TraceWriter
 from sere_sglang.telemetry.clock import StepClock
@@ -56,14 +59,17 @@ class SereRuntime:
         self.window: Window | None = None
         self.metrics: SereMetrics | None = None
         self.measures = False
+        self.queue: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self._trace: TraceWriter | None = None
         self._clock = StepClock()
         self._outbox: Feedback | None = None
         self._steps = 0
         self._checked = False
 
-    def attach(self, binding: Binding, context: PolicyContext) -> None:
+    def attach(self, binding: Binding, profile: SereProfile, cost: MoeCost) -> None:
         """After the weights have loaded."""
-        self.binding, self.context = binding, context
+        self.binding = binding
+        self.context = PolicyContext(expect(statistics_of(profile)), cost)
         self._reader = CounterReader(binding.counters)
         self._build_policy()
         logger.info(
@@ -76,14 +82,19 @@ class SereRuntime:
             self.config.sere_profile,
         )
 
-    def start_measuring(self, *, rank: int, metrics: SereMetrics | None) -> None:
-        """On the rank that receives requests, once its scheduler is up."""
-        self.measures = rank == 0
-        self.metrics = metrics
+    def start_serving(
+        self, *, queue: Callable[[], tuple[int, int]], measures: bool, metrics: SereMetrics | None
+    ) -> None:
+        """Once the scheduler is up.
+
+        Args:
+            queue: its running and waiting requests.
+            measures: this is the rank that receives requests.
+            metrics: where it reports, if it does.
+        """
+        self.queue, self.measures, self.metrics = queue, measures, metrics
         if self.measures and self.config.sere_trace is not None:
             self._trace = TraceWriter(self.config.sere_trace)
-
-    _trace: TraceWriter | None = None
 
     def begin_forward(
         self, composition: BatchComposition, request_classes: Sequence[int] = ()

@@ -11,8 +11,11 @@ from sere_sglang.backend.stage import RerouteStage, Switch, bind_stage
 from sere_sglang.config import SereConfig
 from sere_sglang.errors import SereError
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable, select_impl
-from sere_sglang.profile import load_profile
+from sere_sglang.profile import SereProfile
 from sere_sglang.schedule.control import ControlBlock
+
+# Rows that can be told apart by quality; decode batches are far smaller.
+_MAX_CLASS_ROWS = 8192
 
 
 @dataclass
@@ -41,7 +44,9 @@ class Binding:
             )
 
 
-def bind_model(model: torch.nn.Module, config: SereConfig, *, device: str) -> Binding:
+def bind_model(
+    model: torch.nn.Module, profile: SereProfile, config: SereConfig, *, device: str
+) -> Binding:
     """Find the model's MoE layers and bind one stage to each. Raises `SereError`."""
     name = type(model).__name__
     layers = moe_layers(model)
@@ -55,8 +60,6 @@ def bind_model(model: torch.nn.Module, config: SereConfig, *, device: str) -> Bi
             f"{_ranges(unrouted)} instead of SGLang's TopK, so they cannot be re-routed; "
             "serve it without --moe-backend sere"
         )
-    assert config.sere_profile is not None
-    profile = load_profile(config.sere_profile)
     missing = sorted(set(layers) - set(profile.similarity))
     if missing:
         raise SereError(
@@ -65,7 +68,7 @@ def bind_model(model: torch.nn.Module, config: SereConfig, *, device: str) -> Bi
         )
     target = torch.device(device)
     impl = select_impl(target, strict=target.type == "cuda" and config.sere_on_error != "fallback")
-    control = ControlBlock(target)
+    control = ControlBlock(target, sorted(layers), _MAX_CLASS_ROWS)
     counters = torch.zeros(len(layers), len(COUNTER_FIELDS), dtype=torch.int64, device=target)
     switch = Switch()
     stages = []
@@ -77,7 +80,8 @@ def bind_model(model: torch.nn.Module, config: SereConfig, *, device: str) -> Bi
             layer_id=layer_id,
             top_k=topk_config.top_k - topk_config.num_shared_topk_slots,
             table=LayerTable.build(profile.similarity[layer_id], device=target),
-            control=control.words,
+            control=control.words[row],
+            row_class=control.row_class,
             counters=counters[row],
             switch=switch,
             impl=impl,

@@ -27,14 +27,15 @@ class Switch:
 class RerouteStage:
     """Everything layer `layer_id` needs to re-route its `top_k` routed slots in place.
 
-    control: int32 [16]; counters: int64 [6]; both on the layer's device (ops.control,
-    ops.counters).
+    control: int32 [16]; row_class: uint8 [>= rows]; counters: int64 [6]; all on the layer's
+    device (ops.control, ops.counters).
     """
 
     layer_id: int
     top_k: int
     table: LayerTable
     control: torch.Tensor
+    row_class: torch.Tensor
     counters: torch.Tensor
     switch: Switch
     impl: str = "auto"
@@ -49,7 +50,17 @@ class RerouteStage:
         weights = topk_weights[:, : self.top_k]
         # Some CPU routers leave torch.topk's int64; the kernels take int32 with any row stride.
         ids32, weights32 = ids.to(torch.int32), weights.to(torch.float32)
-        reroute_(ids32, weights32, self.table, self.control, counters=self.counters, impl=self.impl)
+        # Above the classes' number of rows the control block names one class only.
+        row_class = self.row_class if ids32.shape[0] <= self.row_class.shape[0] else None
+        reroute_(
+            ids32,
+            weights32,
+            self.table,
+            self.control,
+            row_class=row_class,
+            counters=self.counters,
+            impl=self.impl,
+        )
         if ids32 is not ids:
             ids.copy_(ids32)
         if self.table.scale is not None and weights32 is not weights:

@@ -95,6 +95,4 @@ class ControlBlock:
 
     def _encode(self, point: OperatingPoint, classes: ClassTable) -> np.ndarray:
         own = (point.primary_k, point.threshold)
-        return encode_control(
-            enabled=point.enabled, num_valid=-1, classes=[own, *classes]
-        ).numpy()
+        return encode_control(enabled=point.enabled, num_valid=-1, classes=[own, *classes]).numpy()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 _FORGET = 0.97
-_PRIOR_SAMPLES = 4.0
+_PRIOR_SAMPLES = 0.3
+_SCALES = (0.7, 4.0)
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class StepModel:
 class StepFit:
     """Fits a `StepModel` to measured steps, forgetting old ones.
 
-    Least squares with the hardware's own prediction (scale 1, nothing per row) as a prior of a
-    few samples' weight, so that steps which all look alike leave the scale where it was.
+    Rows and active experts grow together, so steps alone tell their shares poorly. The hardware's
+    prediction (scale 1, nothing per row) therefore counts as a prior, and the scale stays within
+    what a kernel can differ from the measured bandwidth.
     """
 
     def __init__(self) -> None:
@@ -58,11 +60,15 @@ class StepFit:
         features = np.array([1.0, rows, moe_ms])
         self._gram = _FORGET * self._gram + np.outer(features, features)
         self._target = _FORGET * self._target + features * step_ms
-        # A prior on scale and row_ms, in units of this model's own times; none on fixed_ms.
-        prior = np.diag([1e-9, _PRIOR_SAMPLES * rows**2 * 1e-2, _PRIOR_SAMPLES * moe_ms**2 * 1e-2])
-        pull = prior @ np.array([0.0, 0.0, 1.0])
-        fixed, per_row, scale = np.linalg.solve(
-            self._gram + prior + 1e-12 * np.eye(3), self._target + pull
-        )
-        self.model = StepModel(max(0.0, fixed), max(0.0, per_row), float(np.clip(scale, 0.05, 20)))
+        # In units of this batch's own times; no prior on what is fixed.
+        prior = np.diag([1e-9, _PRIOR_SAMPLES * rows**2, _PRIOR_SAMPLES * moe_ms**2])
+        gram = self._gram + prior
+        target = self._target + prior @ np.array([0.0, 0.0, 1.0])
+        scale = float(np.clip(np.linalg.solve(gram, target)[2], *_SCALES))
+        fixed, per_row = np.linalg.solve(gram[:2, :2], target[:2] - scale * gram[:2, 2])
+        if fixed < 0.0:
+            fixed, per_row = 0.0, (target[1] - scale * gram[1, 2]) / gram[1, 1]
+        elif per_row < 0.0:
+            fixed, per_row = (target[0] - scale * gram[0, 2]) / gram[0, 0], 0.0
+        self.model = StepModel(max(0.0, float(fixed)), max(0.0, float(per_row)), scale)
         return self.model

@@ -30,7 +30,10 @@ class Observer:
         self._active = experts
 
     def note_step(
-        self, elapsed_ms: float, composition: BatchComposition, expected_active: float,
+        self,
+        elapsed_ms: float,
+        composition: BatchComposition,
+        expected_active: float,
         settings: Settings,
     ) -> Feedback | None:
         """After each pair of decode steps. New feedback at the end of a window.

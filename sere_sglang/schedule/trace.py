@@ -48,7 +48,7 @@ class TraceWriter:
             file = logging.handlers.RotatingFileHandler(path, "a", _MAX_BYTES, _BACKUPS)
         except OSError as error:
             raise SereError(f"--sere-trace {path}: cannot be written ({error})") from None
-        file.handleError = self._give_up  # type: ignore[method-assign]
+        file.handleError = self._give_up  # type: ignore
         # Flushed when full and, by logging itself, at exit.
         self._handler = logging.handlers.MemoryHandler(_BUFFERED_LINES, target=file)
         self._failed = False
@@ -72,7 +72,7 @@ class TraceWriter:
     def flush(self) -> None:
         self._handler.flush()
 
-    def _give_up(self, _record: Any) -> None:
+    def _give_up(self, record: Any) -> None:
         self._failed = True
         logger.exception("--sere-trace: writing failed, tracing stops")
 

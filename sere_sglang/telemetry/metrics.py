@@ -32,7 +32,7 @@ class SereMetrics:
         self._threshold = gauge("threshold", "rho of the last decode step.")
         self._budget = gauge("quality_budget", "Expected loss that the policy may spend.")
         self._predicted = gauge("predicted_step_ms", "Decode step time the policy expected.")
-        self._step = gauge("step_ms", "Measured decode step time (time per output token), smoothed.")
+        self._step = gauge("step_ms", "Measured time per decode step, smoothed.")
         self._before = gauge("active_experts_before", "Mean experts the routers chose.", "layer")
         self._after = gauge("active_experts_after", "Mean experts executed.", "layer")
         self._rerouted = gauge("rerouted_slots", "Mean slots moved per forward.", "layer")

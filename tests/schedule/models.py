@@ -1,0 +1,46 @@
+"""A model, its cost and settings that the policy tests share."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from sere_sglang.schedule.cost import MoeCost
+from sere_sglang.schedule.expectation import Expectation, LayerStatistics, expect
+from sere_sglang.schedule.settings import Settings
+
+EXPERTS, TOP_K, LAYERS = 64, 8, 4
+COST = MoeCost(expert_ms=0.1, slot_ms=0.001, num_layers=LAYERS, top_k=TOP_K)
+
+
+@functools.cache
+def expectation() -> Expectation:
+    """Skewed popularity, similarities between 0.3 and 0.9."""
+    rng = np.random.default_rng(0)
+    layers = {}
+    for layer in range(LAYERS):
+        popularity = rng.dirichlet(np.full(EXPERTS, 2.0))
+        similarity = rng.uniform(0.3, 0.9, (EXPERTS, EXPERTS))
+        layers[layer] = LayerStatistics(
+            (similarity + similarity.T) / 2, np.tile(popularity, (TOP_K, 1))
+        )
+    return expect(layers)
+
+
+def settings(**changes: Any) -> Settings:
+    values: dict[str, Any] = {
+        "enabled": True,
+        "policy": "adaptive",
+        "primary_k": 2,
+        "threshold": 0.25,
+        "min_batch": 1,
+        "max_batch": None,
+        "quality_budget": 0.1,
+        "min_gain": 0.03,
+        "tpot_slo_ms": None,
+        "fast_primary_k": 1,
+        "fast_threshold": 0.0,
+    }
+    return Settings(**(values | changes))

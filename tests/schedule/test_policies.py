@@ -1,0 +1,166 @@
+"""static and adaptive on tables of batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from models import COST, TOP_K, expectation, settings
+
+from sere_sglang.errors import SereError
+from sere_sglang.schedule.adaptive import AdaptivePolicy
+from sere_sglang.schedule.composition import BatchComposition
+from sere_sglang.schedule.cost import StepModel
+from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback
+from sere_sglang.schedule.policy import (
+    OFF,
+    OperatingPoint,
+    PolicyContext,
+    choose,
+    make_policy,
+    policy_names,
+)
+from sere_sglang.schedule.settings import Settings
+
+CONTEXT = PolicyContext(expectation(), COST)
+ADAPTIVE = AdaptivePolicy(expectation(), COST)
+
+
+def decode(rows: int, **more: Any) -> BatchComposition:
+    return BatchComposition("decode", decode_tokens=rows, padded_rows=rows, **more)
+
+
+@pytest.mark.parametrize(
+    ("composition", "changes", "on"),
+    [
+        (decode(8), {}, True),
+        (BatchComposition("verify", verify_tokens=24), {}, True),
+        (BatchComposition("extend", prefill_tokens=512), {}, False),
+        (BatchComposition("mixed", decode_tokens=8, prefill_tokens=512), {}, False),
+        (BatchComposition("idle"), {}, False),
+        (decode(8), {"enabled": False}, False),
+        (decode(8), {"min_batch": 9}, False),
+        (decode(9), {"min_batch": 9}, True),
+        (decode(8), {"max_batch": 7}, False),
+        (decode(7), {"max_batch": 7}, True),
+    ],
+)
+def test_static(composition: BatchComposition, changes: dict[str, Any], on: bool) -> None:
+    now = settings(policy="static", **changes)
+    point = choose(make_policy("static", CONTEXT), composition, now, NO_FEEDBACK)
+    assert point == (OperatingPoint(True, 2, 0.25) if on else OFF)
+
+
+def test_the_larger_the_batch_the_smaller_the_s_that_the_same_loss_allows() -> None:
+    smallest = []
+    for rows in (2, 8, 32, 128):
+        seen = ADAPTIVE.predict(decode(rows), StepModel())
+        points = zip(expectation().points, seen.loss, strict=True)
+        smallest.append(min(s for (s, rho), loss in points if rho == 0.0 and loss <= 0.1))
+    assert smallest == sorted(smallest, reverse=True)
+    assert smallest[-1] < smallest[0]
+
+
+def test_a_larger_budget_never_makes_a_batch_slower() -> None:
+    for rows in (3, 8, 32, 200):
+        times = []
+        for budget in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0):
+            point = ADAPTIVE.decide(decode(rows), settings(quality_budget=budget), NO_FEEDBACK)
+            times.append(_active(point, rows))
+        assert times == sorted(times, reverse=True)
+        assert times[-1] < times[0]
+
+
+def test_off_when_there_is_nothing_to_gain() -> None:
+    generous = settings(quality_budget=1.0)
+    assert ADAPTIVE.decide(decode(32), generous, NO_FEEDBACK).enabled
+    # Steps whose time is elsewhere: attention, sampling, a slow host.
+    elsewhere = Feedback(step=StepModel(fixed_ms=2000.0))
+    assert ADAPTIVE.decide(decode(32), generous, elsewhere) == OFF
+    # Compute-bound: the rows take longer to multiply than the experts to load.
+    heavy = dataclasses.replace(COST, slot_ms=0.05)
+    assert AdaptivePolicy(expectation(), heavy).decide(decode(512), generous, NO_FEEDBACK) == OFF
+    assert ADAPTIVE.decide(decode(32), settings(quality_budget=0.0), NO_FEEDBACK) == OFF
+
+
+def test_exact_rows_leave_less_to_gain() -> None:
+    now = settings(quality_budget=0.2)
+    free = ADAPTIVE.predict(decode(32), StepModel())
+    half = ADAPTIVE.predict(decode(32, exact_rows=16), StepModel())
+    assert (half.step_ms >= free.step_ms).all() and (half.loss <= free.loss).all()
+    assert ADAPTIVE.decide(decode(32, exact_rows=32), now, NO_FEEDBACK) == OFF
+
+
+@given(
+    rows=st.integers(1, 5000),
+    exact=st.floats(0, 1),
+    budget=st.floats(0, 1),
+    fixed=st.floats(0, 1e3),
+    scale=st.floats(0.7, 4),
+)
+def test_whatever_the_batch_the_loss_stays_within_the_budget(
+    rows: int, exact: float, budget: float, fixed: float, scale: float
+) -> None:
+    composition = decode(rows, exact_rows=int(exact * rows))
+    feedback = Feedback(step=StepModel(fixed, 0.0, scale))
+    now = settings(quality_budget=budget)
+    point = ADAPTIVE.decide(composition, now, feedback)
+    assert point == AdaptivePolicy(expectation(), COST).decide(composition, now, feedback)
+    if point.enabled:
+        seen = ADAPTIVE.predict(composition, feedback.step)
+        column = expectation().points.index((point.primary_k, point.threshold))
+        assert seen.loss[column] <= budget
+        assert seen.plain_ms >= seen.step_ms[column] * (1 + now.min_gain)
+        assert 1 <= point.primary_k < TOP_K
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"policy": "greedy"}, "policy must be one of static, adaptive, slo"),
+        ({"policy": "slo"}, "policy slo needs tpot_slo_ms"),
+        ({"quality_budget": 1.5}, "quality_budget must lie in [0, 1]"),
+        ({"fast_primary_k": TOP_K}, "fast_primary_k must be in [1, 7]"),
+        ({"tpot_slo_ms": -1}, "tpot_slo_ms"),
+        ({"min_gain": True}, "min_gain must be a number"),
+        ({"bogus": 1}, "unknown key 'bogus'"),
+        ({"reset_counters": 1}, "reset_counters must be true or false"),
+    ],
+)
+def test_wrong_settings_are_named(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(SereError) as refusal:
+        settings().updated(changes, top_k=TOP_K)
+    assert named in str(refusal.value)
+
+
+def test_settings_survive_the_trip_through_numbers() -> None:
+    from sere_sglang.patches.http_server import flatten, unflatten
+
+    changes = {
+        "enabled": False,
+        "policy": "slo",
+        "primary_k": 3,
+        "threshold": 1,
+        "max_batch": None,
+        "tpot_slo_ms": 12.5,
+        "quality_budget": 0.2,
+        "reset_counters": True,
+    }
+    numbers = {key: float(value) for key, value in flatten(changes).items()}
+    ours, rest = unflatten(numbers | {"pp_max_micro_batch_size": 8})
+    assert ours == changes and rest == {"pp_max_micro_batch_size": 8}
+    assert isinstance(settings().updated(ours, top_k=TOP_K), Settings)
+
+
+def test_third_parties_are_listed_after_ours() -> None:
+    assert policy_names()[:3] == ("static", "adaptive", "slo")
+
+
+def _active(point: OperatingPoint, rows: int) -> float:
+    if not point.enabled:
+        return float(expectation().plain[rows])
+    column = expectation().points.index((point.primary_k, point.threshold))
+    return float(expectation().active[rows, column])

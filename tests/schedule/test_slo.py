@@ -1,0 +1,111 @@
+"""The closed loop against a simulated server: it holds the target, and no more than that."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import pytest
+from models import COST, expectation, settings
+
+from sere_sglang.schedule.composition import BatchComposition
+from sere_sglang.schedule.cost import StepModel
+from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback
+from sere_sglang.schedule.observer import Observer
+from sere_sglang.schedule.policy import OperatingPoint
+from sere_sglang.schedule.settings import Settings
+from sere_sglang.schedule.slo import SloPolicy
+
+TRUTH = StepModel(fixed_ms=6.0, row_ms=0.05, scale=1.4)
+POLICY = SloPolicy(expectation(), COST)
+
+
+class Plant:
+    """A server whose steps take what `TRUTH` says of the active experts, with noise.
+
+    What rank 0 concludes reaches the policy `delay` steps later, as under overlap scheduling.
+    """
+
+    def __init__(self, now: Settings, *, noise: float = 0.02, delay: int = 2) -> None:
+        self.now, self.noise = now, noise
+        self.rng = np.random.default_rng(1)
+        self.feedback = NO_FEEDBACK
+        self.observer = Observer(POLICY, COST)
+        self.pipe: deque[Feedback | None] = deque([None] * delay)
+        self.points: list[OperatingPoint] = []
+        self.times: list[float] = []
+
+    def run(self, rows: int, steps: int) -> None:
+        tables = expectation()
+        for _ in range(steps):
+            composition = BatchComposition("decode", decode_tokens=rows)
+            point = POLICY.decide(composition, self.now, self.feedback)
+            active = tables.plain[rows]
+            if point.enabled:
+                active = tables.active[
+                    rows, tables.points.index((point.primary_k, point.threshold))
+                ]
+            step_ms = float(TRUTH.step_ms(rows, COST.moe_ms(rows, active)))
+            step_ms *= self.rng.normal(1.0, self.noise)
+            self.points.append(point)
+            self.times.append(step_ms)
+            self.observer.note_active(float(active))
+            self.pipe.append(self.observer.note_step(step_ms, composition, active, self.now))
+            arrived = self.pipe.popleft()
+            self.feedback = arrived or self.feedback
+
+
+def _extremes(rows: int) -> tuple[float, float]:
+    """Step time of exact routing and of the strongest skipping within the budget."""
+    rungs = POLICY.rungs(
+        BatchComposition("decode", decode_tokens=rows), SETTINGS, Feedback(step=TRUTH)
+    )
+    within = [step for budget, step in rungs if budget <= SETTINGS.quality_budget]
+    return within[0], within[-1]
+
+
+SETTINGS = settings(policy="slo", quality_budget=0.3, tpot_slo_ms=1.0)
+
+
+@pytest.mark.parametrize("where", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("rows", [16, 48])
+def test_holds_a_target_between_plain_and_the_strongest(rows: int, where: float) -> None:
+    plain, strongest = _extremes(rows)
+    target = strongest + where * (plain - strongest)
+    plant = Plant(settings(policy="slo", quality_budget=0.3, tpot_slo_ms=target))
+    plant.run(rows, 1500)
+    held = np.array(plant.times[500:])
+    assert np.median(held) <= 1.03 * target
+    assert np.median(held) >= 0.85 * target, "skips more than needed"
+    # Settled: few changes of the operating point once it has been found.
+    points = plant.points[500:]
+    changes = sum(a != b for a, b in zip(points, points[1:], strict=False))
+    assert changes <= 24, f"{changes} changes in {len(points)} steps"
+
+
+def test_returns_to_exact_when_there_is_slack() -> None:
+    plain, strongest = _extremes(48)
+    target = (plain + strongest) / 2
+    plant = Plant(settings(policy="slo", quality_budget=0.3, tpot_slo_ms=target))
+    plant.run(4, 400)
+    assert not any(p.enabled for p in plant.points[200:]), "exact routing holds the target"
+    plant.run(48, 800)
+    assert plant.points[-1].enabled
+    assert np.median(plant.times[-200:]) <= 1.03 * target
+    plant.run(4, 1200)
+    assert not plant.points[-1].enabled
+
+
+def test_an_impossible_target_costs_no_more_than_the_budget() -> None:
+    plant = Plant(settings(policy="slo", quality_budget=0.05, tpot_slo_ms=0.5))
+    plant.run(48, 400)
+    tables = expectation()
+    for point in plant.points:
+        if point.enabled:
+            assert tables.loss[48, tables.points.index((point.primary_k, point.threshold))] <= 0.05
+    assert plant.points[-1].enabled
+
+
+def test_exact_before_anything_was_measured() -> None:
+    composition = BatchComposition("decode", decode_tokens=48)
+    assert not POLICY.decide(composition, SETTINGS, NO_FEEDBACK).enabled
