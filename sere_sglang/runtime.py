@@ -155,6 +155,8 @@ class SereRuntime:
         if changes.get("reset_counters") and self.binding is not None:
             self.binding.counters.zero_()
             self._reader.forget()
+        if self._trace is not None:
+            self._trace.flush()
         logger.info("SERE settings: %s", self.settings)
 
     @property

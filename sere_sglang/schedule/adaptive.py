@@ -14,6 +14,7 @@ from sere_sglang.schedule.policy import OFF, OperatingPoint
 from sere_sglang.schedule.settings import Settings
 
 _MAX_CACHED = 4096
+_WORTH = 0.02  # of what re-routing can gain at most: smaller differences do not count
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,9 @@ class AdaptivePolicy:
         seen = self.predict(composition, feedback.step)
         rungs = [(0.0, seen.plain_ms)]
         slowest_useful = seen.plain_ms / (1.0 + settings.min_gain)
+        worth = _WORTH * (seen.plain_ms - float(seen.step_ms.min()))
         for i in np.lexsort((seen.step_ms, seen.loss)):
-            if seen.step_ms[i] <= slowest_useful and seen.step_ms[i] < 0.995 * rungs[-1][1]:
+            if seen.step_ms[i] <= slowest_useful and seen.step_ms[i] < rungs[-1][1] - worth:
                 rungs.append((float(seen.loss[i]), float(seen.step_ms[i])))
         return rungs
 
@@ -93,6 +95,6 @@ class AdaptivePolicy:
         fastest = float(step_ms.min())
         if not fastest * (1.0 + settings.min_gain) <= seen.plain_ms:
             return OFF
-        # Of points that are as fast within half a percent, the one that loses least.
-        near = np.flatnonzero(step_ms <= 1.005 * fastest)
+        # Of points that are about as fast, the one that loses least.
+        near = np.flatnonzero(step_ms <= fastest + _WORTH * (seen.plain_ms - fastest))
         return self._points[near[np.argmin(seen.loss[near])]]

@@ -29,12 +29,13 @@ class SloPolicy(AdaptivePolicy):
 
 @dataclass
 class SloController:
-    """Moves the budget between 0 and ``quality_budget``, a rung of `AdaptivePolicy.rungs` at a
-    time. On the rank that measures; the others only learn the budget.
+    """Moves the budget between 0 and ``quality_budget`` along `AdaptivePolicy.rungs`, to the
+    lowest that is predicted to hold the target. On the rank that measures; the others only learn
+    the budget.
 
-    A target between two rungs would make it climb and fall for ever. It falls only to a rung that
-    is predicted to hold the target, and each fall that turns out wrong doubles the wait for the
-    next one; a held target halves it again.
+    It climbs at once and falls only after a calm time, so that a target between two rungs does
+    not make it swing: each fall that turns out wrong doubles the wait for the next one, a held
+    target halves it again.
     """
 
     policy: AdaptivePolicy
@@ -57,26 +58,21 @@ class SloController:
         ceiling = settings.quality_budget
         rungs = [r for r in self.policy.rungs(composition, settings, feedback) if r[0] <= ceiling]
         here = max(i for i, (budget, _) in enumerate(rungs) if budget <= self.budget)
+        # What each rung would take, by the model's ratios and the step that was measured.
+        predicted = [step_ms * rung_ms / rungs[here][1] for _, rung_ms in rungs]
         if step_ms > _TOO_SLOW * target:
             if self._fell:
                 self._patience = min(2 * self._patience, _PATIENCE[1])
             self._calm, self._fell = 0, False
-            if here + 1 < len(rungs):
-                # Prediction picks the rung, in proportion to what was measured; at least the next.
-                wanted = [
-                    i
-                    for i in range(here + 1, len(rungs))
-                    if step_ms * rungs[i][1] / rungs[here][1] <= target
-                ]
-                here = wanted[0] if wanted else len(rungs) - 1
+            holding = [i for i in range(here + 1, len(rungs)) if predicted[i] <= target]
+            here = holding[0] if holding else len(rungs) - 1
         else:
             self._calm += 1
             if self._fell and self._calm >= _PATIENCE[0]:
                 self._fell = False
                 self._patience = max(self._patience // 2, _PATIENCE[0])
-            lower = step_ms * rungs[here - 1][1] / rungs[here][1] if here > 0 else None
-            if lower is not None and lower <= _SLACK * target and self._calm >= self._patience:
-                here -= 1
-                self._calm, self._fell = 0, True
+            lowest = next((i for i in range(here) if predicted[i] <= _SLACK * target), here)
+            if lowest < here and self._calm >= self._patience:
+                here, self._calm, self._fell = lowest, 0, True
         self.budget = rungs[here][0]
         return self.budget

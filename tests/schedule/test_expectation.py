@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -81,7 +83,7 @@ def test_more_rows_make_better_substitutes(expectation: Expectation) -> None:
 
 def test_larger_s_skips_less_and_loses_less(expectation: Expectation) -> None:
     exact = [i for i, (_, rho) in enumerate(expectation.points) if rho == 0.0]
-    for fewer, more in zip(exact, exact[1:], strict=False):
+    for fewer, more in itertools.pairwise(exact):
         assert (expectation.active[1:, fewer] <= expectation.active[1:, more] + 1e-9).all()
         assert (expectation.loss[1:, fewer] >= expectation.loss[1:, more] - 1e-9).all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_holds_a_target_between_plain_and_the_strongest(rows: int, where: float)
     assert np.median(held) >= 0.85 * target, "skips more than needed"
     # Settled: few changes of the operating point once it has been found.
     points = plant.points[500:]
-    changes = sum(a != b for a, b in zip(points, points[1:], strict=False))
+    changes = sum(a != b for a, b in itertools.pairwise(points))
     assert changes <= 24, f"{changes} changes in {len(points)} steps"
 
 

@@ -89,6 +89,10 @@ def test_help_shows_the_flags() -> None:
         "--sere-threshold",
         "--sere-min-batch",
         "--sere-max-batch",
+        "--sere-quality-budget",
+        "--sere-tpot-slo-ms",
+        "--sere-allow-quality",
+        "--sere-trace",
         "--sere-on-error",
     ):
         assert flag in shown

@@ -1,0 +1,205 @@
+"""Skipping that follows the live batch, in a real server."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Server, refusal_of, serve
+
+from sere_sglang.schedule.trace import TraceStep, read_trace
+
+PROMPTS = [f"request number {i} " * (1 + i % 3) for i in range(12)]
+STATIC = {"policy": "static", "primary_k": 1, "threshold": 0.0, "min_batch": 1, "enabled": True}
+EAGER = {"policy": "adaptive", "quality_budget": 1.0, "min_gain": 0.0, "min_batch": 3}
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trace") / "trace.jsonl"
+
+
+@pytest.fixture(scope="module")
+def server(
+    checkpoint: Callable[[str], Path], trace: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    flags = (
+        "--moe-backend=sere",
+        "--sere-allow-quality=exact,balanced,fast",
+        f"--sere-trace={trace}",
+        "--enable-metrics",
+        "--decode-log-interval=5",
+    )
+    log = tmp_path_factory.mktemp("logs") / "schedule.log"
+    with serve(checkpoint("qwen3_moe"), log, *flags) as server:
+        yield server
+
+
+def test_adaptive_is_the_default_and_follows_the_load(server: Server, trace: Path) -> None:
+    assert server.sere()["policy"] == "adaptive"
+    server.set_sere(**EAGER)
+    server.generate(PROMPTS[:1], 70)
+    server.generate(PROMPTS, 70)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # prefill in between
+        list(pool.map(lambda i: server.generate([PROMPTS[i]], 5 + 8 * i), range(8)))
+    steps = _written(server, trace)
+    one = [s for s in steps if s.composition.mode == "decode" and s.composition.num_tokens == 1]
+    many = [s for s in steps if s.composition.mode == "decode" and s.composition.num_tokens > 3]
+    prefill = [s for s in steps if s.composition.mode == "extend"]
+    assert one and not any(s.point.enabled for s in one)
+    assert many and all(s.point.enabled for s in many)
+    assert prefill and not any(s.point.enabled for s in prefill)
+    assert max(s.composition.running for s in steps) == len(PROMPTS)
+    numbers = [s.composition.step for s in steps]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+def test_nothing_to_gain_means_exact(server: Server, trace: Path) -> None:
+    """The tiny model's experts are no part of its step time, as measured after a while."""
+    server.set_sere(**EAGER | {"min_gain": 0.9})
+    before = len(_written(server, trace))
+    server.generate(PROMPTS, 70)
+    steps = _written(server, trace)[before:]
+    assert not any(s.point.enabled for s in steps)
+
+
+@pytest.mark.parametrize("api", ["native", "openai"])
+def test_an_exact_request_gets_what_plain_routing_gives_it(server: Server, api: str) -> None:
+    """Whoever shares the batch: same tokens and log-probs as with re-routing switched off."""
+    server.set_sere(**STATIC)
+    qualities = ["exact", "balanced", "fast", None]
+    asked = [qualities[i % 4] for i in range(len(PROMPTS))]
+    mixed = _ask(server, api, asked)
+    server.set_sere(enabled=False)
+    exact = _ask(server, api, [None] * len(PROMPTS))
+    server.set_sere(enabled=True)
+    assert any(a != b for a, b in zip(mixed, exact, strict=True)), "nothing was re-routed"
+    for i, quality in enumerate(asked):
+        if quality == "exact":
+            assert mixed[i][0] == exact[i][0]
+            assert mixed[i][1] == pytest.approx(exact[i][1], abs=0.02)
+
+
+def test_fast_requests_are_rerouted_harder(server: Server) -> None:
+    server.set_sere(**STATIC | {"primary_k": 3}, fast_primary_k=1)
+    moved = []
+    for quality in ("exact", "balanced", "fast"):
+        server.set_sere(reset_counters=True)
+        _ask(server, "native", [quality] * len(PROMPTS))
+        counters = server.sere()["counters"].values()
+        moved.append(sum(row["rerouted"] for row in counters))
+    assert moved[0] == 0 < moved[1] < moved[2]
+
+
+@pytest.mark.parametrize("value", ["turbo", 7])
+def test_a_quality_that_does_not_exist_is_refused(server: Server, value: Any) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        server.generate(PROMPTS[:1], 2, **_sampling(value))
+    assert refusal.value.code == 400
+    assert "balanced, exact, fast" in refusal.value.read().decode()
+
+
+def test_live_policy_and_slo(server: Server) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        server.post("/set_internal_state", {"server_args": {"sere": {"policy": "slo"}}})
+    assert "tpot_slo_ms" in refusal.value.read().decode()
+    # Nothing can hold this one: it ends at the strongest point that the budget allows.
+    server.set_sere(**EAGER | {"policy": "slo", "tpot_slo_ms": 0.01})
+    server.generate(PROMPTS, 90)
+    tight = server.sere()
+    assert tight["policy"] == "slo" and tight["feedback"]["step_ms"] > 0
+    assert tight["feedback"]["budget"] > 0 and tight["operating_point"]["enabled"]
+    # Everything holds this one: back to exact.
+    server.set_sere(tpot_slo_ms=100000.0)
+    server.generate(PROMPTS, 300)
+    assert not server.sere()["operating_point"]["enabled"]
+    server.set_sere(**STATIC | {"tpot_slo_ms": None})
+    server.generate(PROMPTS, 4)
+    assert server.sere()["operating_point"] == {
+        "enabled": True, "primary_k": 1, "threshold": 0.0, "layers": []
+    }  # fmt: skip
+
+
+def test_metrics_and_the_decode_line(server: Server) -> None:
+    server.set_sere(**STATIC)
+    server.generate(PROMPTS, 60)
+    with urllib.request.urlopen(server.url + "/metrics") as answer:
+        text = answer.read().decode()
+    values = {
+        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith("sglang:sere_")
+    }
+    assert values["sglang:sere_primary_k"] == 1
+    assert values["sglang:sere_step_ms"] > 0
+    assert values["sglang:sere_predicted_step_ms"] > 0
+    after, before = "sglang:sere_active_experts_after", "sglang:sere_active_experts_before"
+    assert 0 < values[after] < values[before]
+    assert 'mode="decode"' in text and 'rerouted="true"' in text
+    lines = [x for x in server.log.read_text().splitlines() if "Decode batch" in x]
+    assert any("sere S: 1, active experts:" in x for x in lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--sere-policy=slo"], "add --sere-tpot-slo-ms"),
+        (["--sere-policy=static", "--sere-tpot-slo-ms=5"], "--sere-policy slo, not of static"),
+        (["--sere-quality-budget=2"], "--sere-quality-budget 2"),
+        (["--sere-allow-quality=cheap"], "--sere-allow-quality cheap"),
+        (["--sere-quality=fast", "--sere-allow-quality=exact"], "--sere-quality fast is not in"),
+        (["--sere-fast-primary-k=4"], "--sere-fast-primary-k 4: must be smaller"),
+    ],
+)
+def test_wrong_flags(checkpoint: Callable[[str], Path], flags: list[str], named: str) -> None:
+    result = refusal_of(f"--model-path={checkpoint('qwen3_moe')}", "--moe-backend=sere", *flags)
+    assert result.returncode == 2
+    assert named in result.stderr
+
+
+def _written(server: Server, trace: Path) -> list[TraceStep]:
+    server.set_sere(reset_counters=True)  # also writes out what the trace holds back
+    return list(read_trace(trace))
+
+
+def _sampling(quality: Any) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+    if quality is not None:
+        sampling["custom_params"] = {"sere": quality}
+    return {"sampling_params": sampling}
+
+
+def _ask(server: Server, api: str, qualities: list[str | None]) -> list[tuple[Any, list[float]]]:
+    """All prompts at once, in one batch; (tokens or text, log-probs) of each."""
+    if api == "native":
+        each = [_sampling(quality)["sampling_params"] for quality in qualities]
+        answers = server.post(
+            "/generate", {"text": PROMPTS, "sampling_params": each, "return_logprob": True}
+        )
+        return [
+            (a["output_ids"], [x[0] for x in a["meta_info"]["output_token_logprobs"]])
+            for a in answers
+        ]
+
+    def one(i: int) -> tuple[Any, list[float]]:
+        body = {"model": "m", "prompt": PROMPTS[i], "max_tokens": 12, "temperature": 0,
+                "ignore_eos": True, "logprobs": 1}  # fmt: skip
+        if qualities[i] is not None:
+            body["custom_params"] = {"sere": qualities[i]}  # what extra_body puts here
+        choice = server.post("/v1/completions", body)["choices"][0]
+        return choice["text"], choice["logprobs"]["token_logprobs"]
+
+    with concurrent.futures.ThreadPoolExecutor(len(PROMPTS)) as pool:
+        return list(pool.map(one, range(len(PROMPTS))))
+
+
+def test_trace_lines_are_json(server: Server, trace: Path) -> None:
+    _written(server, trace)
+    for line in trace.read_text().splitlines():
+        assert {"time", "mode", "step", "padded_rows", "primary_k"} <= json.loads(line).keys()
