@@ -1,24 +1,29 @@
 """All similarity measures of one layer, streamed, against the pairwise loop of the definitions.
 
     python -m benchmarks.calibration [--experts 64 --hidden 1024 --width 512 --tokens 4096]
+    python -m benchmarks.calibration --model demo_model --layer 1
 
 The loop holds every expert's output [E, T, H] in float32 and compares each pair by itself, as the
 paper's calibration does; it is timed over a few pairs (--pairs) and multiplied to all of them,
 because all would take hours. Both run the experts through the same CPU runner. Writes
-``calibration.json``: a row for all measures with ``ratio``, then one per measure of the loop.
+``calibration.json`` or ``calibration_<model>.json``: a row for all measures with ``ratio``, then
+one per measure of the loop.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 
 from benchmarks._common import write_result
 from benchmarks.cpu_moe import Layer
@@ -100,12 +105,18 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--model", type=Path, help="a Qwen3-MoE folder, for its weights and sizes")
+    parser.add_argument("--layer", type=int, default=1, help="of --model")
     parser.add_argument("--memory-mib", type=int, default=2048)
     parser.add_argument("--pairs", type=int, default=3, help="pairs that the loop is timed over")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    if asked.model is not None:
+        asked.experts, asked.hidden, asked.width = sizes_of(asked.model)
     layer = Layer(asked.experts, asked.hidden, asked.width)
+    if asked.model is not None:
+        read_experts(layer, asked.model, asked.layer)
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(asked.tokens, asked.hidden, generator=generator).to(torch.bfloat16)
     run_all_experts(layer, rows[:64])  # compiles
@@ -147,12 +158,28 @@ def main() -> None:
         "peak_growth_mib": grown,
     }
     path = write_result(
-        "calibration",
+        "calibration" if asked.model is None else f"calibration_{asked.model.name}",
         [summary, *results],
-        settings=vars(asked),
+        settings={**vars(asked), "model": str(asked.model or "")},
         loop_extrapolated_from_pairs=len(pairs),
     )
     print(f"wrote {path}")
+
+
+def sizes_of(model: Path) -> tuple[int, int, int]:
+    config = json.loads((model / "config.json").read_text())
+    return config["num_experts"], config["hidden_size"], config["moe_intermediate_size"]
+
+
+def read_experts(layer: Layer, model: Path, index: int) -> None:
+    with safe_open(str(model / "model.safetensors"), framework="pt") as file:
+        for e in range(layer.num_experts):
+            at = f"model.layers.{index}.mlp.experts.{e}"
+            gate, up, down = (
+                file.get_tensor(f"{at}.{name}_proj.weight") for name in ("gate", "up", "down")
+            )
+            layer.w13_weight[e] = torch.cat([gate, up])
+            layer.w2_weight[e] = down
 
 
 def expert_output(layer: Layer, rows: torch.Tensor, expert: int) -> torch.Tensor:

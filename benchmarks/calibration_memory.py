@@ -23,9 +23,10 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks._common import write_result
+from sere_sglang.profile import load_profile
 
 EXPERTS, HIDDEN, WIDTH, VOCAB = 64, 256, 128, 2048
-RUNS = ((4, 1024, 64), (4, 4096, 64), (4, 16384, 64), (4, 16384, 512), (32, 1024, 64))
+RUNS = ((4, 1024, 64), (4, 16384, 64), (4, 32768, 64), (4, 16384, 512), (32, 2048, 64))
 ENGINE_RUNS = ((2048, 64), (16384, 64), (16384, 1024))
 
 
@@ -64,6 +65,7 @@ def measure(model: Path, layers: int, tokens: int, memory: int, *flags: str) -> 
             time.sleep(0.02)
         if child.returncode:
             raise SystemExit(f"failed: {' '.join(command)}")
+        tokens = load_profile(f"{out}/p.safetensors").metadata.num_tokens
     row = {
         "mode": "layer by layer" if flags else "engine",
         "layers": layers,
