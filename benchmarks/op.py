@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.quick:
         tokens, shapes, rounds = (1, 32, 256, 1024), SHAPES[:2], 11
     if options.dry_run:
-        tokens, shapes, rounds = (1, 5), ((16, 4), (8, 2)), 3
+        tokens, shapes, rounds = (1, 5), ((16, 4), (8, 3)), 3
     elif not torch.cuda.is_available():
         print("no GPU: nothing measured (--dry-run goes through it on a CPU)", file=sys.stderr)
         return 2

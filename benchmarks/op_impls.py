@@ -6,7 +6,7 @@ A call runs one step in place, so that it can be captured; what a call returns i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from sere_sglang.ops.dispatch import load_impl
 
 Calls = list[Callable[[], object]]
 MakeCalls = Callable[[OpCase, torch.Tensor], Calls]
+NAMES = ("cuda", "triton", "published", "empty", "fused", "topk_only")
 RENORMALIZE = True
 
 
@@ -26,42 +27,59 @@ class Unavailable(RuntimeError):
     """Something that belongs in the comparison is not there; says what and why."""
 
 
-def load_impls(device: str) -> tuple[dict[str, MakeCalls], list[Unavailable], dict[str, str]]:
-    """Builds everything. Returns the implementations, what is missing, and notes on who is who.
+def load_impls(
+    device: str, names: Container[str] = NAMES
+) -> tuple[dict[str, MakeCalls], list[Unavailable], dict[str, str]]:
+    """Builds those named. Returns them, what is missing, and notes on who is who.
 
     On the CPU (a dry run) other implementations stand in under the same names.
     """
     if device == "cpu":
-        return _stand_ins(), [], {"dry_run": "CPU implementations stand in for all of them"}
+        impls = {name: calls for name, calls in _stand_ins().items() if name in names}
+        return impls, [], {"dry_run": "CPU implementations stand in for all of them"}
+    loaders = {
+        "cuda": lambda: _load_reroute("cuda"),
+        "triton": lambda: _load_reroute("triton"),
+        "published": _load_published,
+        "empty": _load_empty,
+        "fused": _load_fused,
+        "topk_only": lambda: partial(_topk_only, sglang_moe.load_topk_softmax()),
+    }
     impls: dict[str, MakeCalls] = {}
     missing = []
-    notes = {}
-    for name in ("cuda", "triton"):
+    for name, load in loaders.items():
+        if name not in names:
+            continue
         try:
-            load_impl(name, device)
-            impls[name] = partial(_reroute, impl=name)
+            impls[name] = load()
         except Exception as error:
-            missing.append(Unavailable(f"{name}: {error}"))
-    try:
-        native = published_sequence.native_module("cuda")
-        impls["published"] = _published
-        impls["empty"] = lambda case, control: [lambda: native.empty(case.ids)] * case.calls
-    except Exception as error:
-        missing.append(Unavailable(f"published, empty: {error}"))
-    try:
-        from sere_sglang.ops.fused import fused_topk_reroute
+            if name != "topk_only" or "fused" not in impls:  # which then stands in for it
+                missing.append(Unavailable(f"{name}: {error}"))
+    source = (
+        "sgl_kernel.topk_softmax" if "topk_only" in impls else "the fused kernel, SERE disabled"
+    )
+    return impls, missing, {"topk_only": source}
 
-        impls["fused"] = partial(_fused, fused_topk_reroute)
-        notes["topk_only"] = "the fused kernel with SERE disabled"
-    except Exception as error:
-        missing.append(Unavailable(f"fused: {error}"))
-    try:
-        impls["topk_only"] = partial(_topk_only, sglang_moe.load_topk_softmax())
-        notes["topk_only"] = "sgl_kernel.topk_softmax"
-    except sglang_moe.Unavailable as error:
-        if "fused" not in impls:
-            missing.append(Unavailable(f"topk_only: {error}"))
-    return impls, missing, notes
+
+def _load_reroute(impl: str) -> MakeCalls:
+    load_impl(impl, "cuda")
+    return partial(_reroute, impl=impl)
+
+
+def _load_published() -> MakeCalls:
+    published_sequence.native_module("cuda")
+    return _published
+
+
+def _load_empty() -> MakeCalls:
+    empty = published_sequence.native_module("cuda").empty
+    return lambda case, control: [partial(empty, case.ids)] * case.calls
+
+
+def _load_fused() -> MakeCalls:
+    from sere_sglang.ops.fused import fused_topk_reroute
+
+    return partial(_fused, partial(fused_topk_reroute, impl="cuda"))
 
 
 def _reroute(case: OpCase, control: torch.Tensor, *, impl: str) -> Calls:

@@ -64,4 +64,3 @@ def load_fused_experts() -> tuple[FusedExperts, str]:
         return fused_moe.fused_experts_impl(x, w1, w2, weights, ids, filter_expert=False)
 
     return fused_experts, f"SGLang {sglang.__version__} fused_moe (Triton)"
-
