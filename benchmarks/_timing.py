@@ -92,7 +92,8 @@ class GraphTimer:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The outer context brings the stream back even where the capture fails.
+        with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
             for call in candidate.calls:
                 call()
         torch.cuda.synchronize()

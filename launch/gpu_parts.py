@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -161,7 +160,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # a GPU that has failed can hang an orderly exit
+    sys.exit(main())

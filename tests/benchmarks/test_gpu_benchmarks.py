@@ -126,17 +126,19 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA that runs on the CPU; only names that torch.cuda has can be replaced."""
 
     @contextlib.contextmanager
-    def capture(graph: _FakeGraph) -> Any:
+    def capture(graph: _FakeGraph, stream: _FakeStream) -> Any:
         _FakeGraph.capturing = graph
-        yield
-        _FakeGraph.capturing = None
+        try:
+            yield
+        finally:
+            _FakeGraph.capturing = None
 
     for name, value in {
         "CUDAGraph": _FakeGraph,
         "graph": capture,
         "Event": _FakeEvent,
         "Stream": _FakeStream,
-        "stream": contextlib.nullcontext,
+        "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": _FakeStream,
         "synchronize": lambda: None,
         "_sleep": lambda cycles: None,
