@@ -2,13 +2,13 @@
 # Downloads into .whl/ what launch/gpu_check.sh needs on a GPU machine without a network: tvm-ffi for
 # the CUDA kernels and, for the layer benchmark, SGLang's own Triton fused MoE. Run it here, with
 # pip; take .whl/ along. The machine there: Linux x86-64, Python 3.12, torch 2.11 for CUDA 13.
-#   bash launch/gpu_wheels.sh           all of it (about 50 MB)
+#   bash launch/gpu_wheels.sh           all of it (about 37 MB)
 #   bash launch/gpu_wheels.sh --small   tvm-ffi only; the layer benchmark then uses its own GEMM
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON="${SERE_PYTHON:-python3}"
-LIMIT_MB=60
+LIMIT_MB=40
 # SGLang 0.5.17 is the release that pins torch 2.11; the rest is what importing its fused MoE needs
 # beyond torch's and Hugging Face's usual packages.
 KERNELS=(apache-tvm-ffi==0.1.11)
@@ -32,15 +32,14 @@ download() { # folder, requirements
     "${platforms[@]}" -d "$folder" "$@"
 }
 
-# Writes a wheel anew with only the files that match; 380 MB of kernels become 7.
-strip_wheel() { # wheel, target folder, regular expression of the names to keep
+# Writes a wheel anew with only the files that match, packed tighter; 380 MB of kernels become 13.
+strip_wheel() { # wheel, regular expression of the names to keep
   "$PYTHON" - "$@" <<'PY'
 import pathlib, re, sys, zipfile
 
-source, folder, keep = sys.argv[1:]
-target = pathlib.Path(folder) / pathlib.Path(source).name
+source, keep = sys.argv[1:]
 with zipfile.ZipFile(source) as old, zipfile.ZipFile(
-    target, "w", zipfile.ZIP_DEFLATED, compresslevel=9
+    pathlib.Path(".whl") / pathlib.Path(source).name, "w"
 ) as new:
     for name in old.namelist():
         if re.search(keep, name):
@@ -48,7 +47,8 @@ with zipfile.ZipFile(source) as old, zipfile.ZipFile(
             if name.endswith(".dist-info/RECORD"):
                 lines = data.decode().splitlines(keepends=True)
                 data = "".join(x for x in lines if re.search(keep, x.split(",")[0])).encode()
-            new.writestr(old.getinfo(name), data, zipfile.ZIP_DEFLATED, 9)
+            method = zipfile.ZIP_LZMA if name.endswith(".so") else zipfile.ZIP_DEFLATED
+            new.writestr(old.getinfo(name), data, method, 9)
 PY
 }
 
@@ -59,11 +59,15 @@ if [ "${1:-}" != --small ]; then
   scratch=$(mktemp -d)
   trap 'rm -rf "$scratch"' EXIT
   download .whl "${SGLANG[@]}"
-  mv .whl/sglang-*.whl "$scratch"
-  strip_wheel "$scratch"/sglang-*.whl .whl '^sglang(-|/(?!.*\.so$|multimodal_gen/|.*/configs/.*MI3))'
+  mv .whl/{sglang,transformers,tokenizers,pydantic_core}-*.whl "$scratch"
   download "$scratch" "$SGLANG_KERNEL"
-  strip_wheel "$scratch"/sglang_kernel-*.whl .whl \
+  strip_wheel "$scratch"/sglang-*.whl '^sglang(-|/(?!.*\.so$|multimodal_gen/|test/|srt/models/|'\
+'.*/configs/.*device_name=(?!NVIDIA_H[12]00[,._])))'
+  strip_wheel "$scratch"/sglang_kernel-*.whl \
     '^(sglang_kernel-|sgl_kernel/(.*\.py|sm90/common_ops.*)$)'
+  strip_wheel "$scratch"/transformers-*.whl \
+    '^transformers(-|/(?!models/(?!auto/)[^/]*/(modular|modeling|image|video|feature)[^/]*$))'
+  for wheel in "$scratch"/{tokenizers,pydantic_core}-*.whl; do strip_wheel "$wheel" .; done
 fi
 
 size=$(du -sm .whl | cut -f1)
