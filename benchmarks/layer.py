@@ -48,7 +48,14 @@ from benchmarks.moe_layer import (
     sere_control,
 )
 
-BATCHES = (32, 128, 8, 64, 256, 16)  # the most telling ones first, should time run out
+BATCHES: tuple[int, ...] = (
+    32,
+    128,
+    8,
+    64,
+    256,
+    16,
+)  # the most telling ones first, should time run out
 PRIMARY_KS = (1, 2, 3)
 LAYERS = 4  # at least 4 GB of weights per model
 PLAIN = 0

@@ -41,7 +41,7 @@ class MoeShape:
         return 3 * self.hidden * self.inter * element_size
 
 
-MODELS = (
+MODELS: tuple[MoeShape, ...] = (
     MoeShape("Qwen3-30B-A3B", 128, 8, 2048, 768, renormalize=True),
     MoeShape("Qwen1.5-MoE-A2.7B", 60, 4, 2048, 1408, renormalize=False),
     MoeShape("DeepSeek-V2-Lite", 64, 6, 2048, 1408, renormalize=False),
@@ -56,11 +56,13 @@ class Kernels:
     topk(logits, top_k, renormalize) -> weights, ids
     fused_topk(logits, top_k, renormalize, table, control) -> weights, ids
     experts(x, w1, w2, weights, ids) -> y
+    logits_dtype: what the gate hands over
     """
 
     topk: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     fused_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None
     experts: Callable[..., torch.Tensor]
+    logits_dtype: torch.dtype
 
 
 @dataclass
@@ -129,7 +131,7 @@ class LayerCall:
         return self.kernels.experts(self.x, self.layer.w1, self.layer.w2, weights, ids)
 
     def route(self) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = gate_logits(self.x, self.layer.gate_t)
+        logits = gate_logits(self.x, self.layer.gate_t, self.kernels.logits_dtype)
         choice: tuple[Any, ...] = (logits, self.shape.top_k, self.shape.renormalize)
         if self.control is None:
             return self.kernels.topk(*choice)
@@ -148,13 +150,13 @@ def sere_control(primary_k: int, device: str) -> torch.Tensor:
     return encode_control(enabled=True, num_valid=-1, classes=[(primary_k, 0.0)]).to(device)
 
 
-def gate_logits(x: torch.Tensor, gate_t: torch.Tensor) -> torch.Tensor:
-    """float32 [T, E], in one launch where this torch has bf16 products with a float32 result."""
-    if x.dtype == torch.float32:
+def gate_logits(x: torch.Tensor, gate_t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[T, E], in one launch where this torch can multiply bf16 into float32."""
+    if x.dtype == dtype:
         return x @ gate_t
-    if x.is_cuda and _has_mixed_product():
-        return torch.mm(x, gate_t, out_dtype=torch.float32)
-    return (x @ gate_t).float()
+    if x.is_cuda and dtype == torch.float32 and _has_mixed_product():
+        return torch.mm(x, gate_t, out_dtype=dtype)
+    return (x @ gate_t).to(dtype)
 
 
 @functools.cache
@@ -170,7 +172,7 @@ def torch_topk(
     logits: torch.Tensor, top_k: int, renormalize: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax top-k in torch, several launches: where nothing better is there."""
-    weights, ids = logits.softmax(dim=-1).topk(top_k, dim=-1)
+    weights, ids = logits.softmax(dim=-1, dtype=torch.float32).topk(top_k, dim=-1)
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights, ids.to(torch.int32)

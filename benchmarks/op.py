@@ -34,8 +34,8 @@ from benchmarks._timing import (
 from benchmarks.op_cases import PRIMARY_K, THRESHOLD, OpCase
 from benchmarks.op_impls import load_impls
 
-TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024)
-SHAPES = ((128, 8), (60, 4), (64, 6), (256, 8), (512, 10))  # (E, K)
+TOKENS: tuple[int, ...] = (1, 8, 16, 32, 64, 128, 256, 1024)
+SHAPES: tuple[tuple[int, int], ...] = ((128, 8), (60, 4), (64, 6), (256, 8), (512, 10))  # (E, K)
 CALLS = 32
 OFF = "_off"
 
@@ -143,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed += timer.errors
     print_tables(rows, print)
     print(path)
-    for reason in failed:
-        print(f"FAILED {reason}", file=sys.stderr)
+    for failure in failed:
+        print(f"FAILED {failure}", file=sys.stderr)
     return 1 if failed else 0
 
 

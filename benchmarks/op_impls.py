@@ -35,9 +35,9 @@ def load_impls(
     On the CPU (a dry run) other implementations stand in under the same names.
     """
     if device == "cpu":
-        impls = {name: calls for name, calls in _stand_ins().items() if name in names}
-        return impls, [], {"dry_run": "CPU implementations stand in for all of them"}
-    loaders = {
+        stand_ins = {name: calls for name, calls in _stand_ins().items() if name in names}
+        return stand_ins, [], {"dry_run": "CPU implementations stand in for all of them"}
+    loaders: dict[str, Callable[[], MakeCalls]] = {
         "cuda": lambda: _load_reroute("cuda"),
         "triton": lambda: _load_reroute("triton"),
         "published": _load_published,

@@ -29,7 +29,7 @@ def load_topk_softmax() -> Callable[..., Any]:
     """``topk_softmax(weights_out [T, K], ids_out [T, K], logits [T, E], renormalize)``."""
     try:
         from sgl_kernel import topk_softmax
-    except BaseException as error:  # a library of another GPU or torch raises all sorts
+    except (Exception, SystemExit) as error:  # of another GPU or torch, it raises all sorts
         raise Unavailable(f"sgl_kernel: {first_line(error)}") from error
     return topk_softmax
 
@@ -51,7 +51,7 @@ def load_fused_experts() -> tuple[FusedExperts, str]:
         get_context().override_server_args().install()
         if parallel_state._TP is None:
             parallel_state._TP = SimpleNamespace(world_size=1)
-    except BaseException as error:
+    except (Exception, SystemExit) as error:
         raise Unavailable(f"SGLang: {first_line(error)}") from error
 
     def fused_experts(
