@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import moe_layer, sglang_moe
+from benchmarks import moe_layer, op_impls, sglang_moe
 from benchmarks._timing import first_line
 from benchmarks.grouped_gemm import fused_experts, fused_experts_loop
 from benchmarks.moe_layer import Kernels
@@ -24,11 +24,11 @@ def choose(device: str, gemm: str) -> tuple[Kernels, dict[str, str], list[str]]:
     gemm: ``auto`` (SGLang's if it works here), ``sglang`` or ``own``.
     """
     if device == "cpu":
-        kernels = Kernels(moe_layer.torch_topk, None, fused_experts_loop, torch.float32)
+        kernels = Kernels(moe_layer.torch_topk, None, fused_experts_loop)
         return kernels, {"gemm": "torch loop", "topk": "torch", "reroute": "reroute_"}, []
     failed: list[str] = []
     names: dict[str, str] = {}
-    fused, logits_dtype = _fused_topk(failed)
+    fused = _fused_topk(failed)
     names["reroute"] = (
         f"fused with top-k ({select_impl(device)})"
         if fused is not None
@@ -36,8 +36,7 @@ def choose(device: str, gemm: str) -> tuple[Kernels, dict[str, str], list[str]]:
     )
     topk = _plain_topk(fused, names)
     experts = _experts(gemm, names, failed)
-    names["logits"] = str(logits_dtype).removeprefix("torch.")
-    return Kernels(topk, fused, experts, logits_dtype), names, failed
+    return Kernels(topk, fused, experts), names, failed
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -85,38 +84,12 @@ def _check_experts(experts: Callable[..., torch.Tensor]) -> None:
             raise AssertionError(f"wrong result: relative error {error:.3f}")
 
 
-def _fused_topk(failed: list[str]) -> tuple[Callable[..., Any] | None, torch.dtype]:
-    """The fused kernel, or None, and the logits to hand it: bf16, as SGLang's gates give them."""
+def _fused_topk(failed: list[str]) -> Callable[..., Any] | None:
     try:
-        from sere_sglang.ops.fused import fused_topk_reroute
-    except ImportError as error:
+        return op_impls.load_fused()
+    except Exception as error:
         failed.append(f"fused top-k and re-routing: {first_line(error)}")
-        return None, torch.bfloat16
-    fused = partial(_fused, fused_topk_reroute)
-    layer = moe_layer.make_layers(moe_layer.TINY, 1, "cuda", torch.bfloat16)[0]
-    control = moe_layer.sere_control(1, "cuda")
-    refused = []
-    for dtype in (torch.bfloat16, torch.float32):
-        logits = torch.randn(4, moe_layer.TINY.experts, device="cuda").to(dtype)
-        try:
-            fused(logits, 2, True, layer.table, control)
-            torch.cuda.synchronize()
-            return fused, dtype
-        except Exception as error:
-            refused.append(f"{dtype}: {first_line(error)}")
-    failed.append(f"fused top-k and re-routing: {'; '.join(refused)}")
-    return None, torch.bfloat16
-
-
-def _fused(
-    fused_topk_reroute: Callable[..., Any],
-    logits: torch.Tensor,
-    top_k: int,
-    renormalize: bool,
-    table: LayerTable,
-    control: torch.Tensor,
-) -> Any:
-    return fused_topk_reroute(logits, top_k, renormalize, table, control, impl="cuda")
+        return None
 
 
 def _plain_topk(

@@ -12,7 +12,6 @@ hidden state is its logits times those rows plus a part that no row sees.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -56,13 +55,11 @@ class Kernels:
     topk(logits, top_k, renormalize) -> weights, ids
     fused_topk(logits, top_k, renormalize, table, control) -> weights, ids
     experts(x, w1, w2, weights, ids) -> y
-    logits_dtype: what the gate hands over
     """
 
     topk: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     fused_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None
     experts: Callable[..., torch.Tensor]
-    logits_dtype: torch.dtype
 
 
 @dataclass
@@ -131,7 +128,7 @@ class LayerCall:
         return self.kernels.experts(self.x, self.layer.w1, self.layer.w2, weights, ids)
 
     def route(self) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = gate_logits(self.x, self.layer.gate_t, self.kernels.logits_dtype)
+        logits = self.x @ self.layer.gate_t  # bf16, as SGLang's gates give them
         choice: tuple[Any, ...] = (logits, self.shape.top_k, self.shape.renormalize)
         if self.control is None:
             return self.kernels.topk(*choice)
@@ -148,24 +145,6 @@ class LayerCall:
 def sere_control(primary_k: int, device: str) -> torch.Tensor:
     """Re-route every secondary slot: rho = 0, where the saving is largest."""
     return encode_control(enabled=True, num_valid=-1, classes=[(primary_k, 0.0)]).to(device)
-
-
-def gate_logits(x: torch.Tensor, gate_t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[T, E], in one launch where this torch can multiply bf16 into float32."""
-    if x.dtype == dtype:
-        return x @ gate_t
-    if x.is_cuda and dtype == torch.float32 and _has_mixed_product():
-        return torch.mm(x, gate_t, out_dtype=dtype)
-    return (x @ gate_t).to(dtype)
-
-
-@functools.cache
-def _has_mixed_product() -> bool:
-    tile = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
-    try:
-        return torch.mm(tile, tile, out_dtype=torch.float32).dtype == torch.float32
-    except (TypeError, RuntimeError):
-        return False
 
 
 def torch_topk(

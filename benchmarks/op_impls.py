@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import published_sequence, sglang_moe
 from benchmarks.op_cases import PRIMARY_K, THRESHOLD, OpCase
-from sere_sglang.ops import reroute_
+from sere_sglang.ops import LayerTable, encode_control, reroute_
 from sere_sglang.ops.dispatch import load_impl
 
 Calls = list[Callable[[], object]]
@@ -42,7 +42,7 @@ def load_impls(
         "triton": lambda: _load_reroute("triton"),
         "published": _load_published,
         "empty": _load_empty,
-        "fused": _load_fused,
+        "fused": lambda: partial(_fused, load_fused()),
         "topk_only": lambda: partial(_topk_only, sglang_moe.load_topk_softmax()),
     }
     impls: dict[str, MakeCalls] = {}
@@ -76,10 +76,17 @@ def _load_empty() -> MakeCalls:
     return lambda case, control: [partial(empty, case.ids)] * case.calls
 
 
-def _load_fused() -> MakeCalls:
+def load_fused() -> Callable[..., Any]:
+    """``fused_topk_reroute`` on its CUDA kernel, tried out."""
     from sere_sglang.ops.fused import fused_topk_reroute
 
-    return partial(_fused, partial(fused_topk_reroute, impl="cuda"))
+    fused = partial(fused_topk_reroute, impl="cuda")
+    table = LayerTable.build(torch.eye(16), device="cuda")
+    control = encode_control(enabled=True, num_valid=-1, classes=[(1, 0.0)]).to("cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        fused(torch.randn(4, 16, device="cuda").to(dtype), 4, RENORMALIZE, table, control)
+    torch.cuda.synchronize()
+    return fused
 
 
 def _reroute(case: OpCase, control: torch.Tensor, *, impl: str) -> Calls:

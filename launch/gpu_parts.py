@@ -44,25 +44,15 @@ def machine() -> int:
 
 def build(arch: str | None) -> int:
     """Compile everything that the check uses, for this GPU; or for `arch`, loading no kernel."""
-    from benchmarks import published_sequence
-    from sere_sglang.ops import LayerTable, encode_control
+    from benchmarks import op_impls, published_sequence
     from sere_sglang.ops.dispatch import load_impl
-
-    def fused() -> None:
-        from sere_sglang.ops.fused import fused_topk_reroute
-
-        table = LayerTable.build(torch.eye(16), device="cuda")
-        control = encode_control(enabled=True, num_valid=-1, classes=[(1, 0.0)]).to("cuda")
-        logits = torch.randn(4, 16, device="cuda")
-        fused_topk_reroute(logits, 4, True, table, control, impl="cuda")
-        torch.cuda.synchronize()
 
     if arch is not None:
         return _each({"published": lambda: published_sequence.native_module("cuda", arch)})
     return _each(
         {
             "cuda": lambda: load_impl("cuda", "cuda"),
-            "fused": fused,
+            "fused": op_impls.load_fused,
             "triton": lambda: load_impl("triton", "cuda"),
             "published": lambda: published_sequence.native_module("cuda"),
             "cpu": lambda: load_impl("cpu", "cpu"),
