@@ -78,7 +78,8 @@ sanitize() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "$1" "$tool" --tool memcheck --error-exitcode 99 \
     "$PYTHON" -m launch.gpu_parts small-case >"$log" 2>&1
   status=$?
-  tail -n 15 "$log"
+  grep -m 40 '^=========' "$log" # the errors, the first ones first
+  tail -n 12 "$log"
   if [ $status -ne 0 ] && grep -qiE 'device not supported|not supported on|unable to (attach|inject)|failed to initialize' "$log"; then
     echo "compute-sanitizer does not work on this machine: skipped"
     return 0
