@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import re
@@ -25,8 +26,9 @@ def hardware_info() -> dict[str, Any]:
         "cpu_features": _cpu_features(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
     }
-    if torch.cuda.is_available():
-        info["gpu"] = torch.cuda.get_device_name()
+    gpu = _gpu_name()
+    if gpu is not None:
+        info["gpu"] = gpu
     return info
 
 
@@ -101,6 +103,12 @@ def interleaved_median(
                 function()
             samples[name].append((time.perf_counter() - started) / repeats[name])
     return {name: statistics.median(times) for name, times in samples.items()}
+
+
+@functools.cache
+def _gpu_name() -> str | None:
+    """Asked once: a GPU that has failed since no longer answers."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _proc_cpuinfo(key: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks import published_sequence
 from benchmarks._common import interleaved_median, write_result
 from sere_sglang.ops import LayerTable, cpu, encode_control, reference, reroute_
 
@@ -20,21 +21,6 @@ TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024)
 SHAPES = ((60, 4), (64, 6), (128, 8), (256, 8), (512, 10))  # (E, K)
 PRIMARY_K = 2
 THRESHOLD = 0.3
-
-
-def published_sequence(
-    topk_ids: torch.Tensor, similarity: torch.Tensor, primary_k: int, threshold: float
-) -> torch.Tensor:
-    """Cast, zero a mask, scatter into it, scan: as the SERE paper's kernel works, in torch."""
-    ids = topk_ids.to(torch.int64)
-    mask = torch.zeros(similarity.shape[0], dtype=torch.bool)
-    mask.scatter_(0, ids[:, :primary_k].flatten(), True)
-    secondary = ids[:, primary_k:]
-    candidates = similarity[secondary].masked_fill_(~mask, -1.0)
-    best, best_id = candidates.max(dim=-1)
-    keep = mask[secondary] | (best < threshold)
-    ids[:, primary_k:] = torch.where(keep, secondary, best_id)
-    return ids.to(topk_ids.dtype)
 
 
 def make_inputs(tokens: int, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +52,7 @@ def measure(tokens: int, experts: int, top_k: int, budget_s: float) -> dict[str,
         "us_native": in_place(lambda: cpu.reroute_(work, None, table, control, None, None)),
         "us_torch": in_place(lambda: reference.reroute_(work, None, table, control, None, None)),
         "us_published": lambda: work.copy_(
-            published_sequence(ids, similarity, PRIMARY_K, THRESHOLD)
+            published_sequence.run_torch(ids, similarity, PRIMARY_K, THRESHOLD)
         ),
     }
     results = []

@@ -40,8 +40,11 @@ SPECS = [
 ]
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=range(len(SPECS)))
 @pytest.mark.parametrize("one_program", [True, False], ids=["one program", "many programs"])
-def test_many_tiles_equal_the_oracle(one_program: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_tiles_equal_the_oracle(
+    one_program: bool, spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Small tiles make the small cases take many turns, or many programs."""
     if one_program and torch.version.hip:
         pytest.skip("AMD uses many programs only")
@@ -49,5 +52,4 @@ def test_many_tiles_equal_the_oracle(one_program: bool, monkeypatch: pytest.Monk
     monkeypatch.setattr(implementation, "LARGE_TILE_SLOTS", 128)
     monkeypatch.setattr(implementation, "MATCH_TILE", 256)
     monkeypatch.setattr(implementation, "ONE_PROGRAM_SLOTS", 2**30 if one_program else 0)
-    for spec in SPECS:
-        cases.check(cases.make_case(spec), "triton", DEVICE)
+    cases.check(cases.make_case(spec), "triton", DEVICE)

@@ -1,0 +1,155 @@
+#!/usr/bin/env bash
+# Everything about the GPU in one command, on a bare machine: an NVIDIA GPU, nvcc, Python with torch,
+# triton and pytest. No network; nothing is installed into that Python.
+#   bash launch/gpu_check.sh            builds, tests, checks, measures; at most 9 minutes
+#   bash launch/gpu_check.sh --quick    fewer sizes
+# Writes op.json, layer.json and gpu_check.log to ${OUT:-benchmarks/results/<hardware>}. Wheels in
+# .whl/ (bash launch/gpu_wheels.sh, where there is a network) are used from a throwaway folder:
+# without tvm-ffi there are no CUDA kernels, without SGLang the layer benchmark uses a GEMM of its own.
+# A part that fails does not stop the others; the exit status says whether any did.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+PYTHON="${SERE_PYTHON:-python3}"
+LIMIT_S="${SERE_GPU_CHECK_LIMIT_S:-540}"
+TABLES_S=10 # kept back for the end
+SECONDS=0
+started=$(date +%s)
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+# Compilers that others start look for CUDA themselves, and not all as we do.
+if [ -z "${CUDA_HOME:-}" ] && [ -x /usr/local/cuda/bin/nvcc ]; then export CUDA_HOME=/usr/local/cuda; fi
+if [ -n "${CUDA_HOME:-}" ]; then PATH="$CUDA_HOME/bin:$PATH"; fi
+if [ "$PYTHON" != "${PYTHON##*/}" ]; then PATH="${PYTHON%/*}:$PATH"; fi # ninja may lie beside it
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+quick=()
+if [ "${1:-}" = --quick ]; then quick=(--quick); fi
+
+failed=()
+say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+fail() { failed+=("$1"); printf '\033[1;31mFAILED\033[0m %s\n' "$1"; }
+
+# Runs a command for at most so many seconds, and never beyond the whole check's limit.
+part() { # name, seconds, command
+  local name="$1" limit="$2" left=$((LIMIT_S - TABLES_S - SECONDS)) began=$SECONDS status
+  shift 2
+  say "$name"
+  if [ "$left" -lt 5 ]; then fail "$name: no time left"; return 1; fi
+  if [ "$limit" -gt "$left" ]; then limit=$left; fi
+  timeout -k 5 "$limit" "$@" </dev/null
+  status=$?
+  echo "($((SECONDS - began)) s)"
+  case $status in
+    0) return 0 ;;
+    124 | 137) fail "$name: stopped after $limit s" ;;
+    *) fail "$name: exit status $status" ;;
+  esac
+  return 1
+}
+
+use_wheels() {
+  local wheels=(.whl/*.whl) site="$scratch/site" wheel
+  if [ ! -e "${wheels[0]}" ]; then
+    echo "no wheels in .whl/: only what $PYTHON has"
+    return 0
+  fi
+  say "wheels in .whl/"
+  if ! "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+    --disable-pip-version-check --root-user-action=ignore --target "$site" "${wheels[@]}"; then
+    echo "pip cannot install all of them at once; unpacking one by one"
+    rm -rf "$site"
+    for wheel in "${wheels[@]}"; do
+      "$PYTHON" -m zipfile -e "$wheel" "$site" || fail "wheel $(basename "$wheel")"
+    done
+  fi
+  export PYTHONPATH="$PYTHONPATH:$site"
+  echo "${#wheels[@]} wheels, $SECONDS s"
+}
+
+# Memory errors in a small case. Some virtual machines do not let the tool at the GPU.
+sanitize() {
+  local tool log="$scratch/sanitizer.log" status
+  tool=$(command -v compute-sanitizer)
+  if [ -z "$tool" ]; then
+    echo "compute-sanitizer is not on this machine: skipped"
+    return 0
+  fi
+  # Without torch's cache every tensor is an allocation, so that the tool sees its bounds.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "$1" "$tool" --tool memcheck --error-exitcode 99 \
+    "$PYTHON" -m launch.gpu_parts small-case >"$log" 2>&1
+  status=$?
+  grep -m 40 '^=========' "$log" # the errors, the first ones first
+  tail -n 12 "$log"
+  if [ $status -ne 0 ] && grep -qiE 'device not supported|not supported on|unable to (attach|inject)|failed to initialize' "$log"; then
+    echo "compute-sanitizer does not work on this machine: skipped"
+    return 0
+  fi
+  return $status
+}
+export -f sanitize
+export PYTHON scratch
+
+check_on_gpu() {
+  local several=()
+  # Most of the tests' time goes into compiling Triton kernels, one core per process.
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then several=(-n 6 --dist worksteal); fi
+  part "build" 110 "$PYTHON" -m launch.gpu_parts build
+  part "tests/gpu" 130 "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider --durations=3 \
+    ${several[@]+"${several[@]}"}
+  part "compute-sanitizer" 65 bash -c 'sanitize 60'
+  part "benchmarks.op" 115 "$PYTHON" -m benchmarks.op ${quick[@]+"${quick[@]}"} --budget 100
+  part "benchmarks.layer" 200 "$PYTHON" -m benchmarks.layer ${quick[@]+"${quick[@]}"} \
+    --budget $((LIMIT_S - TABLES_S - SECONDS > 200 ? 180 : LIMIT_S - TABLES_S - SECONDS - 20))
+  say "tables"
+  "$PYTHON" -m launch.gpu_parts tables --since "$started" "$OUT" || fail "tables"
+}
+
+# The same parts as far as a CPU goes; nothing measured here counts.
+check_without_gpu() {
+  fail "no NVIDIA GPU that torch sees on this machine: trying out what runs without one"
+  if [ -z "$nvcc" ]; then
+    echo "no nvcc: CUDA sources are not compiled"
+  else
+    if [ -f launch/compile_check.sh ]; then
+      part "CUDA kernels compile" 240 bash launch/compile_check.sh
+    fi
+    part "yardsticks compile" 60 "$PYTHON" -m launch.gpu_parts build --arch sm_90a
+  fi
+  part "tests/gpu in Triton's interpreter" 150 env TRITON_INTERPRET=1 \
+    "$PYTHON" -m pytest tests/gpu -q -p no:cacheprovider
+  part "small case on the CPU" 60 "$PYTHON" -m launch.gpu_parts small-case
+  part "benchmarks.op --dry-run" 60 "$PYTHON" -m benchmarks.op --dry-run
+  part "benchmarks.layer --dry-run" 60 "$PYTHON" -m benchmarks.layer --dry-run
+  part "tables of the dry runs" 10 "$PYTHON" -m launch.gpu_parts tables --since "$started" "$OUT"
+}
+
+main() {
+  nvcc=$("$PYTHON" -c 'from sere_sglang.ops.jit import find_nvcc; print(find_nvcc())' 2>/dev/null)
+  say "machine"
+  "$PYTHON" -m launch.gpu_parts machine
+  [ -n "$nvcc" ] || fail "no nvcc on PATH, in CUDA_HOME or /usr/local/cuda: no CUDA kernels"
+  use_wheels
+  if [ "$gpu" = yes ]; then check_on_gpu; else check_without_gpu; fi
+  if [ ${#failed[@]} -gt 0 ]; then
+    printf '\n\033[1;31mFAILED\033[0m %s\n' "${failed[@]}"
+    return 1
+  fi
+  printf '\n\033[1;32mall parts passed\033[0m in %s s; results in %s\n' "$SECONDS" "$OUT"
+}
+
+if ! "$PYTHON" -c 'import torch' 2>"$scratch/error"; then
+  tail -n 1 "$scratch/error"
+  echo "FAILED: $PYTHON has no working torch; SERE_PYTHON=/path/to/python names another" >&2
+  exit 1
+fi
+gpu=$("$PYTHON" -c 'import torch; print("yes" if torch.cuda.is_available() else "no")' 2>/dev/null)
+if [ "$gpu" != yes ]; then
+  OUT="$scratch/dry"
+elif [ -z "${OUT:-}" ]; then
+  OUT="$PWD/benchmarks/results/$("$PYTHON" -c \
+    'from benchmarks._common import hardware_slug; print(hardware_slug())')"
+fi
+export OUT
+mkdir -p "$OUT" || exit 1
+main 2>&1 | tee "$OUT/gpu_check.log"
+exit "${PIPESTATUS[0]}"
