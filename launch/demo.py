@@ -29,9 +29,8 @@ from launch.experiment import (
     decode_speeds,
     set_point,
 )
-from launch.large_model import PARAMETERS_BYTES, write_large_model
-from launch.load import run_load
 from launch.local_server import Server
+from launch.padded_model import write_padded_model
 
 MODEL = ROOT / "demo_model"
 FLAGS = ("--chunked-prefill-size=16384", "--served-model-name=default")
@@ -48,21 +47,21 @@ def main() -> None:
     points += [Point(min(args.primary_k), rho) for rho in args.threshold]
     texts = _prompts(args.model)
     rows: list[Row] = []
-    large: list[Row] = []
+    padded: list[Row] = []
     try:
         with both_servers(
             args.model, args.profile, args.out, *FLAGS, quality.SERVER_FLAG, told=console.print
         ) as servers:
-            samples = _trained(servers, points, texts, args, top_k, rows)
+            samples = _measure(servers, points, texts, args, args.concurrency, top_k, rows)
         _print_trained(rows, samples, points, texts, top_k)
-        if not args.no_large:
-            _large(args, large)
+        if not args.no_padded:
+            _padded(args, points, top_k, padded)
     except KeyboardInterrupt:
         console.print("\nstopped; the servers are down")
         rows = rows[: len(rows) // len(points) * len(points)]
         if not rows:
             sys.exit(130)
-    _write(args.out, rows, large, points, top_k)
+    _write(args.out, rows, padded, points, top_k)
     _farewell(args)
 
 
@@ -85,19 +84,20 @@ def _print_trained(
         console.print(f"  {samples[point]!r}\n", markup=False)
 
 
-def _trained(
+def _measure(
     servers: dict[str, Server],
     points: list[Point],
     texts: list[dict[str, Any]],
     args: argparse.Namespace,
+    levels: list[int],
     top_k: int,
     rows: list[Row],
 ) -> dict[Point, str]:
     samples: dict[Point, str] = {}
     with _progress() as progress:
-        total = len(args.concurrency) * len(points) * (args.rounds + 1)
+        total = len(levels) * len(points) * (args.rounds + 1)
         task = progress.add_task("measuring", total=total)
-        for concurrency in args.concurrency:
+        for concurrency in levels:
             batch = [texts[i % len(texts)] for i in range(concurrency)]
             progress.update(task, description=f"speed, {concurrency} streams")
             speeds = decode_speeds(
@@ -150,45 +150,18 @@ def _quality(
     return kept[0], active
 
 
-def _large(args: argparse.Namespace, rows: list[Row]) -> None:
-    """Speed alone, where experts have a real model's size."""
+def _padded(args: argparse.Namespace, points: list[Point], top_k: int, rows: list[Row]) -> None:
+    """The same with experts of a real model's size, at the least and the most streams."""
     console.rule()
-    with console.status("writing a model with random weights and experts of a real model's size"):
-        model, profile = write_large_model(args.out / "large_model", args.model)
-    top_k = _top_k(model)
-    points = [PLAIN, Point(top_k, 0.0), *(Point(s, 0.0) for s in (1, 2, 4))]
-    prompts = [t["prompt"] for t in _prompts(args.model)]
-    logs = args.out / "large"
+    with console.status("writing the demo model with its experts padded to a real model's size"):
+        model, profile = write_padded_model(args.out / "padded_model", args.model, args.profile)
+    logs = args.out / "padded"
     logs.mkdir(exist_ok=True)
-    with both_servers(model, profile, logs, *FLAGS, told=console.print) as servers:  # noqa: SIM117
-        with _progress() as progress:
-            levels = sorted({min(args.concurrency), max(args.concurrency)})
-            task = progress.add_task("", total=len(levels) * len(points) * (args.rounds + 1))
-            for concurrency in levels:
-                batch = [prompts[i % len(prompts)] for i in range(concurrency)]
-                progress.update(task, description=f"speed, {concurrency} streams")
-                speeds = decode_speeds(
-                    servers,
-                    points,
-                    batch,
-                    top_k=top_k,
-                    rounds=args.rounds,
-                    tokens=24,
-                    advance=lambda: progress.advance(task),
-                )
-                for point in points:
-                    set_point(servers, point, top_k)
-                    url = servers["sere"].url
-                    active = count_active(
-                        servers, point, top_k, lambda u=url, b=batch: run_load(u, b, 8)
-                    )
-                    tok_s, ratio, _ = speeds[point]
-                    rows.append(
-                        Row(concurrency, point.primary_k, point.threshold, *active, tok_s, ratio)
-                    )
-                    progress.advance(task)
-    title = f"Random weights, {PARAMETERS_BYTES / 1e9:.1f} GB of experts: speed only"
-    _print_table(title, rows, points, top_k)
+    flags = (*FLAGS, quality.SERVER_FLAG)
+    levels = sorted({min(args.concurrency), max(args.concurrency)})
+    with both_servers(model, profile, logs, *flags, told=console.print) as servers:
+        _measure(servers, points, _prompts(args.model), args, levels, top_k, rows)
+    _print_table("The same model, experts padded to 3 MB each", rows, points, top_k)
 
 
 def _print_table(title: str, rows: list[Row], points: list[Point], top_k: int) -> None:
@@ -210,16 +183,16 @@ def _print_table(title: str, rows: list[Row], points: list[Point], top_k: int) -
     console.print(table)
 
 
-def _write(out: Path, rows: list[Row], large: list[Row], points: list[Point], top_k: int) -> None:
+def _write(out: Path, rows: list[Row], padded: list[Row], points: list[Point], top_k: int) -> None:
     from launch.demo_plot import draw
 
     payload = {
         "hardware": hardware_info(),
         "rows": [asdict(row) for row in rows],
-        "large_random_weights_rows": [asdict(row) for row in large],
+        "padded_rows": [asdict(row) for row in padded],
     }
     (out / "demo.json").write_text(json.dumps(payload, indent=2) + "\n")
-    draw(rows, large, points, top_k, out / "demo.png")
+    draw(rows, padded, points, top_k, out / "demo.png")
     console.print(f"wrote {out / 'demo.json'} and {out / 'demo.png'}\n")
 
 
@@ -300,7 +273,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
     parser.add_argument("--tokens", type=int, default=32, help="decode steps per stream")
     parser.add_argument(
-        "--no-large", action="store_true", help="leave out the second, speed-only model"
+        "--no-padded", action="store_true", help="leave out the model with padded experts"
     )
     return parser.parse_args()
 

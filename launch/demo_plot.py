@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from launch.experiment import Point, Row
 
 
-def draw(rows: list[Row], large: list[Row], points: list[Point], top_k: int, path: Path) -> None:
-    """Left: speed over plain against KL. Middle: active experts. Right: the large random model."""
-    width = 17 if large else 12
+def draw(rows: list[Row], padded: list[Row], points: list[Point], top_k: int, path: Path) -> None:
+    """Left: speed against KL. Middle: active experts. Right: speed against KL, padded experts."""
+    width = 17 if padded else 12
     figure, panels = plt.subplots(
-        1, 3 if large else 2, figsize=(width, 4.8), layout="constrained", squeeze=False
+        1, 3 if padded else 2, figsize=(width, 4.8), layout="constrained", squeeze=False
     )
     _speed_against_quality(panels[0][0], rows, points, top_k)
     _active_experts(panels[0][1], rows, points, top_k)
-    if large:
-        _speed_against_active(panels[0][2], large)
+    if padded:
+        _speed_against_quality(panels[0][2], padded, points, top_k)
+        panels[0][2].set_title("The same, experts padded to 3 MB each")
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
@@ -94,24 +95,3 @@ def _active_experts(panel: Any, rows: list[Row], points: list[Point], top_k: int
         ylim=(0, 1.25 * max(row.active_before for row in rows)),
     )
     panel.legend(loc="upper left", ncols=len(levels))
-
-
-def _speed_against_active(panel: Any, rows: list[Row]) -> None:
-    for level, color in _levels(rows):
-        mine = [row for row in rows if row.concurrency == level][1:]
-        mine.sort(key=lambda row: row.active_after)
-        panel.plot(
-            [row.active_after / row.active_before for row in mine],
-            [row.ratio / mine[-1].ratio for row in mine],
-            "o-",
-            color=color,
-            label=f"{level} streams",
-        )
-    panel.axhline(1.0, color="grey", lw=1, ls="--")
-    panel.set(
-        xlabel="active experts, share of exact routing",
-        ylabel="decode tokens/s over SERE off",
-        title="Experts of real size, random weights: speed alone",
-    )
-    panel.invert_xaxis()
-    panel.legend()

@@ -64,7 +64,7 @@ def both_servers(
         servers: dict[str, Server] = {}
         for name, extra in (
             ("plain", []),
-            ("sere", ["--moe-backend=sere", f"--sere-profile={profile}"]),
+            ("sere", ["--moe-backend=sere", "--sere-policy=static", f"--sere-profile={profile}"]),
         ):
             log = logs / f"{name}.log"
             servers[name] = stack.enter_context(serve(model, log, *flags, *extra, env=env))

@@ -6,7 +6,7 @@ import dataclasses
 
 import typer
 
-from sere_sglang.cli import calibrate, doctor, inspect
+from sere_sglang.cli import calibrate, doctor, inspect, simulate, top
 from sere_sglang.config import SereConfig, flag_of
 
 _FLAGS = ", ".join(f"`{flag_of(f.name)}`" for f in dataclasses.fields(SereConfig))
@@ -25,6 +25,8 @@ app = typer.Typer(
 app.command("calibrate")(calibrate.command)
 app.command("inspect")(inspect.command)
 app.command("doctor")(doctor.command)
+app.command("simulate")(simulate.command)
+app.command("top")(top.command)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,201 @@
+"""Policies on one real server under a load that rises and falls: who is fast, and at what price.
+
+    python -m benchmarks.adaptive [--seconds 20] [--rounds 2]
+
+The demo model with experts padded to 3 MB each (launch.padded_model): its quality is real, and its
+steps are bound by the bytes of its experts. Clients come and go between 1 and 48; each asks one
+request after the other, so prefills fall in between. All policies meet the same clients, in turns.
+Writes ``adaptive.json`` and ``adaptive.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from benchmarks._common import RESULTS_DIR, hardware_slug, write_result
+from launch import quality
+from launch.local_server import Server, serve
+from launch.padded_model import write_padded_model
+from sere_sglang.profile import load_profile
+from sere_sglang.schedule.expectation import expect, statistics_of
+from sere_sglang.schedule.trace import TraceStep, read_trace
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "demo_model"
+CLIENTS, TOKENS = 48, 20
+QUALITY_LEVELS = (1, 8, 24, 48)
+STATIC = {"enabled": True, "policy": "static", "threshold": 0.0, "min_batch": 1}
+POLICIES: dict[str, dict[str, Any]] = {
+    "off": {"enabled": False},
+    "static S=1": STATIC | {"primary_k": 1},
+    "static S=2": STATIC | {"primary_k": 2},
+    "static S=3": STATIC | {"primary_k": 3},
+    "adaptive": {"enabled": True, "policy": "adaptive", "min_batch": 3},
+}
+
+
+@dataclass
+class Measured:
+    """tok_s and gaps (milliseconds between a stream's tokens) of each round; active experts."""
+
+    tok_s: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    active: list[float] = field(default_factory=list)
+    steps: list[TraceStep] = field(default_factory=list)
+    kl: float = 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=20.0, help="of load, per policy and round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=ROOT / "out" / "adaptive")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    model, profile = write_padded_model(
+        folder / "padded_model", MODEL, MODEL / "sere_profile.safetensors"
+    )
+    lines = (MODEL / "data" / "heldout_prompts.jsonl").read_text().splitlines()
+    texts = [json.loads(line) for line in lines]
+    trace = folder / "trace.jsonl"
+    trace.unlink(missing_ok=True)
+    flags = [
+        "--moe-backend=sere", f"--sere-profile={profile}", f"--sere-trace={trace}",
+        "--chunked-prefill-size=16384", "--served-model-name=default", quality.SERVER_FLAG,
+    ]  # fmt: skip
+    env = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    expected = expect(statistics_of(load_profile(profile)))
+    found = {name: Measured() for name in POLICIES}
+    with serve(model, folder / "server.log", *flags, env=env) as server:
+        for at in range(-1, arguments.rounds):  # the first one warms up
+            for name, settings in POLICIES.items():
+                server.set_sere(**settings, reset_counters=True)
+                first = _lines(server, trace)
+                seconds = arguments.seconds if at >= 0 else 6.0
+                tok_s, gaps = asyncio.run(_load(server.url, texts, seconds))
+                steps = list(read_trace(trace))[first : _lines(server, trace)]
+                if at >= 0:
+                    found[name].tok_s.append(tok_s)
+                    found[name].gaps += gaps
+                    found[name].active.append(_active(server, steps, expected.plain))
+                    found[name].steps = steps
+                print(f"round {at + 1}: {name}: {tok_s:.0f} tok/s", flush=True)
+        _measure_quality(server, texts, found)
+    rows = [_row(name, measured, found["off"]) for name, measured in found.items()]
+    _print(rows)
+    path = write_result("adaptive", rows, model="demo model, experts padded to 3 MB")
+    from benchmarks.adaptive_plot import draw
+
+    picture = Path(os.environ.get("OUT") or RESULTS_DIR / hardware_slug()) / "adaptive.png"
+    draw({name: measured.steps for name, measured in found.items()}, rows, picture)
+    print(f"wrote {path} and {picture}")
+
+
+async def _load(url: str, texts: list[dict[str, Any]], seconds: float) -> tuple[float, list[float]]:
+    """Client i is there for a stretch around the middle: few stay long, many come at the peak."""
+    gaps: list[float] = []
+    tokens = 0
+    began = time.perf_counter()
+
+    async def client(session: aiohttp.ClientSession, i: int) -> None:
+        nonlocal tokens
+        share = i / CLIENTS
+        await asyncio.sleep(0.5 * seconds * share)
+        end = began + seconds * (1.0 - 0.5 * share)
+        turn = i
+        while time.perf_counter() < end:
+            prompt = texts[turn % len(texts)]["prompt"] * (1 + 3 * (turn % 5 == 0))
+            turn += 7
+            body = {
+                "model": "default", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0,
+                "stream": True, "ignore_eos": True,
+            }  # fmt: skip
+            last = None
+            async with session.post(f"{url}/v1/completions", json=body) as answer:
+                answer.raise_for_status()
+                async for line in answer.content:
+                    if line.startswith(b"data: {") and b'"choices":[{' in line:
+                        now = time.perf_counter()
+                        tokens += 1
+                        if last is not None:
+                            gaps.append(1000 * (now - last))
+                        last = now
+
+    timeout, connector = aiohttp.ClientTimeout(total=600), aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        await asyncio.gather(*(client(session, i) for i in range(CLIENTS)))
+    return tokens / (time.perf_counter() - began), gaps
+
+
+def _lines(server: Server, trace: Path) -> int:
+    """Steps traced so far; any change of settings writes out what the trace holds back."""
+    server.set_sere(reset_counters=False)
+    return len(trace.read_text().splitlines()) if trace.exists() else 0
+
+
+def _active(server: Server, steps: list[TraceStep], plain: np.ndarray) -> float:
+    """Experts per layer and decode step: counted where re-routed, expected of exact steps."""
+    counters = list(server.sere()["counters"].values())
+    counted = sum(c["active_after"] for c in counters) / len(counters)
+    forwards = counters[0]["forwards"]
+    exact = [
+        float(plain[s.composition.num_tokens]) / len(counters)
+        for s in steps
+        if s.composition.mode == "decode" and not s.point.enabled
+    ]
+    return (counted + sum(exact)) / max(forwards + len(exact), 1)
+
+
+def _measure_quality(
+    server: Server, texts: list[dict[str, Any]], found: dict[str, Measured]
+) -> None:
+    """KL to exact routing, teacher-forced, over batches of several sizes, per token."""
+    reference: dict[int, np.ndarray] = {}
+    for name, settings in POLICIES.items():
+        server.set_sere(**settings)
+        total, weight = 0.0, 0
+        for level in QUALITY_LEVELS:
+            batch = [texts[i % len(texts)] for i in range(level)]
+            seen = quality.forced_log_probs(
+                server, [t["prompt_ids"] for t in batch], [t["continuation_ids"] for t in batch]
+            )
+            total += level * quality.mean_kl(reference.setdefault(level, seen), seen)
+            weight += level
+        found[name].kl = total / weight
+
+
+def _row(name: str, measured: Measured, off: Measured) -> dict[str, Any]:
+    pairs = zip(measured.tok_s, off.tok_s, strict=True)
+    return {
+        "policy": name,
+        "tok_s": statistics.median(measured.tok_s),
+        "ratio": statistics.median(ours / theirs for ours, theirs in pairs),
+        "tpot_p50_ms": float(np.percentile(measured.gaps, 50)),
+        "tpot_p99_ms": float(np.percentile(measured.gaps, 99)),
+        "active": statistics.fmean(measured.active),
+        "kl": measured.kl,
+    }
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    print(f"\n{'policy':12} {'tok/s':>6} {'x off':>6} {'p50 ms':>7} {'p99 ms':>7} {'active':>7} KL")
+    for row in rows:
+        print(
+            f"{row['policy']:12} {row['tok_s']:6.0f} {row['ratio']:6.2f} {row['tpot_p50_ms']:7.1f} "
+            f"{row['tpot_p99_ms']:7.1f} {row['active']:7.1f} {row['kl']:.4f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

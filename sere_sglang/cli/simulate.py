@@ -1,0 +1,163 @@
+"""``sere-sglang simulate``: what each policy would make of a trace or of synthetic traffic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sere_sglang.errors import SereError
+
+if TYPE_CHECKING:
+    from sere_sglang.schedule.settings import Settings
+    from sere_sglang.schedule.simulate import Run
+
+
+def command(
+    profile: Annotated[Path, typer.Option(help="Profile of the model, with its popularity.")],
+    trace: Annotated[
+        Path | None, typer.Option(help="Replay this file, written by a server's --sere-trace.")
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Without --trace: requests per second.")] = 2.0,
+    peak: Annotated[float, typer.Option(help="... at the height of the swing.")] = 20.0,
+    period: Annotated[float, typer.Option(help="... which takes this many seconds.")] = 60.0,
+    tokens: Annotated[float, typer.Option(help="... mean tokens that a request decodes.")] = 200.0,
+    max_running: Annotated[int, typer.Option(help="... most requests in a batch.")] = 256,
+    steps: Annotated[int, typer.Option(help="... decode steps to simulate.")] = 20_000,
+    expert_mb: Annotated[float, typer.Option(help="Megabytes of one expert.")] = 9.4,
+    bandwidth: Annotated[float, typer.Option(help="Memory bandwidth, GB/s.")] = 3500.0,
+    tflops: Annotated[float, typer.Option(help="Matrix multiplication, TFLOP/s.")] = 600.0,
+    fixed_ms: Annotated[
+        float, typer.Option(help="Part of a step that is not its experts, milliseconds.")
+    ] = 4.0,
+    row_us: Annotated[float, typer.Option(help="... and that grows with each row.")] = 10.0,
+    quality_budget: Annotated[float, typer.Option(help="Of adaptive and slo.")] = 0.1,
+    min_gain: Annotated[float, typer.Option(help="Of adaptive and slo.")] = 0.03,
+    tpot_slo_ms: Annotated[
+        float | None, typer.Option(help="Simulate slo too, with this target.")
+    ] = None,
+    primary_k: Annotated[
+        list[int] | None, typer.Option(help="S of static policies to compare; repeat it.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the synthetic traffic and the noise.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for simulate.json and simulate.png.")] = Path(
+        "out/simulate"
+    ),
+) -> None:
+    """Compare policies before touching production: exact, static, adaptive, slo.
+
+    Every policy meets the same arrivals. Steps take what the cost model says of the experts that
+    the profile's popularity makes a batch of that size activate. Nothing is served.
+    """
+    from sere_sglang.profile import load_profile
+    from sere_sglang.schedule.cost import MoeCost, StepModel
+    from sere_sglang.schedule.expectation import expect, statistics_of
+    from sere_sglang.schedule.simulate import Simulator, Traffic
+    from sere_sglang.schedule.trace import read_trace
+    from sere_sglang.telemetry.simulation_plot import draw
+
+    try:
+        expectation = expect(statistics_of(load_profile(profile)))
+        compositions = [s.composition for s in read_trace(trace)] if trace is not None else []
+        policies = _policies(expectation.top_k, primary_k, quality_budget, min_gain, tpot_slo_ms)
+    except SereError as error:
+        raise SystemExit(f"sere-sglang: error: {error}") from None
+    if trace is not None and not any(c.is_decode_like for c in compositions):
+        raise SystemExit(f"sere-sglang: error: --trace {trace}: holds no decode step")
+    bytes_per_ms = bandwidth * 1e6
+    cost = MoeCost(
+        expert_ms=expert_mb * 1e6 / bytes_per_ms,
+        slot_ms=expert_mb * 1e6 / (tflops * 1e9),  # two operations per two-byte weight
+        num_layers=expectation.num_layers,
+        top_k=expectation.top_k,
+    )
+    simulator = Simulator(
+        expectation, cost, StepModel(fixed_ms, row_us / 1000), noise=0.02, seed=seed
+    )
+    traffic = Traffic(rate, peak, period, tokens, max_running, prefill_ms=2.0, seed=seed)
+    runs: list[Run] = []
+    for name, settings in policies.items():
+        total = len(compositions) or steps
+        with _progress(name, total) as told:
+            if compositions:
+                runs.append(simulator.replay(name, settings, compositions, told))
+            else:
+                runs.append(simulator.serve(name, settings, traffic, steps, told))
+    _print(runs)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [run.summary() for run in runs]
+    (out / "simulate.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    draw(runs, out / "simulate.png")
+    print(f"wrote {out / 'simulate.json'} and {out / 'simulate.png'}")
+
+
+def _policies(
+    top_k: int,
+    primary_k: list[int] | None,
+    quality_budget: float,
+    min_gain: float,
+    tpot_slo_ms: float | None,
+) -> dict[str, Settings]:
+    from sere_sglang.schedule.settings import Settings
+
+    base = Settings(
+        enabled=True,
+        policy="static",
+        primary_k=1,
+        threshold=0.0,
+        min_batch=1,
+        max_batch=None,
+        quality_budget=quality_budget,
+        min_gain=min_gain,
+        tpot_slo_ms=tpot_slo_ms,
+        fast_primary_k=1,
+        fast_threshold=0.0,
+    )
+
+    def one(**changes: Any) -> Settings:
+        return base.updated(changes, top_k=top_k)
+
+    chosen = primary_k or sorted({1, 2, max(1, top_k // 2)} & set(range(1, top_k)))
+    policies = {"exact": one(enabled=False)}
+    policies |= {f"static S={s}": one(primary_k=s) for s in chosen}
+    policies["adaptive"] = one(policy="adaptive", min_batch=3)
+    if tpot_slo_ms is not None:
+        policies[f"slo {tpot_slo_ms:g} ms"] = one(policy="slo", min_batch=3)
+    return policies
+
+
+@contextmanager
+def _progress(name: str, total: int) -> Iterator[Any]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:14}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def _print(runs: list[Run]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="the same arrivals, per policy")
+    heads = ("policy", "rows", "active", "re-routed", "tok/s", "TPOT p50", "p99 ms", "loss")
+    for head in heads:
+        table.add_column(head, justify="left" if head == "policy" else "right")
+    for run in runs:
+        row = run.summary()
+        table.add_row(
+            run.name,
+            f"{row['rows']:.1f}",
+            f"{row['active']:.1f}",
+            f"{row['rerouted_steps']:.0%}",
+            f"{row['tok_s']:.0f}",
+            f"{row['tpot_p50_ms']:.2f}",
+            f"{row['tpot_p99_ms']:.2f}",
+            f"{row['loss']:.4f}",
+        )
+    Console().print(table)

@@ -1,0 +1,60 @@
+"""The trace file: what is written is read back; damage is named; a full disk costs no forward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sere_sglang.errors import SereError
+from sere_sglang.schedule import trace as module
+from sere_sglang.schedule.composition import BatchComposition
+from sere_sglang.schedule.feedback import Feedback
+from sere_sglang.schedule.policy import OFF, OperatingPoint
+from sere_sglang.schedule.trace import TraceWriter, read_trace
+
+STEP = BatchComposition("verify", verify_tokens=12, padded_rows=16, running=4, exact_rows=3, step=7)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "trace.jsonl"
+    writer = TraceWriter(path)
+    writer.write(STEP, OperatingPoint(True, 2, 0.25), Feedback(step_ms=3.5, budget=0.1))
+    writer.write(BatchComposition("extend", prefill_tokens=99), OFF, Feedback())
+    writer.flush()
+    first, second = read_trace(path)
+    assert (first.composition, first.point) == (STEP, OperatingPoint(True, 2, 0.25))
+    assert (first.step_ms, first.budget) == (3.5, 0.1)
+    assert second.composition.prefill_tokens == 99 and second.point == OFF
+
+
+def test_rotation_keeps_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_BYTES", 4000)
+    path = tmp_path / "trace.jsonl"
+    writer = TraceWriter(path)
+    for step in range(200):
+        writer.write(BatchComposition("decode", decode_tokens=1, step=step), OFF, Feedback())
+    writer.flush()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "trace.jsonl", "trace.jsonl.1", "trace.jsonl.2", "trace.jsonl.3"
+    ]  # fmt: skip
+    assert all(p.stat().st_size <= 4000 for p in tmp_path.iterdir())
+    assert [s.composition.step for s in read_trace(path)][-1] == 199
+
+
+def test_a_disk_that_fills_ends_the_trace_only(tmp_path: Path) -> None:
+    writer = TraceWriter("/dev/full")
+    for _ in range(300):
+        writer.write(STEP, OFF, Feedback())
+    writer.flush()
+
+
+def test_what_cannot_be_written_or_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SereError, match=r"--sere-trace .*cannot be written"):
+        TraceWriter(tmp_path)
+    with pytest.raises(SereError, match="cannot be read"):
+        list(read_trace(tmp_path / "absent"))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"time": 1.0, "mode": "decode"}\nnot json\n')
+    with pytest.raises(SereError, match="line 2: no trace"):
+        list(read_trace(bad))
