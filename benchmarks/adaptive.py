@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import time
@@ -25,6 +24,7 @@ import numpy as np
 
 from benchmarks._common import RESULTS_DIR, hardware_slug, write_result
 from launch import quality
+from launch.experiment import heldout_prompts
 from launch.local_server import Server, serve
 from launch.padded_model import write_padded_model
 from sere_sglang.profile import load_profile
@@ -66,8 +66,7 @@ def main() -> None:
     model, profile = write_padded_model(
         folder / "padded_model", MODEL, MODEL / "sere_profile.safetensors"
     )
-    lines = (MODEL / "data" / "heldout_prompts.jsonl").read_text().splitlines()
-    texts = [json.loads(line) for line in lines]
+    texts = heldout_prompts(MODEL)
     trace = folder / "trace.jsonl"
     trace.unlink(missing_ok=True)
     flags = [

@@ -27,6 +27,7 @@ from launch.experiment import (
     both_servers,
     count_active,
     decode_speeds,
+    heldout_prompts,
     set_point,
 )
 from launch.local_server import Server
@@ -45,7 +46,7 @@ def main() -> None:
     points = [PLAIN, Point(top_k, 0.0)]
     points += [Point(s, 0.0) for s in sorted(args.primary_k) if s < top_k]
     points += [Point(min(args.primary_k), rho) for rho in args.threshold]
-    texts = _prompts(args.model)
+    texts = heldout_prompts(args.model)
     rows: list[Row] = []
     padded: list[Row] = []
     try:
@@ -160,7 +161,7 @@ def _padded(args: argparse.Namespace, points: list[Point], top_k: int, rows: lis
     flags = (*FLAGS, quality.SERVER_FLAG)
     levels = sorted({min(args.concurrency), max(args.concurrency)})
     with both_servers(model, profile, logs, *flags, told=console.print) as servers:
-        _measure(servers, points, _prompts(args.model), args, levels, top_k, rows)
+        _measure(servers, points, heldout_prompts(args.model), args, levels, top_k, rows)
     _print_table("The same model, experts padded to 3 MB each", rows, points, top_k)
 
 
@@ -221,31 +222,6 @@ def _farewell(args: argparse.Namespace) -> None:
 
 def _top_k(model: Path) -> int:
     return int(json.loads((model / "config.json").read_text())["num_experts_per_tok"])
-
-
-def _prompts(model: Path, prompt_tokens: int = 48, continuation_tokens: int = 33) -> list[Any]:
-    """Held-out prompts cut to one length, so that a batch decodes in lockstep."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(model))
-    texts = []
-    for line in (model / "data" / "heldout_prompts.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        ids = tokenizer(entry["prompt"] + entry["continuation"], add_special_tokens=False)
-        ids = ids["input_ids"]
-        if len(ids) < prompt_tokens + continuation_tokens:
-            continue
-        prompt, rest = ids[:prompt_tokens], ids[prompt_tokens:]
-        texts.append(
-            {
-                "prompt": tokenizer.decode(prompt),
-                "prompt_ids": prompt,
-                "continuation_ids": rest[:continuation_tokens],
-            }
-        )
-    if not texts:
-        sys.exit(f"no held-out prompt of {prompt_tokens + continuation_tokens} tokens in {model}")
-    return texts
 
 
 def _progress() -> Progress:

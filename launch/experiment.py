@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -52,6 +54,33 @@ class Row:
     ratio: float
     kl: float | None = None
     perplexity: float | None = None
+
+
+def heldout_prompts(
+    model: Path, prompt_tokens: int = 48, continuation_tokens: int = 33
+) -> list[Any]:
+    """Held-out prompts cut to one length, so that a batch decodes in lockstep."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    texts = []
+    for line in (model / "data" / "heldout_prompts.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        ids = tokenizer(entry["prompt"] + entry["continuation"], add_special_tokens=False)
+        ids = ids["input_ids"]
+        if len(ids) < prompt_tokens + continuation_tokens:
+            continue
+        prompt, rest = ids[:prompt_tokens], ids[prompt_tokens:]
+        texts.append(
+            {
+                "prompt": tokenizer.decode(prompt),
+                "prompt_ids": prompt,
+                "continuation_ids": rest[:continuation_tokens],
+            }
+        )
+    if not texts:
+        sys.exit(f"no held-out prompt of {prompt_tokens + continuation_tokens} tokens in {model}")
+    return texts
 
 
 @contextmanager
