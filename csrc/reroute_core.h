@@ -52,10 +52,14 @@ SERE_HD int valid_rows(const Control& c, int rows) {
   return c.num_valid < 0 || c.num_valid > rows ? rows : c.num_valid;
 }
 
-SERE_HD int class_of(const Control& c, const uint8_t* row_class, int row) {
-  if (row_class == nullptr) return 0;
+// Classes beyond the block's are read as its last one.
+SERE_HD int clamp_class(const Control& c, int row_class) {
   const int last = num_classes(c) - 1;
-  return row_class[row] < last ? row_class[row] : last;
+  return row_class < last ? row_class : last;
+}
+
+SERE_HD int class_of(const Control& c, const uint8_t* row_class, int row) {
+  return row_class == nullptr ? 0 : clamp_class(c, row_class[row]);
 }
 
 // Bit k is set when slot k is one of the row's S best: weight descending, ties by slot order.
@@ -79,6 +83,21 @@ SERE_HD uint32_t primary_slots(const float* weights, int top_k, int primary_k) {
 SERE_HD bool is_expert(int id, int experts) { return id >= 0 && id < experts; }
 
 SERE_HD bool has(const uint32_t* set, int id) { return set[id >> 5] >> (id & 31) & 1; }
+
+// Floats as integers in the same order: larger float, larger key; -0 equals 0. No float has key 0.
+SERE_HD uint32_t ordered_key(float value) {
+  value += 0.0f;
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+SERE_HD float from_key(uint32_t key) {
+  const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 
 // A stand-in that is below the row's threshold does not stand in: the expert is critical.
 SERE_HD bool is_critical(float similarity, float threshold) {

@@ -153,7 +153,7 @@ def _op(
     impl: str,
 ) -> None:
     table = LayerTable(similarity, neighbors, scale)
-    _check_arguments(topk_ids, topk_weights, table, control, row_class, counters)
+    check_arguments(topk_ids, topk_weights, table, control, row_class, counters)
     device_type = topk_ids.device.type
     name = select_impl(device_type) if impl == "auto" else impl
     implementation = load_impl(name, device_type)
@@ -173,10 +173,10 @@ def _op_fake(
     impl: str,
 ) -> None:
     table = LayerTable(similarity, neighbors, scale)
-    _check_arguments(topk_ids, topk_weights, table, control, row_class, counters)
+    check_arguments(topk_ids, topk_weights, table, control, row_class, counters)
 
 
-def _check_arguments(
+def check_arguments(
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor | None,
     table: LayerTable,

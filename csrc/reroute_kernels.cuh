@@ -1,0 +1,200 @@
+// The re-routing kernels: vote, gather, match and apply, which meet at block barriers.
+//
+// Forms: one block (decode sizes), one cluster that pools the votes through distributed shared
+// memory, and for large inputs a grid in two launches that pools them in device memory. Each with
+// ids as input, or with router logits whose softmax top-k is taken first.
+#pragma once
+
+#include "reroute_apply.cuh"
+#include "reroute_match.cuh"
+#include "reroute_topk.cuh"
+#include "reroute_vote.cuh"
+
+namespace sere {
+
+// From the slots that the block holds to the end. `kFused`: they are not in p.ids yet.
+template <bool kCluster, bool kFused>
+SERE_DEVICE void reroute_held(Shared& s, const Params& p, Rows& rows, Held& held) {
+  if (!is_active(s.control, p.top_k)) {  // the same in every block
+    if constexpr (kFused) store_held(p, rows, held);
+    return;
+  }
+  rows.valid = valid_rows(s.control, p.rows);
+  vote(s, p, rows, held, kFused || p.weights == nullptr);
+  if constexpr (kCluster) {
+    gather_own(s, p, rows, held);
+    gather_peers(s, p, rows, num_blocks());
+    list_own(s, p);
+  } else {
+    gather_block(s, p, rows, held);
+  }
+  match(s, p);
+  Tally& tally = kCluster ? *peer(&s.tally, 0) : s.tally;
+  apply<kFused>(s, p, rows, held, tally);
+  if constexpr (kCluster) {
+    sync_cluster();  // no block may leave while another reads its votes or adds to its tally
+  } else if (p.counters != nullptr) {
+    sync_block();
+  }
+  if (p.counters != nullptr && block_index() == 0) add_counters(s, p, rows, s.tally);
+}
+
+// One block, or with kCluster the one cluster of the grid.
+template <bool kCluster>
+SERE_KERNEL(kMaxThreads) reroute_kernel(SERE_PARAMS Params p) {
+  SERE_SHARED(Shared, s);
+  prefetch_tables(p);
+  wait_for_prior_kernels();
+  let_next_kernel_start();
+  Rows rows = rows_of_block(p, block_index(), num_blocks());
+  Held held;
+  const int32_t control_word = load_control(p);
+  load_slots(p, rows, held);
+  load_classes(p, rows, held);
+  clear(s, p, control_word);
+  sync_block();
+  reroute_held<kCluster, false>(s, p, rows, held);
+}
+
+// More logits per lane, more registers.
+constexpr int fused_threads(int spans) { return spans > 2 ? kMaxThreads / 2 : kMaxThreads; }
+
+template <int kSpans>
+SERE_DEVICE Rows start_fused(Shared& s, const Params& p, const Router& router, Held& held) {
+  wait_for_prior_kernels();
+  let_next_kernel_start();
+  const Rows rows = rows_of_block(p, block_index(), num_blocks());
+  const int32_t control_word = load_control(p);
+  load_classes(p, rows, held);
+  select_slots<kSpans>(router, p, rows, held);
+  clear(s, p, control_word);
+  sync_block();
+  return rows;
+}
+
+template <int kSpans, bool kCluster>
+SERE_KERNEL(fused_threads(kSpans)) fused_kernel(SERE_PARAMS Params p, SERE_PARAMS Router router) {
+  SERE_SHARED(Shared, s);
+  prefetch_tables(p);
+  Held held;
+  Rows rows = start_fused<kSpans>(s, p, router, held);
+  reroute_held<kCluster, true>(s, p, rows, held);
+}
+
+// Grid form, first launch: pool the votes in p.scratch.
+SERE_DEVICE void vote_in_grid(Shared& s, const Params& p, Rows& rows, const Held& held,
+                              bool is_ranked) {
+  if (!is_active(s.control, p.top_k)) return;
+  rows.valid = valid_rows(s.control, p.rows);
+  vote(s, p, rows, held, is_ranked);
+  gather_own(s, p, rows, held);
+  sync_block();
+  for (int word = thread_index(); word < num_words(p.experts); word += num_threads()) {
+    if (s.mine_primary[word]) atomic_or(&p.scratch->primary[word], s.mine_primary[word]);
+    if (s.mine_present[word]) atomic_or(&p.scratch->present[word], s.mine_present[word]);
+  }
+  if (thread_index() == 0 && s.usable != kNoRow) {
+    atomic_max(&p.scratch->usable_from_end, p.rows - s.usable);
+  }
+}
+
+SERE_KERNEL(kGridThreads) vote_grid_kernel(SERE_PARAMS Params p) {
+  SERE_SHARED(Shared, s);
+  wait_for_prior_kernels();
+  let_next_kernel_start();
+  Rows rows = rows_of_block(p, block_index(), num_blocks());
+  Held held;
+  const int32_t control_word = load_control(p);
+  load_slots(p, rows, held);
+  load_classes(p, rows, held);
+  clear(s, p, control_word);
+  sync_block();
+  vote_in_grid(s, p, rows, held, p.weights == nullptr);
+}
+
+template <int kSpans>
+SERE_KERNEL(fused_threads(kSpans)) fused_vote_grid_kernel(SERE_PARAMS Params p,
+                                                          SERE_PARAMS Router router) {
+  SERE_SHARED(Shared, s);
+  Held held;
+  Rows rows = start_fused<kSpans>(s, p, router, held);
+  store_held(p, rows, held);
+  vote_in_grid(s, p, rows, held, true);
+}
+
+// The pooled votes, and the row that padding rows copy. Ends with a barrier.
+SERE_DEVICE void gather_grid(Shared& s, const Params& p, const Rows& rows, const Held& held) {
+  for (int word = thread_index(); word < num_words(p.experts); word += num_threads()) {
+    s.primary[word] = p.scratch->primary[word];
+    atomic_add(&s.primaries, count_bits(s.primary[word]));
+    atomic_add(&s.present, count_bits(p.scratch->present[word]));
+  }
+#pragma unroll
+  for (int pass = 0; pass < kHeldSlots; ++pass) {
+    const Slot slot = slot_of(p, rows, pass);
+    const bool counts = pass < rows.passes && slot.exists && slot.row < rows.valid;
+    if (counts && is_expert(held.id[pass], p.experts)) s.seen[held.id[pass]] = 1;
+  }
+  const int from_end = p.scratch->usable_from_end;
+  if (pads_here(rows) && from_end > 0) {
+    const int usable = p.rows - from_end;
+    if (thread_index() == 0) s.first_usable = usable;
+    if (thread_index() < p.top_k) {
+      // Its owner may be rewriting it: applying twice changes nothing, so either id will do.
+      const int id = load_racing(p.ids + usable * p.id_stride + thread_index());
+      s.padding[thread_index()] = id;
+      if (is_expert(id, p.experts)) s.seen[id] = 1;
+    }
+  }
+  sync_block();
+}
+
+// Adds this block's tally to the grid's; the last block to do so adds the counters.
+SERE_DEVICE void count_in_grid(Shared& s, const Params& p, const Rows& rows) {
+  Tally& all = p.scratch->tally;
+  for (int word = thread_index(); word < num_words(p.experts); word += num_threads()) {
+    if (s.mine_kept[word] == 0) continue;
+    const uint32_t before = atomic_or(&all.kept[word], s.mine_kept[word]);
+    atomic_add(&all.kept_experts, count_bits(s.mine_kept[word] & ~before));
+  }
+  if (thread_index() == 0) {
+    if (s.tally.rerouted) atomic_add(&all.rerouted, s.tally.rerouted);
+    if (s.tally.critical) atomic_add(&all.critical, s.tally.critical);
+  }
+  fence_device();
+  sync_block();
+  const bool is_last = elect_any_block(thread_index() == 0 &&
+                                       atomic_add(&p.scratch->blocks_done, 1) == num_blocks() - 1);
+  if (!is_last || thread_index() >= kNumCounters) return;
+  fence_device();
+  Tally total;  // through the atomics' path: other blocks wrote these while this one ran
+  total.kept_experts = atomic_add(&all.kept_experts, 0);
+  total.rerouted = atomic_add(&all.rerouted, 0);
+  total.critical = atomic_add(&all.critical, 0);
+  add_counters(s, p, rows, total);
+}
+
+// Grid form, second launch; the ids and weights of either first launch are in device memory.
+SERE_KERNEL(kGridThreads) apply_grid_kernel(SERE_PARAMS Params p) {
+  SERE_SHARED(Shared, s);
+  wait_for_prior_kernels();
+  let_next_kernel_start();
+  Rows rows = rows_of_block(p, block_index(), num_blocks());
+  Held held;
+  const int32_t control_word = load_control(p);
+  load_slots(p, rows, held);
+  load_classes(p, rows, held);
+  clear(s, p, control_word);
+  sync_block();
+  if (!is_active(s.control, p.top_k)) return;
+  rows.valid = valid_rows(s.control, p.rows);
+  gather_grid(s, p, rows, held);
+  list_own(s, p);
+  match(s, p);
+  apply<false>(s, p, rows, held, s.tally);
+  if (p.counters == nullptr) return;
+  sync_block();
+  count_in_grid(s, p, rows);
+}
+
+}  // namespace sere

@@ -1,0 +1,158 @@
+// From Python's tensors to a kernel launch: on the current stream of their device, or in the
+// emulator where no nvcc compiles this. Nothing here allocates.
+#pragma once
+
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+
+#include "reroute_block.cuh"
+
+namespace sere {
+
+using tvm::ffi::Optional;
+using tvm::ffi::TensorView;
+
+// sere_sglang/ops/cuda.py
+enum Form : int { kBlock, kCluster, kGrid };
+
+struct Plan {
+  Form form;
+  int blocks, threads;
+  bool overlaps;  // may start before the kernels ahead of it have finished
+};
+
+#ifdef __CUDACC__
+
+class Launcher {
+ public:
+  Launcher(DLDevice device, const Plan& plan) : device_(device), plan_(plan) {
+    check(cudaGetDevice(&caller_device_));
+    if (caller_device_ != device.device_id) check(cudaSetDevice(device.device_id));
+    stream_ = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
+  }
+  ~Launcher() {
+    if (caller_device_ != device_.device_id) cudaSetDevice(caller_device_);
+  }
+  Launcher(const Launcher&) = delete;
+  Launcher& operator=(const Launcher&) = delete;
+
+  void zero(void* at, size_t bytes) const { check(cudaMemsetAsync(at, 0, bytes, stream_)); }
+
+  template <typename... Args>
+  void run(void (*kernel)(Args...), const Args&... args) const {
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t config = {};
+    config.gridDim = plan_.blocks;
+    config.blockDim = plan_.threads;
+    config.stream = stream_;
+    config.attrs = attributes;
+    if (plan_.overlaps) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (plan_.form == kCluster) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {unsigned(plan_.blocks), 1, 1};
+    }
+    check(cudaLaunchKernelEx(&config, kernel, args...));
+  }
+
+ private:
+  static void check(cudaError_t error) {
+    if (error == cudaSuccess) return;
+    TVM_FFI_THROW(RuntimeError) << "re-routing kernel: " << cudaGetErrorString(error);
+  }
+
+  DLDevice device_;
+  Plan plan_;
+  int caller_device_ = 0;
+  cudaStream_t stream_ = nullptr;
+};
+
+#else
+
+class Launcher {
+ public:
+  Launcher(DLDevice, const Plan& plan) : plan_(plan) {}
+
+  void zero(void* at, size_t bytes) const { std::memset(at, 0, bytes); }
+
+  template <typename... Args>
+  void run(void (*kernel)(Args...), const Args&... args) const {
+    static unsigned seed = 0;
+    const int cluster = plan_.form == kCluster ? plan_.blocks : 1;
+    emulation::launch(kernel, plan_.blocks, plan_.threads, cluster, ++seed, args...);
+  }
+
+ private:
+  Plan plan_;
+};
+
+#endif
+
+template <typename T>
+T* pointer(const Optional<TensorView>& tensor) {
+  return tensor.has_value() ? static_cast<T*>(tensor.value().data_ptr()) : nullptr;
+}
+
+inline bool is_aligned(const void* at, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(at) % bytes == 0;
+}
+
+// Dtypes, shapes and devices were checked by sere_sglang.ops.
+inline Params make_params(TensorView ids, const Optional<TensorView>& weights,
+                          TensorView similarity, const Optional<TensorView>& neighbors,
+                          const Optional<TensorView>& scale, TensorView control,
+                          const Optional<TensorView>& row_class,
+                          const Optional<TensorView>& counters,
+                          const Optional<TensorView>& scratch, int64_t search) {
+  Params p;
+  p.ids = static_cast<int32_t*>(ids.data_ptr());
+  p.weights = pointer<float>(weights);
+  p.similarity = static_cast<const float*>(similarity.data_ptr());
+  p.neighbors = pointer<const int16_t>(neighbors);
+  p.scale = p.weights != nullptr ? pointer<const float>(scale) : nullptr;
+  p.control = static_cast<const int32_t*>(control.data_ptr());
+  p.row_class = pointer<const uint8_t>(row_class);
+  p.counters = pointer<int64_t>(counters);
+  p.scratch = pointer<GridScratch>(scratch);
+  p.id_stride = ids.stride(0);
+  p.weight_stride = weights.has_value() ? weights.value().stride(0) : 0;
+  p.rows = int(ids.size(0));
+  p.top_k = int(ids.size(1));
+  p.experts = int(similarity.size(0));
+  if (p.experts > kMaxExperts || p.top_k > kMaxTopK) {
+    TVM_FFI_THROW(ValueError) << "re-routing: at most 1024 experts and top-32";
+  }
+  p.group_bits = 0;
+  while (1 << p.group_bits < p.top_k) ++p.group_bits;
+  p.search = Search(search);
+  p.quads = p.experts % 4 == 0 && is_aligned(p.similarity, sizeof(Quad<float>)) &&
+            is_aligned(p.neighbors, sizeof(Quad<int16_t>));
+  return p;
+}
+
+inline Plan make_plan(const Params& p, int64_t form, int64_t blocks, int64_t threads,
+                      bool overlaps) {
+  const Plan plan = {Form(form), int(blocks), int(threads), overlaps};
+  const int per_pass = plan.threads >> p.group_bits;
+  const int most = plan.form == kGrid ? kGridThreads : kMaxThreads;
+  const bool fits = plan.threads > 0 && plan.threads <= most && plan.threads % 32 == 0 &&
+                    plan.blocks > 0 && (plan.form != kBlock || plan.blocks == 1) &&
+                    (plan.form != kCluster || plan.blocks <= kMaxCluster) &&
+                    (plan.form != kGrid || p.scratch != nullptr) &&
+                    rows_per_block(p.rows, plan.blocks) <= per_pass * kHeldSlots;
+  if (!fits) {
+    TVM_FFI_THROW(ValueError) << "re-routing: " << p.rows << " rows of top-" << p.top_k
+                              << " do not fit form " << form << " of " << blocks << " blocks with "
+                              << threads << " threads";
+  }
+  return plan;
+}
+
+}  // namespace sere

@@ -1,0 +1,92 @@
+"""``impl="cuda"``: re-routing in CUDA C++ (``csrc/reroute.cu``), one launch for decode sizes."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sere_sglang.ops.cuda_plan import Form, Plan, plan_reroute
+from sere_sglang.ops.jit import BuildError, find_nvcc, load_module
+from sere_sglang.ops.table import LayerTable
+
+SCRATCH_BYTES = 512  # at least sizeof(GridScratch)
+OLDEST_GPU = (8, 0)
+CLUSTERS_SINCE = (9, 0)  # as programmatic dependent launch
+
+
+def is_available(device_type: str) -> str | None:
+    """CUDA tensors, on a GPU from sm_80 and a machine with nvcc."""
+    if device_type != "cuda":
+        return f"serves CUDA tensors, not {device_type}"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "no NVIDIA GPU"
+    if torch.cuda.get_device_capability() < OLDEST_GPU:
+        return f"needs sm_80 or newer, not {torch.cuda.get_device_name()}"
+    if importlib.util.find_spec("tvm_ffi") is None:
+        return "apache-tvm-ffi is not installed"
+    try:
+        find_nvcc()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _function() -> Callable[..., None]:
+    function: Callable[..., None] = load_module("reroute", ["reroute.cu"], cuda=True).reroute
+    return function
+
+
+def build() -> None:
+    _function()
+
+
+def reroute_(
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    table: LayerTable,
+    control: torch.Tensor,
+    row_class: torch.Tensor | None,
+    counters: torch.Tensor | None,
+) -> None:
+    """See `sere_sglang.ops.reroute_`; arguments are validated there."""
+    is_recent = has_clusters(topk_ids.device)
+    plan = plan_reroute(*topk_ids.shape, is_recent)
+    _function()(
+        *operands(topk_weights, topk_ids, table, control, row_class, counters),
+        *launch_operands(plan, topk_ids.device, is_recent),
+    )
+
+
+def operands(
+    topk_weights: torch.Tensor | None,
+    topk_ids: torch.Tensor,
+    table: LayerTable,
+    control: torch.Tensor,
+    row_class: torch.Tensor | None,
+    counters: torch.Tensor | None,
+) -> tuple[Any, ...]:
+    """The tensors of a native function, in its order."""
+    tables = (table.similarity, table.neighbors, table.scale)
+    return topk_ids, topk_weights, *tables, control, row_class, counters
+
+
+def launch_operands(plan: Plan, device: torch.device, overlaps: bool) -> tuple[Any, ...]:
+    """The last arguments of a native function: the grid form's scratch, and the launch.
+
+    The scratch is fresh memory of the current stream (or of the graph being captured), zeroed by
+    the launch itself, so calls on several streams do not meet in it.
+    """
+    scratch = None
+    if plan.form is Form.GRID:
+        scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=device)
+    return scratch, int(plan.search), int(plan.form), plan.blocks, plan.threads, overlaps
+
+
+@functools.cache
+def has_clusters(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= CLUSTERS_SINCE

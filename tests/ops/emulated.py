@@ -1,0 +1,66 @@
+"""The CUDA kernels, run by the emulator (csrc/reroute_emulation.h): an implementation for tests."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sere_sglang.ops import LayerTable, cuda
+from sere_sglang.ops.cuda_plan import Plan
+from sere_sglang.ops.jit import load_module
+
+
+@functools.cache
+def library() -> Any:
+    return load_module("reroute_emulated", ["reroute_emulated.cpp"])
+
+
+@dataclass
+class Emulated:
+    """As an implementation's module, but of one launch plan (`sere_sglang.ops.dispatch`)."""
+
+    plan: Plan
+
+    def is_available(self, device_type: str) -> str | None:
+        return None
+
+    def build(self) -> None:
+        library()
+
+    def reroute_(
+        self,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        table: LayerTable,
+        control: torch.Tensor,
+        row_class: torch.Tensor | None,
+        counters: torch.Tensor | None,
+    ) -> None:
+        library().reroute(
+            *cuda.operands(topk_weights, topk_ids, table, control, row_class, counters),
+            *cuda.launch_operands(self.plan, topk_ids.device, False),
+        )
+
+
+def fused(
+    plan: Plan,
+    logits: torch.Tensor,
+    top_k: int,
+    renormalize: bool,
+    table: LayerTable,
+    control: torch.Tensor,
+    row_class: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.full((logits.shape[0], top_k), -1.0)
+    ids = torch.full((logits.shape[0], top_k), -2, dtype=torch.int32)
+    library().fused(
+        logits,
+        renormalize,
+        *cuda.operands(weights, ids, table, control, row_class, counters),
+        *cuda.launch_operands(plan, ids.device, False),
+    )
+    return weights, ids
