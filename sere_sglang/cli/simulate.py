@@ -35,7 +35,7 @@ def command(
         float, typer.Option(help="Part of a step that is not its experts, milliseconds.")
     ] = 4.0,
     row_us: Annotated[float, typer.Option(help="... and that grows with each row.")] = 10.0,
-    quality_budget: Annotated[float, typer.Option(help="Of adaptive and slo.")] = 0.1,
+    quality_budget: Annotated[float, typer.Option(help="Of adaptive and slo.")] = 0.08,
     min_gain: Annotated[float, typer.Option(help="Of adaptive and slo.")] = 0.03,
     tpot_slo_ms: Annotated[
         float | None, typer.Option(help="Simulate slo too, with this target.")
