@@ -55,7 +55,7 @@ def reroute_(
 ) -> None:
     """See `sere_sglang.ops.reroute_`; arguments are validated there."""
     is_recent = has_clusters(topk_ids.device)
-    plan = plan_reroute(*topk_ids.shape, is_recent)
+    plan = plan_reroute(topk_ids.shape[0], topk_ids.shape[1], is_recent)
     _function()(
         *operands(topk_weights, topk_ids, table, control, row_class, counters),
         *launch_operands(plan, topk_ids.device, is_recent),
