@@ -91,7 +91,7 @@ def test_a_failing_build_falls_back_with_the_compilers_error(
         raise BuildError("fused does not compile: error: expected ';'")
 
     monkeypatch.setattr(fused, "select_impl", lambda device: "cuda")
-    monkeypatch.setattr(fused, "_function", broken)
+    monkeypatch.setattr(fused, "build", broken)
     fused._auto_uses_cuda.cache_clear()
     assert not fused._auto_uses_cuda()
     assert "expected ';'" in caplog.text
