@@ -52,7 +52,6 @@ SERE_DEVICE void apply(Shared& s, const Params& p, const Rows& rows, Held& held,
     if (slot.exists) {
       const int before = held.id[pass];
       int id = before;
-      float weight = held.weight[pass];
       if (has_primary && slot.row >= rows.valid) {
         id = padding_id(s, p, slot.k);
       } else if (has_primary) {
@@ -60,10 +59,14 @@ SERE_DEVICE void apply(Shared& s, const Params& p, const Rows& rows, Held& held,
         outcome = resolve(s, p, threshold, id);
         if (outcome == Outcome::kCritical && counts) count_kept(s, tally, id);
       }
-      const bool scales = outcome == Outcome::kMoves && p.scale != nullptr;
-      if (scales) weight *= p.scale[int64_t(before) * p.experts + id];
       if (kStores || id != before) p.ids[slot.row * p.id_stride + slot.k] = id;
-      if (kStores || scales) p.weights[slot.row * p.weight_stride + slot.k] = weight;
+      const bool scales = outcome == Outcome::kMoves && p.scale != nullptr;
+      if (kStores || scales) {
+        float* at = p.weights + slot.row * p.weight_stride + slot.k;
+        float weight = kStores ? held.weight[pass] : *at;  // held no longer than needed
+        if (scales) weight *= p.scale[int64_t(before) * p.experts + id];
+        *at = weight;
+      }
     }
     if (counts) {
       moved += count_bits(ballot(outcome == Outcome::kMoves));

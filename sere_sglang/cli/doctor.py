@@ -74,6 +74,7 @@ def _report_implementations(build: bool) -> list[str]:
 
     import torch
 
+    from sere_sglang.ops import fused
     from sere_sglang.ops.dispatch import IMPLEMENTATIONS, PREFERENCE, load_impl
     from sere_sglang.ops.jit import BuildError
 
@@ -91,6 +92,8 @@ def _report_implementations(build: bool) -> list[str]:
             if reason is None and build:
                 try:
                     load_impl(name, device)
+                    if name == "cuda":
+                        fused.build()
                 except BuildError as error:
                     problems.append(f"reroute {name} on {device} does not build: {error}")
                     reason = "does not build"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sere_sglang.ops.control import CONTROL_WORDS
 from sere_sglang.ops.cuda_plan import Form, Plan, plan_reroute
 from sere_sglang.ops.jit import BuildError, find_nvcc, load_module
 from sere_sglang.ops.table import LayerTable
@@ -41,8 +42,17 @@ def _function() -> Callable[..., None]:
     return function
 
 
+@functools.cache
 def build() -> None:
+    """Compile, and launch once: a driver too old for the compiler shows only then."""
+    device = torch.device("cuda", torch.cuda.current_device())
     _function()
+    ids = torch.zeros(1, 2, dtype=torch.int32, device=device)
+    switched_off = torch.zeros(CONTROL_WORDS, dtype=torch.int32, device=device)
+    try:
+        reroute_(ids, None, LayerTable(torch.eye(2, device=device)), switched_off, None, None)
+    except RuntimeError as error:
+        raise BuildError(f"reroute was built but does not launch: {error}") from error
 
 
 def reroute_(
@@ -55,7 +65,7 @@ def reroute_(
 ) -> None:
     """See `sere_sglang.ops.reroute_`; arguments are validated there."""
     is_recent = has_clusters(topk_ids.device)
-    plan = plan_reroute(*topk_ids.shape, is_recent)
+    plan = plan_reroute(topk_ids.shape[0], topk_ids.shape[1], is_recent)
     _function()(
         *operands(topk_weights, topk_ids, table, control, row_class, counters),
         *launch_operands(plan, topk_ids.device, is_recent),

@@ -90,12 +90,17 @@ def _function() -> Callable[..., None]:
     return function
 
 
+def build() -> None:
+    """Compile the CUDA kernel now instead of at first use; raises `BuildError`."""
+    _function()
+
+
 @functools.cache
 def _auto_uses_cuda() -> bool:
     if select_impl("cuda") != "cuda":
         return False
     try:
-        _function()
+        build()
     except BuildError as error:
         logger.warning("fused top-k and re-routing does not build, top-k runs apart: %s", error)
         return False
@@ -112,7 +117,7 @@ def _uses_cuda(impl: str, device: torch.device) -> bool:
         reason = cuda.is_available(device.type)
         if reason is not None:
             raise UnavailableError(f"cuda: {reason}")
-        _function()
+        build()
     return impl == "cuda"
 
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-march=native", "-Wall", "-Wno-unknown-pragmas")
 CUDA_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr")
 OPENMP_FLAG = "-fopenmp"
-_HEADER_SUFFIXES = {".h", ".hpp", ".cuh", ".inl"}
+_HEADER_SUFFIXES = {".h", ".hpp", ".cuh", ".inl", ".cu"}  # what a source may include
 _SHOWN_ERRORS = 5
 
 
