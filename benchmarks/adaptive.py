@@ -28,7 +28,7 @@ from launch.experiment import heldout_prompts
 from launch.local_server import Server, serve
 from launch.padded_model import write_padded_model
 from sere_sglang.profile import load_profile
-from sere_sglang.schedule.expectation import expect, statistics_of
+from sere_sglang.schedule.expectation import Expectation, expect, statistics_of
 from sere_sglang.schedule.trace import TraceStep, read_trace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +87,7 @@ def main() -> None:
                 if at >= 0:
                     found[name].tok_s.append(tok_s)
                     found[name].gaps += gaps
-                    found[name].active.append(_active(server, steps, expected.plain))
+                    found[name].active.append(_active(server, steps, expected))
                     found[name].steps = steps
                 print(f"round {at + 1}: {name}: {tok_s:.0f} tok/s", flush=True)
         _measure_quality(server, texts, found)
@@ -143,13 +143,13 @@ def _lines(server: Server, trace: Path) -> int:
     return len(trace.read_text().splitlines()) if trace.exists() else 0
 
 
-def _active(server: Server, steps: list[TraceStep], plain: np.ndarray) -> float:
+def _active(server: Server, steps: list[TraceStep], expected: Expectation) -> float:
     """Experts per layer and decode step: counted where re-routed, expected of exact steps."""
     counters = list(server.sere()["counters"].values())
     counted = sum(c["active_after"] for c in counters) / len(counters)
     forwards = counters[0]["forwards"]
     exact = [
-        float(plain[s.composition.num_tokens]) / len(counters)
+        expected.plain_active(s.composition.num_tokens) / len(counters)
         for s in steps
         if s.composition.mode == "decode" and not s.point.enabled
     ]

@@ -27,7 +27,7 @@ def draw(runs: dict[str, list[TraceStep]], rows: list[dict[str, Any]], path: Pat
         time -= time[0]
         step_ms = np.minimum(1000 * np.diff(time, append=time[-1]), 400)
         panels[0].plot(time, [s.composition.num_tokens for s in decode], lw=1, label=name)
-        panels[1].plot(time, [s.point.primary_k for s in decode], lw=1, drawstyle="steps-post")
+        panels[1].plot(time, [s.point.mean_primary_k for s in decode], lw=1, drawstyle="steps-post")
         panels[2].plot(time, _smooth(step_ms), lw=1)
     for panel, label in zip(panels, ("rows per step", "S (0: exact)", "step, ms"), strict=True):
         panel.set_ylabel(label)

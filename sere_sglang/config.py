@@ -19,7 +19,7 @@ from sere_sglang.schedule.settings import Settings
 
 BACKENDS = ("default", "sere")
 ON_ERROR = ("exit", "fallback")
-DEFAULT_QUALITY_BUDGET = 0.08
+DEFAULT_QUALITY_BUDGET = 0.015
 DEFAULT_MIN_GAIN = 0.03
 
 _RECORD_ATTRIBUTE = "_sere_config"
@@ -70,8 +70,8 @@ class SereConfig:
     )
     sere_quality_budget: float | None = _option(
         None,
-        "adaptive and slo: expected loss that a batch may cost at most, as the share of routing "
-        "weight that moves times its dissimilarity; 0 is exact "
+        "adaptive and slo: expected loss that a batch may cost at most, as a share of the MoE "
+        "layers' output energy; 0 is exact, 1 the worst that re-routing can do "
         f"(default: {DEFAULT_QUALITY_BUDGET:g}).",
         type=float,
         metavar="LOSS",

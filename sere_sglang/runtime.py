@@ -181,7 +181,7 @@ class SereRuntime:
         return {
             **dataclasses.asdict(self.settings),
             "top_k": self.top_k,
-            "operating_point": dataclasses.asdict(self.point),
+            "operating_point": self.point.describe(),
             "composition": None if self.last is None else dataclasses.asdict(self.last),
             "feedback": dataclasses.asdict(self.feedback),
             "step_ms": self._clock.step_ms,
@@ -194,7 +194,7 @@ class SereRuntime:
 
     def summary(self) -> str:
         """For SGLang's decode log line."""
-        text = f"sere S: {self.point.primary_k}" if self.point.enabled else "sere: exact"
+        text = f"sere: {self.point}"
         if self.window is not None:
             before, after = self.window.active_before.mean(), self.window.active_after.mean()
             text += f", active experts: {before:.1f} -> {after:.1f}"
@@ -217,8 +217,7 @@ class SereRuntime:
         )
         if elapsed is None or self.last is None or self.context is None:
             return
-        row = min(self.last.num_tokens, len(self.context.expectation.plain) - 1)
-        expected = float(self.context.expectation.plain[row])
+        expected, _ = self.context.expectation.effect(self.last.num_tokens, self.point)
         feedback = self._observer.note_step(elapsed, self.last, expected, self.settings)
         if feedback is not None:
             self._outbox = feedback
@@ -237,7 +236,7 @@ class SereRuntime:
             if window is not None:
                 self.metrics.set_window(window)
                 self.metrics.set_point(
-                    self.point.primary_k if self.point.enabled else 0,
+                    self.point.mean_primary_k,
                     self.point.threshold,
                     self.feedback.budget
                     if self.feedback.budget is not None
@@ -249,12 +248,8 @@ class SereRuntime:
         """Step time that the model behind the decisions expects of the last decode batch."""
         if self.context is None or self.last is None or not self.last.is_decode_like:
             return None
-        tables, rows = self.context.expectation, self.last.num_tokens
-        row = min(rows, len(tables.plain) - 1)
-        active = tables.plain[row]
-        key = (self.point.primary_k, self.point.threshold)
-        if self.point.enabled and key in tables.points:
-            active = tables.active[row, tables.points.index(key)]
+        rows = self.last.num_tokens
+        active, _ = self.context.expectation.effect(rows, self.point)
         return float(self.feedback.step.step_ms(rows, self.context.cost.moe_ms(rows, active)))
 
 

@@ -45,6 +45,7 @@ class LayerCollector:
             device=self.device,
         )
         self.rank_counts = torch.zeros(0, self.num_experts, dtype=torch.int64, device=self.device)
+        self.rank_energy = self.rank_counts[:, 0]  # squared routing weight by rank, in 2^-32
         self.pending: list[torch.Tensor] = []  # [n, H]
         self.pending_routed: list[torch.Tensor] = []  # bool [n, E]
         self.rows: list[torch.Tensor] = []  # [n, H]
@@ -83,9 +84,14 @@ class LayerCollector:
         """Popularity by rank among a token's slots: what a primary-k of S keeps is ranks < S."""
         if len(self.rank_counts) == 0:
             self.rank_counts = self.rank_counts.new_zeros(ids.shape[1], self.num_experts)
-        ranked = ids.gather(1, weights.argsort(dim=1, descending=True, stable=True))
+            self.rank_energy = self.rank_counts.new_zeros(ids.shape[1])
+        order = weights.argsort(dim=1, descending=True, stable=True)
+        ranked = ids.gather(1, order)
         known = ((ranked >= 0) & (ranked < self.num_experts)).to(torch.int64)
         self.rank_counts.scatter_add_(1, (ranked * known).T, known.T)
+        # Whole numbers: the sum must not depend on how the text was cut into batches.
+        energy = (weights.gather(1, order).double() ** 2 * 2**32).to(torch.int64)
+        self.rank_energy += (energy * known).sum(dim=0)
 
     def finish(self) -> None:
         """Add what still waits, and compute the CKA measures over the kept rows."""
@@ -109,7 +115,11 @@ class LayerCollector:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything `restore` needs to go on bit for bit."""
-        kept = {**self.moments.sums, "rank_counts": self.rank_counts}
+        kept = {
+            **self.moments.sums,
+            "rank_counts": self.rank_counts,
+            "rank_energy": self.rank_energy,
+        }
         for name in ("pending", "pending_routed", "rows"):
             parts = getattr(self, name)
             if _count(parts):
@@ -120,6 +130,7 @@ class LayerCollector:
         for name, tensor in self.moments.sums.items():
             tensor.copy_(kept[name])
         self.rank_counts = kept["rank_counts"].to(self.device)
+        self.rank_energy = kept["rank_energy"].to(self.device)
         for name in ("pending", "pending_routed", "rows"):
             setattr(self, name, [kept[name].to(self.device)] if name in kept else [])
         self.cka = {n.removeprefix("cka."): t for n, t in kept.items() if n.startswith("cka.")}

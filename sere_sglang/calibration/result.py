@@ -76,6 +76,8 @@ def _of_layer(job: CalibrationJob, own: State) -> tuple[torch.Tensor, dict[str, 
         table["scale"] = substitution_scale(moments)
     table["popularity"] = moments.coactivation.diagonal().clone()
     table["popularity_by_rank"] = own["rank_counts"]
+    tokens = own["rank_counts"].sum(dim=1).clamp(min=1)
+    table["weight_by_rank"] = (own["rank_energy"].double() / 2**32 / tokens).sqrt().float()
     table["coactivation"] = moments.coactivation
     return by_measure[spec.measures[0]], table
 

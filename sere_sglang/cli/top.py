@@ -62,8 +62,7 @@ def _view(now: dict[str, Any], before: dict[str, Any]) -> Group:
     from rich.console import Group
     from rich.table import Table
 
-    point, batch = now["operating_point"], now["composition"] or {}
-    at = f"S={point['primary_k']} rho={point['threshold']:g}" if point["enabled"] else "exact"
+    batch, at = now["composition"] or {}, now["operating_point"]["name"]
     head = Table.grid(padding=(0, 3))
     rows = batch.get("decode_tokens", 0) + batch.get("verify_tokens", 0)
     head.add_row(f"policy [bold]{now['policy']}[/]", f"at [bold]{at}[/]",

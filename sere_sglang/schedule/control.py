@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -89,10 +90,12 @@ class ControlBlock:
         if known is None:
             if len(self._templates) >= _MAX_TEMPLATES:
                 self._templates.clear()
-            rows = [self._encode(point.at(layer), classes) for layer in self._layer_ids]
+            rows = [_encode(point.at(layer), classes) for layer in self._layer_ids]
             known = self._templates[point, classes] = np.stack(rows)
         return known
 
-    def _encode(self, point: OperatingPoint, classes: ClassTable) -> np.ndarray:
-        own = (point.primary_k, point.threshold)
-        return encode_control(enabled=point.enabled, num_valid=-1, classes=[own, *classes]).numpy()
+
+@functools.lru_cache(maxsize=_MAX_TEMPLATES)
+def _encode(point: OperatingPoint, classes: ClassTable) -> np.ndarray:
+    own = (point.primary_k, point.threshold)
+    return encode_control(enabled=point.enabled, num_valid=-1, classes=[own, *classes]).numpy()

@@ -1,4 +1,4 @@
-"""What re-routing is expected to do to a batch: active experts and loss, by rows, S and rho.
+"""What re-routing is expected to do to a batch: active experts and loss, by rows, layer, S and rho.
 
 From the profile alone, computed once when a server starts. Tokens are taken as independent draws
 from the popularity of each rank (``popularity_by_rank``), so an expert is primary in a batch of n
@@ -9,65 +9,119 @@ neighbours, by similarity, that is primary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from sere_sglang.profile import SereProfile
+from sere_sglang.schedule.policy import OperatingPoint
 
-MAX_ROWS = 1024
-"""Rows beyond it are looked up as this many: P has every popular expert long before."""
-
-_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
+_COMPUTED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 1024)
+_MAX_ROWS = _COMPUTED[-1]  # larger batches are looked up as this many: every popular expert is in P
 _QUANTILES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
-_CELLS = 16 * 128 * 128  # of similarity matrices that are looked at: under a second
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """Row n of each table belongs to a batch of n rows, up to `MAX_ROWS`; float64.
-
-    points: the (S, rho) that the columns stand for.
-    plain: ``[rows]`` active experts, summed over the layers, of exact routing.
-    active: ``[rows, points]`` the same after re-routing.
-    loss: ``[rows, points]`` routing weight that moves, each share times 1 - similarity; a mean
-        over the layers. 0 is exact routing.
-    """
-
-    points: tuple[tuple[int, float], ...]
-    plain: np.ndarray
-    active: np.ndarray
-    loss: np.ndarray
-    num_layers: int
-    top_k: int
+_CELLS = 24 * 128 * 128  # of similarity matrices that are looked at: under a second
+_COHERENT = 1 / 3
+"""How far the errors of a token's slots point the same way: 0 not at all, 1 altogether. With this
+one the measured KL of the demo model follows the loss over all S and batch sizes."""
+_MAX_KEPT = 4096
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """similarity: ``[E, E]``; by_rank: ``[K, E]``, probability that the slot of a rank holds e."""
+    """similarity: ``[E, E]``; by_rank: ``[K, E]``, probability that the slot of a rank holds e;
+    energy: ``[K]``, share of the squared routing weight by rank, sums to 1."""
 
     similarity: np.ndarray
     by_rank: np.ndarray
+    energy: np.ndarray
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Tables over batch sizes (`row_of` finds a batch's row), layers and points; float64.
+
+    points: the (S, rho) that the last axis stands for.
+    plain: ``[rows, layers]`` active experts of exact routing.
+    active: ``[rows, layers, points]`` the same after re-routing.
+    loss: ``[rows, layers, points]`` expected squared error of the layer's output, of which each
+        slot that moves gives its routing weight times the distance (1 - similarity) to its
+        substitute, as a share of all squared routing weight. 0 is exact routing. Averaged over
+        layers it is close to proportional to the KL divergence that re-routing causes
+        (docs/scheduling.md).
+    """
+
+    layer_ids: tuple[int, ...]
+    points: tuple[tuple[int, float], ...]
+    top_k: int
+    plain: np.ndarray
+    active: np.ndarray
+    loss: np.ndarray
+    _effects: dict[tuple[int, OperatingPoint], tuple[float, float]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_ids)
+
+    def row_of(self, batch: int) -> int:
+        """Row of the tables for a batch of `batch` rows; a smaller batch's where there is none,
+        whose loss is the larger one."""
+        return int(_ROW_OF[min(batch, _MAX_ROWS)])
+
+    def plain_active(self, batch: int) -> float:
+        """Active experts of exact routing, summed over the layers."""
+        return float(self.plain[self.row_of(batch)].sum())
+
+    def effect(self, batch: int, point: OperatingPoint) -> tuple[float, float]:
+        """(active experts summed over the layers, loss averaged over them) of `batch` rows.
+
+        A point need not be one of `points`: the nearest rho of its S stands in.
+        """
+        row = self.row_of(batch)
+        known = self._effects.get((row, point))
+        if known is None:
+            if len(self._effects) >= _MAX_KEPT:
+                self._effects.clear()
+            known = self._effects[row, point] = self._effect(row, point)
+        return known
+
+    def _effect(self, row: int, point: OperatingPoint) -> tuple[float, float]:
+        active = loss = 0.0
+        for i, layer in enumerate(self.layer_ids):
+            own = point.at(layer)
+            if not own.enabled:
+                active += float(self.plain[row, i])
+                continue
+            column = self._column(own.primary_k, own.threshold)
+            active += float(self.active[row, i, column])
+            loss += float(self.loss[row, i, column])
+        return active, loss / self.num_layers
+
+    def _column(self, primary_k: int, threshold: float) -> int:
+        same = [(abs(rho - threshold), i) for i, (s, rho) in enumerate(self.points)
+                if s == primary_k]  # fmt: skip
+        return min(same)[1]
 
 
 def statistics_of(profile: SereProfile) -> dict[int, LayerStatistics]:
     """Per MoE layer. A profile without popularity counts is read as uniform routing."""
     layers = {}
     for layer, similarity in profile.similarity.items():
-        counts = profile.tables.get(layer, {}).get("popularity_by_rank")
+        table = profile.tables.get(layer, {})
+        counts, weights = table.get("popularity_by_rank"), table.get("weight_by_rank")
         experts, top_k = similarity.shape[0], profile.metadata.top_k or 2
         if counts is None:
             by_rank = np.full((top_k, experts), 1.0 / experts)
         else:
             by_rank = counts.double().numpy()
             by_rank = by_rank / np.maximum(by_rank.sum(axis=1, keepdims=True), 1.0)
-        layers[layer] = LayerStatistics(similarity.double().numpy(), by_rank)
+        # Not counted by every tool that writes profiles: assume that weights fall linearly.
+        energy = (np.arange(top_k, 0, -1.0) if weights is None else weights.double().numpy()) ** 2
+        layers[layer] = LayerStatistics(
+            similarity.double().numpy(), by_rank, energy / max(energy.sum(), 1e-30)
+        )
     return layers
-
-
-def rank_weights(top_k: int) -> np.ndarray:
-    """Assumed share of the routing weight by rank, float64 ``[K]``: falls linearly, sums to 1."""
-    return np.arange(top_k, 0, -1) * 2.0 / (top_k * (top_k + 1))
 
 
 def thresholds_of(layers: Mapping[int, LayerStatistics]) -> tuple[float, ...]:
@@ -82,84 +136,92 @@ def expect(
 ) -> Expectation:
     """Tables for every S in 1..K-1 and rho of `thresholds` (default: `thresholds_of`).
 
-    Large models are represented by some of their layers, evenly spaced.
+    In very large models some layers, evenly spaced, stand for their neighbours.
     """
-    chosen = list(layers.values())
-    most = max(2, _CELLS // chosen[0].similarity.size)
-    if len(chosen) > most:
-        chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, most).astype(int)]
-    if thresholds is None:
-        thresholds = thresholds_of(dict(enumerate(chosen)))
-    top_k = chosen[0].by_rank.shape[0]
-    points = tuple((s, rho) for s in range(1, top_k) for rho in thresholds)
-    rows = np.array(_ROWS)
-    plain = np.zeros(len(rows))
-    active = np.zeros((len(rows), len(points)))
-    loss = np.zeros_like(active)
-    for layer in chosen:
-        _add_layer(layer, rows, thresholds, plain, active, loss)
-    per_layer = len(layers) / len(chosen)
-    every = np.arange(MAX_ROWS + 1)
-
-    def spread(table: np.ndarray) -> np.ndarray:
-        at = np.log2(np.maximum(every, 1))
-        return np.stack([np.interp(at, np.log2(rows), column) for column in table.T], axis=1)
-
-    return Expectation(
-        points=points,
-        plain=spread(plain[:, None])[:, 0] * per_layer,
-        active=spread(active) * per_layer,
-        loss=spread(loss) / len(chosen),
-        num_layers=len(layers),
-        top_k=top_k,
+    ids = sorted(layers)
+    most = max(2, _CELLS // layers[ids[0]].similarity.size)
+    chosen = np.unique(np.linspace(0, len(ids) - 1, min(most, len(ids))).round().astype(int))
+    looked_at = {ids[i]: layers[ids[i]] for i in chosen}
+    thresholds = thresholds_of(looked_at) if thresholds is None else thresholds
+    tables = [_tables_of(layer, thresholds) for layer in looked_at.values()]
+    nearest = np.abs(np.arange(len(ids))[:, None] - chosen).argmin(axis=1)
+    plain, active, loss = (
+        _spread(np.stack([own[i] for own in tables], axis=1)[:, nearest]) for i in range(3)
     )
+    top_k = layers[ids[0]].by_rank.shape[0]
+    points = tuple((s, rho) for s in range(1, top_k) for rho in thresholds)
+    return Expectation(tuple(ids), points, top_k, plain, active, loss)
 
 
-def _add_layer(
-    layer: LayerStatistics,
-    rows: np.ndarray,
-    thresholds: Sequence[float],
-    plain: np.ndarray,
-    active: np.ndarray,
-    loss: np.ndarray,
-) -> None:
+def _tables_of(
+    layer: LayerStatistics, thresholds: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """plain ``[rows]``, active and loss ``[rows, points]`` of one layer, at `_COMPUTED`."""
     top_k, experts = layer.by_rank.shape
     matrix = np.array(layer.similarity, dtype=np.float64)
     np.fill_diagonal(matrix, -1.0)  # an expert that is primary itself does not move
     order = np.argsort(-matrix, axis=1, kind="stable")[:, : experts - 1]
     best = np.take_along_axis(matrix, order, axis=1)
-    lost = 1.0 - best
+    lost = (1.0 - best).astype(np.float32)
+    everyone = np.arange(experts)
     # Of each expert's neighbours, the first `near` reach the threshold.
-    near = [(best >= rho).sum(axis=1) if rho > 0 else len(order[0]) for rho in thresholds]
-    weights = rank_weights(top_k)
-    plain += _present(layer.by_rank.sum(axis=0), rows).sum(axis=1)
+    near = [
+        (best >= rho).sum(axis=1) if rho > 0 else np.full(experts, experts - 1)
+        for rho in thresholds
+    ]
+    plain = _present(layer.by_rank.sum(axis=0), np.array(_COMPUTED)).sum(axis=0)
+    active = np.zeros((len(_COMPUTED), (top_k - 1) * len(thresholds)))
+    loss = np.zeros_like(active)
     for s in range(1, top_k):
         votes = layer.by_rank[:s].sum(axis=0)
         secondary = layer.by_rank[s:]
         used = secondary.sum(axis=0)  # probability that a row has e in a secondary slot
-        weight = weights[s:] @ secondary
-        for i, n in enumerate(rows):
+        weight = np.sqrt(layer.energy[s:, None]) * secondary
+        for i, n in enumerate(_COMPUTED):
             primary = _present(votes, n)
             # Row e, column j: the j-th neighbour of e is primary and no nearer one is.
-            first = primary[order]
+            first = primary.astype(np.float32)[order]
             first[:, 1:] *= np.cumprod(1.0 - first, axis=1)[:, :-1]
             first /= np.maximum(first.sum(axis=1, keepdims=True), 1e-12)  # P is never empty
             # The row that has e in a secondary slot does not vote for it; the others may.
             moves = weight * (1.0 - _present(votes, n - 1))
+            squared = (layer.energy[s:] @ secondary) * (1.0 - _present(votes, n - 1))
             # No row votes for e and one has it in a secondary slot.
             outside = np.clip(_present(votes + used, n) - primary, 0.0, None)
-            moved = _running_sum(first)
-            losing = _running_sum(first * lost)
-            everyone = np.arange(experts)
+            moved, losing = _running_sum(first), _running_sum(first * lost)
+            losing_squared = _running_sum(first * lost**2)
             for t, count in enumerate(near):
                 column = (s - 1) * len(thresholds) + t
-                loss[i, column] += moves @ losing[everyone, count]
-                active[i, column] += primary.sum() + outside @ (1.0 - moved[everyone, count])
+                slots = moves @ losing[everyone, count]  # error of each rank
+                alone = squared @ losing_squared[everyone, count]
+                loss[i, column] = alone + _COHERENT * (slots.sum() ** 2 - slots @ slots)
+                active[i, column] = primary.sum() + outside @ (1.0 - moved[everyone, count])
+    return plain, active, loss
+
+
+def _lookup_rows() -> tuple[np.ndarray, np.ndarray]:
+    """Batch sizes of the tables, every one up to 16 and then 6 % apart; row of each batch."""
+    steps = np.geomspace(16, _MAX_ROWS, 72).round().astype(int)
+    rows = np.unique(np.concatenate([np.arange(1, 17), steps]))
+    row_of = np.searchsorted(rows, np.maximum(np.arange(_MAX_ROWS + 1), 1), side="right") - 1
+    return rows, row_of
+
+
+_ROWS, _ROW_OF = _lookup_rows()
+
+
+def _spread(table: np.ndarray) -> np.ndarray:
+    """From `_COMPUTED` to `_ROWS` along the first axis, linear in the logarithm."""
+    at, known = np.log2(_ROWS), np.log2(_COMPUTED)
+    upper = np.clip(np.searchsorted(known, at), 1, len(known) - 1)
+    share = (at - known[upper - 1]) / (known[upper] - known[upper - 1])
+    share = share.reshape(-1, *[1] * (table.ndim - 1))
+    return (1.0 - share) * table[upper - 1] + share * table[upper]
 
 
 def _running_sum(table: np.ndarray) -> np.ndarray:
     """``[rows, n + 1]``: column c sums the first c columns."""
-    sums = np.zeros((table.shape[0], table.shape[1] + 1))
+    sums = np.zeros((table.shape[0], table.shape[1] + 1), dtype=table.dtype)
     np.cumsum(table, axis=1, out=sums[:, 1:])
     return sums
 
@@ -169,6 +231,6 @@ def _upper(matrix: np.ndarray) -> np.ndarray:
 
 
 def _present(probability: np.ndarray, rows: np.ndarray | int) -> np.ndarray:
-    """Probability that at least one of n rows has each expert."""
+    """Probability that at least one of n rows has each expert, ``[E]`` or ``[E, rows]``."""
     miss = 1.0 - np.clip(probability, 0.0, 1.0)
-    return 1.0 - np.power(miss, np.asarray(rows)[..., None])
+    return 1.0 - np.power(miss[:, None] if np.ndim(rows) else miss, rows)

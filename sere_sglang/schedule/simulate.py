@@ -9,10 +9,10 @@ import numpy as np
 
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost, StepModel
-from sere_sglang.schedule.expectation import MAX_ROWS, Expectation
+from sere_sglang.schedule.expectation import Expectation
 from sere_sglang.schedule.feedback import NO_FEEDBACK
 from sere_sglang.schedule.observer import Observer
-from sere_sglang.schedule.policy import OFF, OperatingPoint, PolicyContext, choose, make_policy
+from sere_sglang.schedule.policy import OperatingPoint, PolicyContext, choose, make_policy
 from sere_sglang.schedule.settings import Settings
 
 
@@ -40,7 +40,7 @@ class Run:
     time_s: list[float] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     active: list[float] = field(default_factory=list)
-    primary_k: list[int] = field(default_factory=list)
+    primary_k: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
 
@@ -75,7 +75,6 @@ class Simulator:
     ) -> None:
         self.expectation, self.cost, self.step = expectation, cost, step
         self._context = PolicyContext(expectation, cost)
-        self._columns = {point: i for i, point in enumerate(expectation.points)}
         self._noise = noise
         self._seed = seed
 
@@ -127,7 +126,7 @@ class Simulator:
             run.time_s.append(now)
             run.rows.append(rows)
             run.active.append(active / self.expectation.num_layers)
-            run.primary_k.append(point.primary_k if point.enabled else 0)
+            run.primary_k.append(point.mean_primary_k)
             run.step_ms.append(step_ms)
             run.loss.append(loss)
             observer.note_active(active)
@@ -135,19 +134,11 @@ class Simulator:
         return run
 
     def _effect(self, composition: BatchComposition, point: OperatingPoint) -> tuple[float, float]:
-        row = min(composition.num_tokens, MAX_ROWS)
-        plain = float(self.expectation.plain[row])
-        # A static point need not be one of the expectation's; the nearest rho of its S stands in.
-        if point == OFF:
-            return plain, 0.0
-        column = self._columns.get((point.primary_k, point.threshold))
-        if column is None:
-            same = [(abs(rho - point.threshold), i) for (s, rho), i in self._columns.items()
-                    if s == point.primary_k]  # fmt: skip
-            column = min(same)[1]
+        """(active experts, loss); exact rows thin out both."""
+        active, loss = self.expectation.effect(composition.num_tokens, point)
+        plain = self.expectation.plain_active(composition.num_tokens)
         free = 1.0 - composition.exact_rows / composition.num_tokens
-        saved = max(plain - float(self.expectation.active[row, column]), 0.0)
-        return plain - free * saved, free * float(self.expectation.loss[row, column])
+        return plain - free * (plain - active), free * loss
 
 
 def _arrivals(traffic: Traffic, run: Run, steps: int) -> Iterator[BatchComposition]:

@@ -63,6 +63,7 @@ class TraceWriter:
             **dataclasses.asdict(composition),
             "primary_k": point.primary_k if point.enabled else None,
             "threshold": point.threshold if point.enabled else None,
+            **({"layers": [_own(*layer) for layer in point.layers]} if point.layers else {}),
             "step_ms": feedback.step_ms,
             "budget": feedback.budget,
         }
@@ -86,14 +87,27 @@ def read_trace(path: str | Path) -> Iterator[TraceStep]:
                 try:
                     line = json.loads(text)
                     composition = BatchComposition(**{k: line[k] for k in fields if k in line})
-                    point = OFF
-                    if line.get("primary_k") is not None:
-                        point = OperatingPoint(True, line["primary_k"], line["threshold"])
                     step = TraceStep(
-                        line["time"], composition, point, line.get("step_ms"), line.get("budget")
-                    )
+                        line["time"], composition, _point(line), line.get("step_ms"),
+                        line.get("budget"),
+                    )  # fmt: skip
                 except (ValueError, KeyError, TypeError) as error:
                     raise SereError(f"--trace {path}, line {number}: no trace ({error})") from None
                 yield step
     except OSError as error:
         raise SereError(f"--trace {path}: cannot be read ({error})") from None
+
+
+def _own(layer: int, point: OperatingPoint) -> list[float]:
+    """``[layer, S, rho]``, ``[layer]`` when it runs exact."""
+    return [layer, point.primary_k, point.threshold] if point.enabled else [layer]
+
+
+def _point(line: dict[str, Any]) -> OperatingPoint:
+    if line.get("primary_k") is None:
+        return OFF
+    layers = tuple(
+        (layer, OperatingPoint(True, *own) if own else OFF)
+        for layer, *own in line.get("layers", ())
+    )
+    return OperatingPoint(True, line["primary_k"], line["threshold"], layers)

@@ -28,7 +28,7 @@ class SereMetrics:
                 PREFIX + name, text, labelnames=[*names, *extra], multiprocess_mode="mostrecent"
             )
 
-        self._primary_k = gauge("primary_k", "S of the last decode step; 0 while it is exact.")
+        self._primary_k = gauge("primary_k", "S of the last decode step, mean of layers; 0: exact.")
         self._threshold = gauge("threshold", "rho of the last decode step.")
         self._budget = gauge("quality_budget", "Expected loss that the policy may spend.")
         self._predicted = gauge("predicted_step_ms", "Decode step time the policy expected.")
@@ -70,7 +70,7 @@ class SereMetrics:
         self._step.labels(**self._labels).set(smoothed_ms)
 
     def set_point(
-        self, primary_k: int, threshold: float, budget: float | None, predicted_ms: float | None
+        self, primary_k: float, threshold: float, budget: float | None, predicted_ms: float | None
     ) -> None:
         self._primary_k.labels(**self._labels).set(primary_k)
         self._threshold.labels(**self._labels).set(threshold)

@@ -12,20 +12,21 @@ from sere_sglang.schedule.expectation import Expectation, LayerStatistics, expec
 from sere_sglang.schedule.settings import Settings
 
 EXPERTS, TOP_K, LAYERS = 64, 8, 4
+ENERGY = np.arange(TOP_K, 0, -1) ** 2 / np.sum(np.arange(TOP_K, 0, -1) ** 2)
 COST = MoeCost(expert_ms=0.1, slot_ms=0.001, num_layers=LAYERS, top_k=TOP_K)
 
 
 @functools.cache
 def expectation() -> Expectation:
-    """Skewed popularity, similarities between 0.3 and 0.9."""
+    """Skewed popularity, similarities that grow from layer to layer."""
     rng = np.random.default_rng(0)
     layers = {}
     for layer in range(LAYERS):
         popularity = rng.dirichlet(np.full(EXPERTS, 2.0))
         similarity = rng.uniform(0.3, 0.9, (EXPERTS, EXPERTS))
-        layers[layer] = LayerStatistics(
-            (similarity + similarity.T) / 2, np.tile(popularity, (TOP_K, 1))
-        )
+        # Layer 0 has the worst substitutes, the last layer the best.
+        similarity = np.clip((similarity + similarity.T) / 2 + 0.1 * layer, 0.0, 0.98)
+        layers[layer] = LayerStatistics(similarity, np.tile(popularity, (TOP_K, 1)), ENERGY)
     return expect(layers)
 
 
@@ -37,7 +38,7 @@ def settings(**changes: Any) -> Settings:
         "threshold": 0.25,
         "min_batch": 1,
         "max_batch": None,
-        "quality_budget": 0.1,
+        "quality_budget": 0.05,
         "min_gain": 0.03,
         "tpot_slo_ms": None,
         "fast_primary_k": 1,

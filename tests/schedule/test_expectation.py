@@ -13,11 +13,12 @@ from sere_sglang.schedule.expectation import (
     Expectation,
     LayerStatistics,
     expect,
-    rank_weights,
 )
+from sere_sglang.schedule.policy import OFF, OperatingPoint
 
 E, K = 32, 4
 THRESHOLDS = (0.0, 0.5)
+ENERGY = np.array([0.5, 0.25, 0.15, 0.1])
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def layer() -> LayerStatistics:
     similarity = rng.random((E, E))
     similarity = (similarity + similarity.T) / 2
     np.fill_diagonal(similarity, 1.0)
-    return LayerStatistics(similarity.astype(np.float32), _by_rank(rng))
+    return LayerStatistics(similarity.astype(np.float32), _by_rank(rng), ENERGY)
 
 
 def _router(rng: np.random.Generator) -> np.ndarray:
@@ -57,7 +58,6 @@ def test_agrees_with_drawn_batches(
     rng = np.random.default_rng(rows)
     scores = _router(np.random.default_rng(9))
     similarity = torch.from_numpy(layer.similarity)
-    weights = rank_weights(K)
     plain, active, loss = [], [], []
     for _ in range(200):
         ids = _draw(rng, scores, rows)
@@ -66,30 +66,52 @@ def test_agrees_with_drawn_batches(
         ).numpy()
         plain.append(len(np.unique(ids)))
         active.append(len(np.unique(after)))
-        moved = (1.0 - layer.similarity[ids, after]) * (ids != after)
-        loss.append(float((moved * weights).sum(axis=1).mean()))
-    column = expectation.points.index((s, rho))
-    assert expectation.plain[rows] == pytest.approx(2 * np.mean(plain), rel=0.06)
-    assert expectation.active[rows, column] == pytest.approx(2 * np.mean(active), rel=0.12)
-    assert expectation.loss[rows, column] == pytest.approx(np.mean(loss), rel=0.2, abs=0.003)
+        error = np.sqrt(ENERGY) * (1.0 - layer.similarity[ids, after]) * (ids != after)
+        alone, together = (error**2).sum(axis=1), error.sum(axis=1) ** 2
+        loss.append(float((alone + (together - alone) / 3).mean()))
+    expected_active, expected_loss = expectation.effect(rows, OperatingPoint(True, s, rho))
+    assert expectation.plain_active(rows) == pytest.approx(2 * np.mean(plain), rel=0.06)
+    assert expected_active == pytest.approx(2 * np.mean(active), rel=0.12)
+    assert expected_loss == pytest.approx(np.mean(loss), rel=0.25, abs=0.002)
 
 
 def test_more_rows_make_better_substitutes(expectation: Expectation) -> None:
     for i, (_, rho) in enumerate(expectation.points):
         if rho == 0.0:
-            assert (np.diff(expectation.loss[1:, i]) <= 1e-9).all()
-    assert (np.diff(expectation.plain[1:]) >= 0).all()
+            assert (np.diff(expectation.loss[..., i], axis=0) <= 1e-9).all()
+    assert (np.diff(expectation.plain, axis=0) >= 0).all()
 
 
 def test_larger_s_skips_less_and_loses_less(expectation: Expectation) -> None:
     exact = [i for i, (_, rho) in enumerate(expectation.points) if rho == 0.0]
     for fewer, more in itertools.pairwise(exact):
-        assert (expectation.active[1:, fewer] <= expectation.active[1:, more] + 1e-9).all()
-        assert (expectation.loss[1:, fewer] >= expectation.loss[1:, more] - 1e-9).all()
+        assert (expectation.active[..., fewer] <= expectation.active[..., more] + 1e-9).all()
+        assert (expectation.loss[..., fewer] >= expectation.loss[..., more] - 1e-9).all()
 
 
-def test_large_models_are_represented_by_some_layers(layer: LayerStatistics) -> None:
-    many = expect(dict.fromkeys(range(300), layer), (0.0,))
-    few = expect({0: layer}, (0.0,))
-    np.testing.assert_allclose(many.active, 300 * few.active)
-    np.testing.assert_allclose(many.loss, few.loss)
+def test_layers_count_with_their_own_points(expectation: Expectation) -> None:
+    hard, soft = OperatingPoint(True, 1, 0.0), OperatingPoint(True, 3, 0.0)
+    both = OperatingPoint(True, 1, 0.0, ((0, hard), (1, soft)))
+    one = OperatingPoint(True, 1, 0.0, ((1, OFF),))
+    for rows in (5, 1024, 100_000):
+        (a1, l1), (a2, l2) = expectation.effect(rows, hard), expectation.effect(rows, soft)
+        assert expectation.effect(rows, both) == pytest.approx(((a1 + a2) / 2, (l1 + l2) / 2))
+        plain = expectation.plain_active(rows)
+        assert expectation.effect(rows, one) == pytest.approx(((a1 + plain) / 2, l1 / 2))
+        assert expectation.effect(rows, OFF) == pytest.approx((plain, 0.0))
+
+
+def test_a_batch_between_two_rows_is_taken_for_the_smaller_one(expectation: Expectation) -> None:
+    assert expectation.row_of(0) == expectation.row_of(1) == 0
+    rows = [expectation.row_of(n) for n in range(1, 2000)]
+    assert rows == sorted(rows) and rows[:16] == list(range(16))
+    assert rows[-1] == len(expectation.plain) - 1
+
+
+def test_in_large_models_some_layers_stand_for_their_neighbours(layer: LayerStatistics) -> None:
+    other = LayerStatistics(layer.similarity * 0.5, layer.by_rank, ENERGY)
+    many = expect({i: layer if i < 4000 else other for i in range(8000)}, (0.0,))
+    few = expect({0: layer, 1: other}, (0.0,))
+    assert many.num_layers == 8000
+    np.testing.assert_allclose(many.loss[:, [0, 3900, 4100, 7999]], few.loss[:, [0, 0, 1, 1]])
+    np.testing.assert_allclose(many.active[:, 1], few.active[:, 0])

@@ -41,16 +41,12 @@ class Plant:
         for _ in range(steps):
             composition = BatchComposition("decode", decode_tokens=rows)
             point = POLICY.decide(composition, self.now, self.feedback)
-            active = tables.plain[rows]
-            if point.enabled:
-                active = tables.active[
-                    rows, tables.points.index((point.primary_k, point.threshold))
-                ]
+            active, _ = tables.effect(rows, point)
             step_ms = float(TRUTH.step_ms(rows, COST.moe_ms(rows, active)))
             step_ms *= self.rng.normal(1.0, self.noise)
             self.points.append(point)
             self.times.append(step_ms)
-            self.observer.note_active(float(active))
+            self.observer.note_active(active)
             self.pipe.append(self.observer.note_step(step_ms, composition, active, self.now))
             arrived = self.pipe.popleft()
             self.feedback = arrived or self.feedback
@@ -103,7 +99,7 @@ def test_an_impossible_target_costs_no_more_than_the_budget() -> None:
     tables = expectation()
     for point in plant.points:
         if point.enabled:
-            assert tables.loss[48, tables.points.index((point.primary_k, point.threshold))] <= 0.05
+            assert tables.effect(48, point)[1] <= 0.05
     assert plant.points[-1].enabled
 
 

@@ -28,6 +28,16 @@ def test_round_trip(tmp_path: Path) -> None:
     assert second.composition.prefill_tokens == 99 and second.point == OFF
 
 
+def test_points_of_layers_survive(tmp_path: Path) -> None:
+    own = ((0, OperatingPoint(True, 1, 0.5)), (3, OFF))
+    point = OperatingPoint(True, 2, 0.25, own)
+    writer = TraceWriter(tmp_path / "trace.jsonl")
+    writer.write(STEP, point, Feedback())
+    writer.flush()
+    (step,) = read_trace(tmp_path / "trace.jsonl")
+    assert step.point == point and step.point.at(3) == OFF and step.point.at(1).primary_k == 2
+
+
 def test_rotation_keeps_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_BYTES", 4000)
     path = tmp_path / "trace.jsonl"

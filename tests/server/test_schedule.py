@@ -122,7 +122,7 @@ def test_live_policy_and_slo(server: Server) -> None:
     server.set_sere(**STATIC | {"tpot_slo_ms": None})
     server.generate(PROMPTS, 4)
     assert server.sere()["operating_point"] == {
-        "enabled": True, "primary_k": 1, "threshold": 0.0, "layers": []
+        "name": "S=1", "enabled": True, "primary_k": 1, "threshold": 0.0, "layers": {}
     }  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def test_metrics_and_the_decode_line(server: Server) -> None:
     assert 0 < values[after] < values[before]
     assert 'mode="decode"' in text and 'rerouted="true"' in text
     lines = [x for x in server.log.read_text().splitlines() if "Decode batch" in x]
-    assert any("sere S: 1, active experts:" in x for x in lines)
+    assert any("sere: S=1, active experts:" in x for x in lines)
 
 
 @pytest.mark.parametrize(
