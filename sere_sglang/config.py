@@ -19,7 +19,7 @@ from sere_sglang.schedule.settings import Settings
 
 BACKENDS = ("default", "sere")
 ON_ERROR = ("exit", "fallback")
-DEFAULT_QUALITY_BUDGET = 0.015
+DEFAULT_QUALITY_BUDGET = 0.02
 DEFAULT_MIN_GAIN = 0.03
 
 _RECORD_ATTRIBUTE = "_sere_config"
