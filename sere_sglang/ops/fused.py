@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 
 import torch
 
@@ -16,7 +15,7 @@ from sere_sglang.ops import cuda
 from sere_sglang.ops.control import CONTROL_WORDS
 from sere_sglang.ops.cuda_plan import plan_fused
 from sere_sglang.ops.dispatch import UnavailableError, select_impl
-from sere_sglang.ops.jit import BuildError, load_module
+from sere_sglang.ops.jit import BuildError
 from sere_sglang.ops.reroute import MAX_TOP_K, check_arguments, reroute_
 from sere_sglang.ops.table import LayerTable
 
@@ -86,16 +85,10 @@ def softmax_topk(
 
 
 @functools.cache
-def _function() -> Callable[..., None]:
-    function: Callable[..., None] = load_module("fused", ["reroute_fused.cu"], cuda=True).fused
-    return function
-
-
-@functools.cache
 def build() -> None:
     """Compile the CUDA kernel now and launch it once; raises `BuildError`."""
     device = torch.device("cuda", torch.cuda.current_device())
-    _function()
+    cuda.load_function("fused")
     logits = torch.zeros(1, 2, device=device)
     switched_off = torch.zeros(CONTROL_WORDS, dtype=torch.int32, device=device)
     table = LayerTable(torch.eye(2, device=device))
@@ -120,7 +113,7 @@ def _launch(
     plan = plan_fused(ids.shape[0], table.num_experts, has_clusters)
     operands = cuda.operands(weights, ids, table, control, row_class, counters)
     launch = cuda.launch_operands(plan, ids.device, has_clusters)
-    _function()(router_logits, renormalize, *operands, *launch)
+    cuda.load_function("fused")(router_logits, renormalize, *operands, *launch)
 
 
 @functools.cache
