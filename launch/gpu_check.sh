@@ -110,9 +110,7 @@ check_without_gpu() {
   if [ -z "$nvcc" ]; then
     echo "no nvcc: CUDA sources are not compiled"
   else
-    if [ -f launch/compile_check.sh ]; then
-      part "CUDA kernels compile" 240 bash launch/compile_check.sh
-    fi
+    part "CUDA kernels compile" 240 env SERE_PYTHON="$PYTHON" bash launch/compile_check.sh
     part "yardsticks compile" 60 "$PYTHON" -m launch.gpu_parts build --arch sm_90a
   fi
   part "tests/gpu in Triton's interpreter" 150 env TRITON_INTERPRET=1 \
