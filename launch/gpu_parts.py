@@ -111,6 +111,9 @@ def tables(folder: Path, since: float) -> int:
         else:
             print("; ".join(f"{key}: {value}" for key, value in result["kernels"].items()))
             layer.print_tables(result["rows"], result["copy_gb_s"])
+        if not result["rows"]:
+            print(f"{name}.json: nothing was measured")
+            failed = 1
         for reason in result["failed"]:
             print(f"FAILED {reason}")
     return failed

@@ -46,7 +46,7 @@ def test_decode_sizes(num_tokens: int, num_experts: int, top_k: int, impl: str) 
 
 def test_random_cases(impl: str) -> None:
     rng = random.Random(3)
-    for _ in range(150):
+    for _ in range(150 if impl == "cuda" else 40):  # Triton compiles anew for each
         cases.check(cases.make_case(cases.random_spec(rng, 600, 300)), impl, "cuda")
 
 
