@@ -71,7 +71,7 @@ def counts(lines: list[str]) -> Counter[str]:
     return found
 
 
-def report(shards: list[Shard]) -> None:
+def report(shards: list[Shard]) -> Counter[str]:
     total: Counter[str] = Counter()
     reasons = set()
     for shard in shards:
@@ -87,6 +87,7 @@ def report(shards: list[Shard]) -> None:
     for reason in sorted(reasons):
         print(f"skipped: {reason}")
     print("together: " + ", ".join(f"{total[name]} {name}" for name in COUNTED))
+    return total
 
 
 def main() -> int:
@@ -98,10 +99,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         shards = [start(i, options.processes, Path(folder)) for i in range(options.processes)]
         ended = wait(shards, until)
-        report(shards)
+        passed = report(shards)["passed"]
+    if passed == 0:
+        print("no test has passed")
     if not ended:
         print(f"stopped after {options.limit:.0f} s: not all tests have run")
-    return 0 if ended and all(shard.process.returncode == 0 for shard in shards) else 1
+    ended_well = ended and all(shard.process.returncode == 0 for shard in shards)
+    return 0 if ended_well and passed > 0 else 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import zlib
@@ -52,22 +53,39 @@ def not_for_this_gpu(name: str) -> str | None:
     return None
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def impl(request: pytest.FixtureRequest) -> str:
-    """A GPU implementation. One that does not build fails its tests: a GPU machine must have it."""
+@functools.cache
+def why_not_built(name: str, fused: bool) -> str | None:
+    """The error, asked for once: a build that fails takes as long as one that does not."""
+    from sere_sglang.ops import fused as fused_form
     from sere_sglang.ops.dispatch import load_impl
 
-    reason = not_for_this_gpu(request.param)
+    try:
+        load_impl(name, "cuda")
+        if fused:
+            fused_form.build()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def built(name: str, fused: bool) -> str:
+    """`name`; one that does not build fails its tests: a GPU machine must have it."""
+    reason = not_for_this_gpu(name)
     if reason is not None:
         pytest.skip(reason)
-    load_impl(request.param, "cuda")
-    return str(request.param)
+    error = why_not_built(name, fused)
+    if error is not None:
+        pytest.fail(error, pytrace=False)
+    return name
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def impl(request: pytest.FixtureRequest) -> str:
+    """A GPU implementation."""
+    return built(request.param, fused=False)
 
 
 @pytest.fixture(params=["cuda", "auto"])
 def fused_impl(request: pytest.FixtureRequest) -> str:
-    """How the fused form is asked for; `cuda` fails where it does not build."""
-    reason = not_for_this_gpu(request.param)
-    if reason is not None:
-        pytest.skip(reason)
-    return str(request.param)
+    """How the fused form is asked for."""
+    return request.param if request.param == "auto" else built(request.param, fused=True)
