@@ -55,7 +55,7 @@ def fused_topk_reroute(
     Raises:
         ValueError: arguments that do not fit, naming the argument.
     """
-    weights, ids = torch.ops.sere.fused_topk_reroute(
+    weights, ids = torch.ops.sere.fused_topk_reroute.default(
         router_logits,
         top_k,
         renormalize,
