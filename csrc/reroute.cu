@@ -18,7 +18,7 @@ void reroute(TensorView ids, Optional<TensorView> weights, TensorView similarity
     case kCluster: launcher.run(reroute_kernel<true>, p); break;
     case kGrid:
       launcher.zero(p.scratch, sizeof(GridScratch));
-      launcher.run(vote_grid_kernel, p);
+      launcher.run<false>(vote_grid_kernel, p);
       launcher.run(apply_grid_kernel, p);
       break;
   }

@@ -39,9 +39,10 @@ SERE_DEVICE void count_kept(Shared& s, Tally& tally, int id) {
   atomic_add(&tally.kept_experts, 1);
 }
 
-// kStores: nothing of this block's rows has been written yet, so all of it is.
+// kStores: the ids of this block's rows have not been written yet, so all of them are.
 template <bool kStores>
-SERE_DEVICE void apply(Shared& s, const Params& p, const Rows& rows, Held& held, Tally& tally) {
+SERE_DEVICE void apply(Shared& s, const Params& p, const Rows& rows, const Held& held,
+                       Tally& tally) {
   const bool has_primary = s.primaries > 0, counts = p.counters != nullptr;
   int moved = 0, critical = 0;
 #pragma unroll
@@ -60,12 +61,9 @@ SERE_DEVICE void apply(Shared& s, const Params& p, const Rows& rows, Held& held,
         if (outcome == Outcome::kCritical && counts) count_kept(s, tally, id);
       }
       if (kStores || id != before) p.ids[slot.row * p.id_stride + slot.k] = id;
-      const bool scales = outcome == Outcome::kMoves && p.scale != nullptr;
-      if (kStores || scales) {
-        float* at = p.weights + slot.row * p.weight_stride + slot.k;
-        float weight = kStores ? held.weight[pass] : *at;  // held no longer than needed
-        if (scales) weight *= p.scale[int64_t(before) * p.experts + id];
-        *at = weight;
+      if (outcome == Outcome::kMoves && p.scale != nullptr) {
+        p.weights[slot.row * p.weight_stride + slot.k] *=
+            p.scale[int64_t(before) * p.experts + id];
       }
     }
     if (counts) {
@@ -79,13 +77,13 @@ SERE_DEVICE void apply(Shared& s, const Params& p, const Rows& rows, Held& held,
   }
 }
 
-SERE_DEVICE void store_held(const Params& p, const Rows& rows, const Held& held) {
+SERE_DEVICE void store_ids(const Params& p, const Rows& rows, const Held& held) {
 #pragma unroll
   for (int pass = 0; pass < kHeldSlots; ++pass) {
     const Slot slot = slot_of(p, rows, pass);
-    if (pass >= rows.passes || !slot.exists) continue;
-    p.ids[slot.row * p.id_stride + slot.k] = held.id[pass];
-    p.weights[slot.row * p.weight_stride + slot.k] = held.weight[pass];
+    if (pass < rows.passes && slot.exists) {
+      p.ids[slot.row * p.id_stride + slot.k] = held.id[pass];
+    }
   }
 }
 

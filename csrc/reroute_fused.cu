@@ -16,7 +16,7 @@ void run_fused(const Launcher& launcher, const Plan& plan, const Params& p, cons
     case kCluster: launcher.run(fused_kernel<kSpans, true>, p, router); break;
     case kGrid:
       launcher.zero(p.scratch, sizeof(GridScratch));
-      launcher.run(fused_vote_grid_kernel<kSpans>, p, router);
+      launcher.run<false>(fused_vote_grid_kernel<kSpans>, p, router);
       launcher.run(apply_grid_kernel, p);
       break;
   }

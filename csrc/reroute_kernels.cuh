@@ -14,9 +14,9 @@ namespace sere {
 
 // From the slots that the block holds to the end. `kFused`: they are not in p.ids yet.
 template <bool kCluster, bool kFused>
-SERE_DEVICE void reroute_held(Shared& s, const Params& p, Rows& rows, Held& held) {
+SERE_DEVICE void reroute_held(Shared& s, const Params& p, Rows& rows, const Held& held) {
   if (!is_active(s.control, p.top_k)) {  // the same in every block
-    if constexpr (kFused) store_held(p, rows, held);
+    if constexpr (kFused) store_ids(p, rows, held);
     return;
   }
   rows.valid = valid_rows(s.control, p.rows);
@@ -118,7 +118,7 @@ SERE_KERNEL(fused_threads(kSpans)) fused_vote_grid_kernel(SERE_PARAMS Params p,
   SERE_SHARED(Shared, s);
   Held held;
   Rows rows = start_fused<kSpans>(s, p, router, held);
-  store_held(p, rows, held);
+  store_ids(p, rows, held);
   vote_in_grid(s, p, rows, held, true);
 }
 

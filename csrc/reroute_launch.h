@@ -41,7 +41,8 @@ class Launcher {
 
   void zero(void* at, size_t bytes) const { check(cudaMemsetAsync(at, 0, bytes, stream_)); }
 
-  template <typename... Args>
+  // Behind a memset there is nothing to overlap with.
+  template <bool kFollowsKernel = true, typename... Args>
   void run(void (*kernel)(Args...), const Args&... args) const {
     cudaLaunchAttribute attributes[2];
     cudaLaunchConfig_t config = {};
@@ -49,7 +50,7 @@ class Launcher {
     config.blockDim = plan_.threads;
     config.stream = stream_;
     config.attrs = attributes;
-    if (plan_.overlaps) {
+    if (kFollowsKernel && plan_.overlaps) {
       cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
       attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -82,7 +83,7 @@ class Launcher {
 
   void zero(void* at, size_t bytes) const { std::memset(at, 0, bytes); }
 
-  template <typename... Args>
+  template <bool kFollowsKernel = true, typename... Args>
   void run(void (*kernel)(Args...), const Args&... args) const {
     static unsigned seed = 0;
     const int cluster = plan_.form == kCluster ? plan_.blocks : 1;

@@ -74,7 +74,7 @@ SERE_DEVICE Match search_row(const Shared& s, const Params& p, int expert, Quad<
   const float* row = p.similarity + int64_t(expert) * p.experts;
   Match best = {0, kMaxExperts};
   scan_quad(s, quad, lane_index() * 4, best);
-#pragma unroll 2
+#pragma unroll 1
   for (int from = kQuadSpan; from < p.experts; from += kQuadSpan) {
     const int at = from + lane_index() * 4;
     quad = load_four(row, at, p.experts, p.quads);

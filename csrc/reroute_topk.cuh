@@ -112,18 +112,20 @@ SERE_DEVICE void select_top(const LogitKeys<kSpans>& keys, int top_k, bool renor
   }
 }
 
-// The slots of this block, a row per warp and pass.
+// The slots of this block, a row per warp and pass. Their weights are written at once: from here
+// on only the order of the slots matters.
 template <int kSpans>
 SERE_DEVICE void select_slots(const Router& router, const Params& p, const Rows& rows, Held& held) {
 #pragma unroll
   for (int pass = 0; pass < kHeldSlots; ++pass) {
     held.id[pass] = -1;
-    held.weight[pass] = 0.0f;
-    const int row = rows.first + pass * rows.per_pass + warp_index();
-    if (pass >= rows.passes || row >= rows.end) continue;
+    const Slot slot = slot_of(p, rows, pass);
+    if (pass >= rows.passes || slot.row >= rows.end) continue;
     LogitKeys<kSpans> keys;
-    load_keys(router, row, p.experts, keys);
-    select_top(keys, p.top_k, router.renormalize, held.id[pass], held.weight[pass]);
+    load_keys(router, slot.row, p.experts, keys);
+    float weight;
+    select_top(keys, p.top_k, router.renormalize, held.id[pass], weight);
+    if (slot.exists) p.weights[slot.row * p.weight_stride + slot.k] = weight;
   }
 }
 

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Compiles the CUDA sources with this machine's nvcc and prints what each kernel takes; needs no
-# GPU. Fails on a compile error or a register spill. ARCHS="sm_90a" compiles for fewer.
+# GPU. Fails on a compile error or a register spill. ARCHS="sm_90a" compiles for fewer. Any Python
+# with torch and apache-tvm-ffi will do (SERE_PYTHON); without one the others' .venv is used.
+set -uo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 NVCC="${CUDA_HOME:+$CUDA_HOME/bin/nvcc}"
@@ -9,7 +11,14 @@ if [ -z "$NVCC" ]; then
   echo "no nvcc on this machine: the CUDA sources are not compiled here"
   exit 0
 fi
-source "$here/_setup.sh"
+if [ -n "${SERE_PYTHON:-}" ] && "$SERE_PYTHON" -c 'import torch, tvm_ffi' 2>/dev/null; then
+  PYTHON="$SERE_PYTHON"
+  ROOT="$(dirname "$here")"
+  export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+else
+  source "$here/_setup.sh"
+fi
+set +e # a source that does not compile does not stop the others
 
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
@@ -19,6 +28,7 @@ from sere_sglang.ops import jit
 print(*jit.CUDA_FLAGS, *(f"-I{path}" for path in libinfo.include_paths()), sep="\n")')
 
 "$NVCC" --version | tail -n 2 | head -n 1
+[ "${#flags[@]}" -gt 0 ] || { echo "FAILED: no compiler flags from $PYTHON"; exit 1; }
 printf '%-8s %-44s %9s %12s %s\n' arch kernel registers "shared bytes" "spilled bytes"
 failed=0
 for arch in ${ARCHS:-sm_80 sm_90a sm_100}; do

@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+SMALL_SIZES = ((1, 8, 2), (33, 60, 4), (70, 128, 8), (1100, 130, 3), (9000, 16, 4))
+"""T, E, K: every form of the kernels."""
+
 
 def machine() -> int:
     """Say what this runs on."""
@@ -71,7 +74,7 @@ def small_case() -> int:
         print(f"FAILED {reason}")
 
     def run(name: str, make_calls: Any) -> None:
-        for tokens, experts, top_k in ((1, 8, 2), (33, 60, 4), (70, 128, 8), (1100, 130, 3)):
+        for tokens, experts, top_k in SMALL_SIZES:
             case = OpCase(tokens, experts, top_k, 1, device)
             for control in (case.control_off, case.control):
                 case.restore()
@@ -111,6 +114,9 @@ def tables(folder: Path, since: float) -> int:
         else:
             print("; ".join(f"{key}: {value}" for key, value in result["kernels"].items()))
             layer.print_tables(result["rows"], result["copy_gb_s"])
+        if not result["rows"]:
+            print(f"{name}.json: nothing was measured")
+            failed = 1
         for reason in result["failed"]:
             print(f"FAILED {reason}")
     return failed

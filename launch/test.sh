@@ -19,9 +19,7 @@ step "style" "$PYTHON" -m ruff check .
 step "format" "$PYTHON" -m ruff format --check .
 step "types" "$PYTHON" -m mypy
 step "tests" "$PYTHON" -m pytest tests -q -n 2 --dist loadfile --durations=8
-if [ -f launch/compile_check.sh ]; then
-  step "kernels compile" bash launch/compile_check.sh
-fi
+step "kernels compile" bash launch/compile_check.sh
 
 if [ ${#failed[@]} -gt 0 ]; then
   printf '\n\033[1;31mFAILED:\033[0m %s\n' "${failed[@]}"

@@ -9,7 +9,7 @@ Nothing inside the scheduler is touched unless the server was started with
                 patches.weight_files  keeps a profile in the model folder out of the weights
                 patches.model_runner  binds stages after the weights load; one control write
                                       before each forward
-                patches.topk          re-routes right after top-k
+                patches.topk          re-routes right after top-k, or in one launch with it
                 patches.cpu_moe       CPU engine: our MoE runner
                 patches.internal_state /server_info and /set_internal_state
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from sere_sglang.backend.stage import RerouteStage, Switch, bind_stage
 from sere_sglang.config import SereConfig
 from sere_sglang.errors import SereError
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable, select_impl
+from sere_sglang.ops.fused import uses_cuda
 from sere_sglang.profile import SereProfile
 from sere_sglang.schedule.control import ControlBlock
 
@@ -67,10 +69,14 @@ def bind_model(
             f"{_ranges(missing)} of {name}; calibrate this model again"
         )
     target = torch.device(device)
-    impl = select_impl(target, strict=target.type == "cuda" and config.sere_on_error != "fallback")
+    strict = target.type == "cuda" and config.sere_on_error != "fallback"
+    impl = select_impl(target, strict=strict)
     control = ControlBlock(target, sorted(layers), _MAX_CLASS_ROWS)
     counters = torch.zeros(len(layers), len(COUNTER_FIELDS), dtype=torch.int64, device=target)
     switch = Switch()
+    softmax_routers = [id for id in layers if _is_plain_softmax(routers[id].topk_config)]
+    # Built now: at its first use SGLang may be capturing a graph.
+    fuses = impl == "cuda" and bool(softmax_routers) and uses_cuda(strict)
     stages = []
     for row, layer_id in enumerate(sorted(layers)):
         router = routers[layer_id]
@@ -85,12 +91,23 @@ def bind_model(
             counters=counters[row],
             switch=switch,
             impl=impl,
+            fuse=fuses and layer_id in softmax_routers,
         )
         # Written by the router from its own ids; it would go stale behind re-routing.
         topk_config.fused_gate_packed_ids = False
         bind_stage(topk_config, stage)
         stages.append(stage)
     return Binding(name, stages, control, counters, switch, impl)
+
+
+def _is_plain_softmax(topk_config: Any) -> bool:
+    """Whether SGLang's ``fused_topk`` routes this layer, if its call does not say otherwise."""
+    return (
+        topk_config.scoring_func == "softmax"
+        and not topk_config.use_grouped_topk
+        and topk_config.custom_routing_function is None
+        and topk_config.correction_bias is None
+    )
 
 
 def _ranges(ids: list[int]) -> str:

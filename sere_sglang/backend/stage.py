@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sere_sglang.ops import LayerTable, reroute_
+from sere_sglang.ops.fused import LOGIT_DTYPES, fused_topk_reroute
 
 _ATTRIBUTE = "_sere_stage"
 
@@ -39,12 +40,18 @@ class RerouteStage:
     counters: torch.Tensor
     switch: Switch
     impl: str = "auto"
+    fuse: bool = False
+    """Plain softmax routers: top-k and re-routing in one launch (`run_fused`)."""
     calls: int = field(default=0, init=False)
+    fused_ids: torch.Tensor | None = field(default=None, init=False)
+    """What `run_fused` returned; `run` has nothing left to do for it."""
 
     def run(self, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
         """Re-route topk_ids [T, K (+ fused shared slots)] in place; weights keep their values."""
         self.calls += 1
         if not self.switch.launch or topk_ids.shape[0] == 0:
+            return
+        if self.fused_ids is not None and self.fused_ids is topk_ids:
             return
         ids = topk_ids[:, : self.top_k]  # fused shared experts are the columns behind
         weights = topk_weights[:, : self.top_k]
@@ -65,6 +72,33 @@ class RerouteStage:
             ids.copy_(ids32)
         if self.table.scale is not None and weights32 is not weights:
             weights.copy_(weights32)
+
+    def can_fuse(self, router_logits: torch.Tensor, top_k: int) -> bool:
+        """Whether `run_fused` may stand in for the router on logits [T, E]."""
+        return (
+            self.fuse
+            and self.switch.launch
+            and top_k == self.top_k
+            and router_logits.dtype in LOGIT_DTYPES
+            and 0 < router_logits.shape[0] <= self.row_class.shape[0]
+            and router_logits.shape[1] == self.table.num_experts
+            and router_logits.stride(1) == 1
+        )
+
+    def run_fused(
+        self, router_logits: torch.Tensor, renormalize: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights float32 [T, K] and re-routed ids int32 [T, K] of a plain softmax router."""
+        weights, self.fused_ids = fused_topk_reroute(
+            router_logits,
+            self.top_k,
+            renormalize,
+            self.table,
+            self.control,
+            row_class=self.row_class,
+            counters=self.counters,
+        )
+        return weights, self.fused_ids
 
 
 def bind_stage(topk_config: Any, stage: RerouteStage) -> None:

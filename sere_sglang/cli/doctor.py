@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import sys
 from importlib import metadata
@@ -22,16 +23,32 @@ def command(
     build: Annotated[
         bool, typer.Option("--build", help="Compile the kernels now instead of at first use.")
     ] = False,
+    cuda_arch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sm_90a",
+            help="With --build: compile the CUDA kernels for such a GPU too, be it here or not, as "
+            "when building an image.",
+        ),
+    ] = None,
 ) -> None:
     """Report versions, plugin entry points, compilers and the re-routing kernels at hand.
 
-    Exits with status 1 when something that serving needs is missing.
+    Exits with status 1 when something that serving needs is missing, or does not build.
     """
+    if cuda_arch is not None and not (build and re.fullmatch(r"sm_\d{2,3}[af]?", cuda_arch)):
+        raise typer.BadParameter(
+            "goes with --build and names an architecture: sm_80 (A100), sm_90a (H100, H200), "
+            f"sm_100 (B200); got {cuda_arch!r}",
+            param_hint="--cuda-arch",
+        )
     problems = [*_report_versions(), *_report_plugin()]
     _report_compilers()
     problems += _report_implementations(build)
     if build:
         problems += _build_moe_runner()
+    if cuda_arch is not None:
+        problems += _compile_for(cuda_arch)
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     if problems:
@@ -99,7 +116,21 @@ def _report_implementations(build: bool) -> list[str]:
                     reason = "does not build"
             state = reason or ("built" if build else "available")
             _line(f"reroute {name} on {device}", state)
+    if build and "cuda" not in devices:
+        _line("reroute cuda", "no GPU here; --cuda-arch sm_90a compiles for one")
     return problems
+
+
+def _compile_for(arch: str) -> list[str]:
+    from sere_sglang.ops import cuda
+    from sere_sglang.ops.jit import BuildError, cache_dir
+
+    try:
+        cuda.compile_for(arch)
+    except BuildError as error:
+        return [f"the CUDA kernels do not build for {arch}: {error}"]
+    _line(f"CUDA kernels for {arch}", f"compiled, in {cache_dir()}")
+    return []
 
 
 def _build_moe_runner() -> list[str]:

@@ -34,4 +34,5 @@ def reroute_(
     counters: torch.Tensor | None,
 ) -> None:
     """See `sere_sglang.ops.reroute_`; arguments are validated there."""
-    _function()(topk_ids, topk_weights, table.similarity, table.scale, control, row_class, counters)
+    tables = (table.similarity, table.neighbors, table.scale)
+    _function()(topk_ids, topk_weights, *tables, control, row_class, counters)

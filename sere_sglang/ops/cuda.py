@@ -11,8 +11,11 @@ import torch
 
 from sere_sglang.ops.control import CONTROL_WORDS
 from sere_sglang.ops.cuda_plan import Form, Plan, plan_reroute
-from sere_sglang.ops.jit import BuildError, find_nvcc, load_module
+from sere_sglang.ops.jit import BuildError, compile_ahead, find_nvcc, load_module
 from sere_sglang.ops.table import LayerTable
+
+LIBRARIES = {"reroute": "reroute.cu", "fused": "reroute_fused.cu"}
+"""Library, and exported function -> source."""
 
 SCRATCH_BYTES = 512  # at least sizeof(GridScratch)
 OLDEST_GPU = (8, 0)
@@ -36,9 +39,16 @@ def is_available(device_type: str) -> str | None:
     return None
 
 
+def compile_for(arch: str) -> None:
+    """Compile every library for a GPU that need not be here (``sm_90a``); raises `BuildError`."""
+    for name, source in LIBRARIES.items():
+        compile_ahead(name, [source], arch)
+
+
 @functools.cache
-def _function() -> Callable[..., None]:
-    function: Callable[..., None] = load_module("reroute", ["reroute.cu"], cuda=True).reroute
+def load_function(name: str) -> Callable[..., None]:
+    """The native function of that name, compiled for this machine's GPU at first use."""
+    function: Callable[..., None] = getattr(load_module(name, [LIBRARIES[name]], cuda=True), name)
     return function
 
 
@@ -46,7 +56,7 @@ def _function() -> Callable[..., None]:
 def build() -> None:
     """Compile, and launch once: a driver too old for the compiler shows only then."""
     device = torch.device("cuda", torch.cuda.current_device())
-    _function()
+    load_function("reroute")
     ids = torch.zeros(1, 2, dtype=torch.int32, device=device)
     switched_off = torch.zeros(CONTROL_WORDS, dtype=torch.int32, device=device)
     try:
@@ -66,7 +76,7 @@ def reroute_(
     """See `sere_sglang.ops.reroute_`; arguments are validated there."""
     is_recent = has_clusters(topk_ids.device)
     plan = plan_reroute(topk_ids.shape[0], topk_ids.shape[1], is_recent)
-    _function()(
+    load_function("reroute")(
         *operands(topk_weights, topk_ids, table, control, row_class, counters),
         *launch_operands(plan, topk_ids.device, is_recent),
     )

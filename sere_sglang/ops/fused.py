@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 
 import torch
 
 from sere_sglang.ops import cuda
+from sere_sglang.ops.control import CONTROL_WORDS
 from sere_sglang.ops.cuda_plan import plan_fused
 from sere_sglang.ops.dispatch import UnavailableError, select_impl
-from sere_sglang.ops.jit import BuildError, load_module
+from sere_sglang.ops.jit import BuildError
 from sere_sglang.ops.reroute import MAX_TOP_K, check_arguments, reroute_
 from sere_sglang.ops.table import LayerTable
 
@@ -55,7 +55,7 @@ def fused_topk_reroute(
     Raises:
         ValueError: arguments that do not fit, naming the argument.
     """
-    weights, ids = torch.ops.sere.fused_topk_reroute(
+    weights, ids = torch.ops.sere.fused_topk_reroute.default(
         router_logits,
         top_k,
         renormalize,
@@ -85,34 +85,62 @@ def softmax_topk(
 
 
 @functools.cache
-def _function() -> Callable[..., None]:
-    function: Callable[..., None] = load_module("fused", ["reroute_fused.cu"], cuda=True).fused
-    return function
-
-
 def build() -> None:
-    """Compile the CUDA kernel now instead of at first use; raises `BuildError`."""
-    _function()
+    """Compile the CUDA kernel now and launch it once; raises `BuildError`."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    cuda.load_function("fused")
+    logits = torch.zeros(1, 2, device=device)
+    switched_off = torch.zeros(CONTROL_WORDS, dtype=torch.int32, device=device)
+    table = LayerTable(torch.eye(2, device=device))
+    weights, ids = _outputs(logits, 1)
+    try:
+        _launch(logits, True, weights, ids, table, switched_off, None, None)
+    except RuntimeError as error:
+        raise BuildError(f"fused was built but does not launch: {error}") from error
+
+
+def _launch(
+    router_logits: torch.Tensor,
+    renormalize: bool,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    table: LayerTable,
+    control: torch.Tensor,
+    row_class: torch.Tensor | None,
+    counters: torch.Tensor | None,
+) -> None:
+    has_clusters = cuda.has_clusters(ids.device)
+    plan = plan_fused(ids.shape[0], table.num_experts, has_clusters)
+    operands = cuda.operands(weights, ids, table, control, row_class, counters)
+    launch = cuda.launch_operands(plan, ids.device, has_clusters)
+    cuda.load_function("fused")(router_logits, renormalize, *operands, *launch)
 
 
 @functools.cache
-def _auto_uses_cuda() -> bool:
-    if select_impl("cuda") != "cuda":
+def uses_cuda(strict: bool = False) -> bool:
+    """Whether ``impl="auto"`` takes the CUDA kernel on this machine's GPU, building it now.
+
+    Raises:
+        BuildError: strict, and it does not build. Otherwise a warning has the compiler's error.
+    """
+    if select_impl("cuda", strict) != "cuda":
         return False
     try:
         build()
     except BuildError as error:
+        if strict:
+            raise
         logger.warning("fused top-k and re-routing does not build, top-k runs apart: %s", error)
         return False
     return True
 
 
-def _uses_cuda(impl: str, device: torch.device) -> bool:
+def _chooses_cuda(impl: str, device: torch.device) -> bool:
     if impl not in IMPLEMENTATIONS:
         choices = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"unknown fused implementation {impl!r}; choose one of: {choices}")
     if impl == "auto":
-        return device.type == "cuda" and _auto_uses_cuda()
+        return device.type == "cuda" and uses_cuda()
     if impl == "cuda":
         reason = cuda.is_available(device.type)
         if reason is not None:
@@ -137,15 +165,11 @@ def _op(
     _check(router_logits, top_k, table)
     weights, ids = _outputs(router_logits, top_k)
     check_arguments(ids, weights, table, control, row_class, counters)
-    uses_cuda = _uses_cuda(impl, router_logits.device)
+    on_cuda = _chooses_cuda(impl, router_logits.device)
     if ids.numel() == 0:
         return weights, ids
-    if uses_cuda:
-        has_clusters = cuda.has_clusters(ids.device)
-        plan = plan_fused(ids.shape[0], table.num_experts, has_clusters)
-        operands = cuda.operands(weights, ids, table, control, row_class, counters)
-        launch = cuda.launch_operands(plan, ids.device, has_clusters)
-        _function()(router_logits, renormalize, *operands, *launch)
+    if on_cuda:
+        _launch(router_logits, renormalize, weights, ids, table, control, row_class, counters)
         return weights, ids
     weights, ids = softmax_topk(router_logits, top_k, renormalize)
     name = "torch" if impl == "torch" else "auto"

@@ -1,7 +1,7 @@
 """Compiles a native source at first use and loads it through tvm-ffi.
 
-A built library depends on the compiler, the flags and, being tuned for it, on the CPU; it depends
-on no torch ABI. All of that is in its cache key, so a cache folder on a shared home serves
+A built library depends on the compiler, the flags and, where it is tuned for it, on the CPU; it
+depends on no torch ABI. All of that is in its cache key, so a cache folder on a shared home serves
 different machines at once.
 """
 
@@ -25,7 +25,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-march=native", "-Wall", "-Wno-unknown-pragmas")
+TUNE_FLAG = "-march=native"
+CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", TUNE_FLAG, "-Wall", "-Wno-unknown-pragmas")
 CUDA_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr")
 OPENMP_FLAG = "-fopenmp"
 _HEADER_SUFFIXES = {".h", ".hpp", ".cuh", ".inl", ".cu"}  # what a source may include
@@ -91,8 +92,7 @@ def _load_module(
 
     if cuda:
         compiler = find_nvcc()
-        arch = cuda_arch or detect_cuda_arch()
-        flags = [*CUDA_FLAGS, f"-arch={arch}", *extra_cuda_cflags]
+        flags = [*_cuda_flags(cuda_arch or detect_cuda_arch()), *extra_cuda_cflags]
         flags += [word for flag in extra_cflags for word in ("-Xcompiler", flag)]
     else:
         compiler = find_cxx()
@@ -105,6 +105,18 @@ def _load_module(
         return tvm_ffi.load_module(str(library))
     except Exception as error:
         raise BuildError(f"{name}: {library} was built but does not load: {error}") from error
+
+
+def compile_ahead(name: str, sources: Sequence[str], cuda_arch: str) -> Path:
+    """Put into the cache what `load_module` will look for on a machine with such a GPU.
+
+    The GPU need not be here, and nothing is loaded. Raises `BuildError`.
+    """
+    return build_library(name, sources, find_nvcc(), _cuda_flags(cuda_arch), ())
+
+
+def _cuda_flags(arch: str) -> list[str]:
+    return [*CUDA_FLAGS, f"-arch={arch}"]
 
 
 def build_library(
@@ -242,7 +254,8 @@ def _cache_key(sources: Sequence[Path], command: Sequence[str]) -> str:
     for path in [*sources, *sorted(headers)]:
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
-    for part in (*command, _compiler_version(command[0]), _cpu_features()):
+    machine = _cpu_features() if TUNE_FLAG in command else ""
+    for part in (*command, _compiler_version(command[0]), machine):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:20]
 

@@ -114,7 +114,7 @@ def reroute_(
     Raises:
         ValueError: arguments that do not fit, naming the argument.
     """
-    torch.ops.sere.reroute_(
+    torch.ops.sere.reroute_.default(
         topk_ids,
         topk_weights,
         table.similarity,
@@ -226,17 +226,18 @@ def _check(
     like: torch.Tensor,
     rows_apart: bool = False,
 ) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+    if tensor.dtype is not dtype or tensor.shape != shape:
         raise ValueError(
             f"{name} must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
         )
-    if tensor.device != like.device:
+    if tensor is not like and tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, topk_ids on {like.device}")
-    if rows_apart:
-        if tensor.stride(1) != 1 and tensor.shape[1] > 1:
-            raise ValueError(f"{name} must have unit stride within a row, got {tensor.stride()}")
-    elif not tensor.is_contiguous():
+    if tensor.is_contiguous():
+        return
+    if not rows_apart:
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    if tensor.stride(1) != 1 and tensor.shape[1] > 1:
+        raise ValueError(f"{name} must have unit stride within a row, got {tensor.stride()}")
 
 
 _library = torch.library.Library("sere", "FRAGMENT")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 MAX_EXPERTS = 1024
 
 
-@dataclass(frozen=True)
-class LayerTable:
+class LayerTable(NamedTuple):
     """One layer's tables, all contiguous and on the device of the ids they will meet.
 
     similarity: float32 ``[E, E]``, row i holds M[i, :], no NaN.

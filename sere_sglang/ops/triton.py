@@ -13,6 +13,7 @@ import torch
 import triton
 
 from sere_sglang.ops import triton_kernels as kernels
+from sere_sglang.ops import triton_phases as phases
 from sere_sglang.ops.control import encode_control
 from sere_sglang.ops.jit import BuildError
 from sere_sglang.ops.table import LayerTable
@@ -32,16 +33,16 @@ MATCH_TILE = 4096  # similarities that a program looks at together
 def is_available(device_type: str) -> str | None:
     """CUDA (or ROCm) tensors; CPU tensors in interpreter mode only."""
     if device_type == "cuda":
-        return "TRITON_INTERPRET=1 is set" if kernels.INTERPRETED else None
+        return "TRITON_INTERPRET=1 is set" if phases.INTERPRETED else None
     if device_type == "cpu":
-        return None if kernels.INTERPRETED else "on the CPU only under TRITON_INTERPRET=1"
+        return None if phases.INTERPRETED else "on the CPU only under TRITON_INTERPRET=1"
     return f"serves CUDA tensors, not {device_type}"
 
 
 @functools.cache
 def build() -> None:
     """Compile one small case, so that a machine where Triton cannot compile says so here."""
-    if kernels.INTERPRETED:
+    if phases.INTERPRETED:
         return
     device = torch.device("cuda", torch.cuda.current_device())
     ids = torch.zeros(1, 2, dtype=torch.int32, device=device)
@@ -75,7 +76,7 @@ def reroute_(
     rows = {"K_PAD": k_pad, "TILE": (LARGE_TILE_SLOTS if large else SMALL_TILE_SLOTS) // k_pad}
     expert_tile = max(1, min(e_pad, MATCH_TILE // e_pad))
     warps = {"num_warps": 8 if large else 4}
-    scratch_words = kernels.SCRATCH_ROWS * e_pad
+    scratch_words = phases.SCRATCH_ROWS * e_pad
 
     with _on_device(topk_ids):
         if slots <= ONE_PROGRAM_SLOTS:

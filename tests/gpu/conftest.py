@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -13,12 +16,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 NO_GPU = "no CUDA GPU on this machine; `bash launch/gpu_check.sh` on one runs these tests"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    keep_shard(config, items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def keep_shard(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """``SERE_TEST_SHARD=i/n`` runs every n-th test, in no particular order (launch.gpu_tests)."""
+    shard = os.environ.get("SERE_TEST_SHARD")
+    if shard is None:
+        return
+    number, of = map(int, shard.split("/"))
+    others = [item for item in items if zlib.crc32(item.nodeid.encode()) % of != number]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in set(others)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -38,22 +53,39 @@ def not_for_this_gpu(name: str) -> str | None:
     return None
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def impl(request: pytest.FixtureRequest) -> str:
-    """A GPU implementation. One that does not build fails its tests: a GPU machine must have it."""
+@functools.cache
+def why_not_built(name: str, fused: bool) -> str | None:
+    """The error, asked for once: a build that fails takes as long as one that does not."""
+    from sere_sglang.ops import fused as fused_form
     from sere_sglang.ops.dispatch import load_impl
 
-    reason = not_for_this_gpu(request.param)
+    try:
+        load_impl(name, "cuda")
+        if fused:
+            fused_form.build()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def built(name: str, fused: bool) -> str:
+    """`name`; one that does not build fails its tests: a GPU machine must have it."""
+    reason = not_for_this_gpu(name)
     if reason is not None:
         pytest.skip(reason)
-    load_impl(request.param, "cuda")
-    return str(request.param)
+    error = why_not_built(name, fused)
+    if error is not None:
+        pytest.fail(error, pytrace=False)
+    return name
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def impl(request: pytest.FixtureRequest) -> str:
+    """A GPU implementation."""
+    return built(request.param, fused=False)
 
 
 @pytest.fixture(params=["cuda", "auto"])
 def fused_impl(request: pytest.FixtureRequest) -> str:
-    """How the fused form is asked for; `cuda` fails where it does not build."""
-    reason = not_for_this_gpu(request.param)
-    if reason is not None:
-        pytest.skip(reason)
-    return str(request.param)
+    """How the fused form is asked for."""
+    return request.param if request.param == "auto" else built(request.param, fused=True)

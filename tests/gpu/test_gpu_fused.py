@@ -95,8 +95,8 @@ def test_in_a_graph(num_tokens: int, fused_impl: str) -> None:
 def test_switched_off_it_is_sglangs_router(num_experts: int, fused_impl: str) -> None:
     try:
         from sglang.srt.layers.moe import topk
-    except ImportError as error:
-        pytest.skip(f"SGLang is not installed here: {error}")
+    except Exception as error:  # of a stripped wheel or another GPU, it raises all sorts
+        pytest.skip(f"SGLang's router cannot be imported here: {error}")
     torch.manual_seed(num_experts)
     table = LayerTable.build(torch.eye(num_experts), device="cuda")
     control = encode_control(enabled=False, num_valid=-1, classes=[(1, 0.0)]).cuda()

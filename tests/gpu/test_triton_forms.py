@@ -19,7 +19,7 @@ from cases import Spec
 
 from sere_sglang.ops import triton as implementation
 
-if implementation.kernels.INTERPRETED:
+if implementation.phases.INTERPRETED:
     DEVICE = "cpu"
 elif torch.cuda.is_available():
     DEVICE = "cuda"

@@ -32,6 +32,7 @@ class Spec:
     symmetric: bool = True
     negative: bool = False  # similarities in [-1, 1], as a cosine would give
     holes: float = 0.0  # share of -1 ids
+    foreign: float = 0.0  # share of ids below -1 or beyond E: not experts, left alone; no padding
     hot: float = 1.0  # share of the experts that tokens choose from
     scale: bool = False
     neighbors: bool = True  # hand over the table's sorted rows
@@ -70,6 +71,9 @@ def make_case(spec: Spec) -> Case:
     ids = uniform(tokens, choices).argsort(dim=1)[:, :top_k].to(torch.int32)
     if spec.holes:
         ids[uniform(tokens, top_k) < spec.holes] = -1
+    if spec.foreign:
+        strangers = torch.where(uniform(tokens, top_k) < 0.5, experts + ids, -2 - ids)
+        ids = torch.where(uniform(tokens, top_k) < spec.foreign, strangers, ids)
 
     weights = uniform(tokens, top_k)
     if spec.weight_levels:

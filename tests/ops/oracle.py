@@ -63,6 +63,9 @@ def reroute(
     elif all(s >= top_k for s, _ in classes):
         return untouched
 
+    def is_expert(e: int) -> bool:
+        return 0 <= e < len(similarity)
+
     real = num_tokens if num_valid < 0 else min(num_valid, num_tokens)
 
     def settings(t: int) -> tuple[int, float]:
@@ -76,7 +79,7 @@ def reroute(
     for t in range(real):
         s, _ = settings(t)
         for k in range(top_k):
-            if (rank[t][k] < s or s >= top_k) and ids[t][k] >= 0:
+            if (rank[t][k] < s or s >= top_k) and is_expert(ids[t][k]):
                 primary.add(ids[t][k])
 
     # 3.: move
@@ -87,7 +90,7 @@ def reroute(
             continue
         for k in range(top_k):
             e = ids[t][k]
-            if rank[t][k] < s or e < 0 or e in primary or not primary:
+            if rank[t][k] < s or not is_expert(e) or e in primary or not primary:
                 continue
             if e not in best:
                 j_star = min(primary, key=lambda j: (-similarity[e][j], j))
@@ -111,8 +114,8 @@ def reroute(
     if real > 0 and top_k > 0:
         counts["forwards"] = 1
         counts["rows"] = real
-        counts["active_before"] = len({e for row in ids[:real] for e in row if e >= 0})
-        counts["active_after"] = len({e for row in result[:real] for e in row if e >= 0})
+        counts["active_before"] = len({e for row in ids[:real] for e in row if is_expert(e)})
+        counts["active_after"] = len({e for row in result[:real] for e in row if is_expert(e)})
     return untouched
 
 

@@ -90,12 +90,14 @@ def test_a_failing_build_falls_back_with_the_compilers_error(
     def broken() -> None:
         raise BuildError("fused does not compile: error: expected ';'")
 
-    monkeypatch.setattr(fused, "select_impl", lambda device: "cuda")
+    monkeypatch.setattr(fused, "select_impl", lambda device, strict=False: "cuda")
     monkeypatch.setattr(fused, "build", broken)
-    fused._auto_uses_cuda.cache_clear()
-    assert not fused._auto_uses_cuda()
+    fused.uses_cuda.cache_clear()
+    assert not fused.uses_cuda()
     assert "expected ';'" in caplog.text
-    fused._auto_uses_cuda.cache_clear()
+    with pytest.raises(BuildError, match="expected ';'"):
+        fused.uses_cuda(strict=True)
+    fused.uses_cuda.cache_clear()
 
 
 def test_torch_checks_the_custom_op() -> None:

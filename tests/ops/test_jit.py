@@ -45,19 +45,29 @@ def test_what_a_library_depends_on_is_in_its_key(
     workshop: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     source = workshop / "csrc" / "add.cpp"
-    command = ["c++", "-O3"]
+    command = ["c++", "-O3", jit.TUNE_FLAG]
     before = jit._cache_key([source], command)
     if change == "source":
         source.write_text(SOURCE.replace("OFFSET", "1"))
     elif change == "header":
         (workshop / "csrc" / "add.h").write_text("// new\n")
     elif change == "flags":
-        command = ["c++", "-O2"]
+        command = ["c++", "-O2", jit.TUNE_FLAG]
     elif change == "compiler":
         monkeypatch.setattr(jit, "_compiler_version", lambda _: "another")
     else:
         monkeypatch.setattr(jit, "_cpu_features", lambda: "another")
     assert jit._cache_key([source], command) != before
+
+
+def test_a_library_for_the_gpu_does_not_depend_on_the_cpu(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled ahead of time into an image, it serves on another machine."""
+    source, command = workshop / "csrc" / "add.cpp", ["c++", *jit._cuda_flags("sm_90a")]
+    before = jit._cache_key([source], command)
+    monkeypatch.setattr(jit, "_cpu_features", lambda: "another")
+    assert jit._cache_key([source], command) == before
 
 
 def test_a_compile_error_names_the_line_and_the_command(workshop: Path) -> None:

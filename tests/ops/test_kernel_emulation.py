@@ -49,6 +49,13 @@ CORNERS = [
     Spec(num_tokens=30, negative=True, classes=((1, 0.3),), num_valid=20),
     Spec(num_tokens=64, num_experts=130, top_k=8, classes=((1, 0.9),), num_valid=60, hot=0.5),
     Spec(num_tokens=48, num_experts=256, top_k=8, classes=((1, 0.97), (2, 0.0)), row_classes=True),
+    Spec(num_tokens=30, foreign=0.2, holes=0.1, classes=((1, 0.5),)),
+    Spec(num_tokens=30, num_experts=33, top_k=17, foreign=0.4, ranked=True, classes=((3, 0.0),)),
+    # As many slots as a row can have; experts that fill neither words nor loads of four.
+    Spec(num_tokens=9, num_experts=32, top_k=32, classes=((1, 0.9),), num_valid=7),
+    Spec(num_tokens=9, num_experts=127, top_k=31, classes=((30, 0.9), (1, 0.2)), row_classes=True),
+    Spec(num_tokens=9, num_experts=129, top_k=17, classes=((1, 0.95),), num_valid=8, scale=True),
+    Spec(num_tokens=9, num_experts=1023, top_k=5, classes=((1, 0.99),), similarity_levels=3),
 ]
 LARGE = [
     Spec(num_tokens=20, num_experts=1024, top_k=32, classes=((2, 0.5),)),
@@ -86,6 +93,23 @@ def test_corner_cases_in_every_form(search: Search, monkeypatch: pytest.MonkeyPa
     for spec in CORNERS:
         for plan in plans(spec.num_tokens, lanes_of(spec.top_k)):
             check(spec, replace(plan, search=search), monkeypatch)
+
+
+@pytest.mark.parametrize("search", [Search.ROWS, Search.NEIGHBORS])
+def test_nan_gives_no_id_that_is_not_there(search: Search) -> None:
+    """A profile with NaN is refused; if one came through, the layer would still be safe."""
+    case = cases.make_case(Spec(num_tokens=30, num_experts=20, classes=((1, 0.5),)))
+    for value in (float("nan"), -float("nan")):
+        similarity = case.similarity.masked_fill(case.similarity > 0.3, value)
+        neighbors = similarity.argsort(dim=1, descending=True).to(torch.int16)
+        table = cases.LayerTable(similarity, neighbors)
+        control = cases.encode_control(enabled=True, num_valid=25, classes=case.classes)
+        for plan in plans(30, 4):
+            ids = case.ids.clone()
+            emulated.Emulated(replace(plan, search=search)).reroute_(
+                ids, case.weights, table, control, None, None
+            )
+            assert set(ids.unique().tolist()) <= set(case.ids.unique().tolist())
 
 
 def test_random_cases_in_every_form(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,8 @@ DECODE = Spec(num_tokens=12, num_experts=32, top_k=4, classes=((2, 0.6),), holes
     [
         pytest.param(Spec(num_tokens=0), id="no tokens"),
         pytest.param(Spec(holes=1.0), id="P empty"),
+        pytest.param(Spec(num_tokens=30, foreign=0.3, holes=0.1), id="ids that are no experts"),
+        pytest.param(Spec(foreign=1.0, scale=True), id="no experts at all"),
         pytest.param(Spec(holes=1.0, num_valid=3), id="P empty, padding"),
         pytest.param(Spec(num_valid=0), id="only padding"),
         pytest.param(Spec(num_valid=3), id="padding copies a whole row"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from sere_sglang.cli import doctor
 from sere_sglang.cli.main import app
 from sere_sglang.config import SereConfig, flag_of
 from sere_sglang.errors import SereError
@@ -72,6 +73,54 @@ def test_doctor_reports_what_serving_needs() -> None:
     assert "sere -> sere_sglang.plugin:register" in output
     assert f"torch{'':21}{'':1}{torch.__version__.split('+')[0]}" in output
     assert "reroute torch on cpu" in output
+
+
+def fake_nvcc(folder: Path, body: str) -> None:
+    """An nvcc in `folder`/bin that answers to --version and otherwise runs `body`."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{body}\n')
+    nvcc.chmod(0o755)
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """CUDA_HOME, with nothing in it yet, and an empty cache."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setenv("SERE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(doctor, "_build_moe_runner", list)  # a long compile, not of interest here
+    monkeypatch.setattr(doctor, "_report_implementations", lambda build: [])
+    return tmp_path / "cuda"
+
+
+def test_doctor_compiles_both_forms_ahead_of_time(toolkit: Path) -> None:
+    fake_nvcc(toolkit, 'while [ "$1" != -o ]; do shift; done; echo library > "$2"')
+    code, output = run("doctor", "--build", "--cuda-arch", "sm_90a")
+    assert code == 0, output
+    assert "CUDA kernels for sm_90a" in output
+    built = sorted(path.name.split("-")[0] for path in (toolkit.parent / "cache").glob("*.so"))
+    assert built == ["fused", "reroute"]
+
+
+def test_doctor_shows_the_compilers_error(toolkit: Path) -> None:
+    fake_nvcc(toolkit, "echo \"reroute.cu(3): error: expected a ';'\" >&2; exit 1")
+    code, output = run("doctor", "--build", "--cuda-arch", "sm_90a")
+    assert code == 1
+    assert "do not build for sm_90a" in output and "expected a ';'" in output
+
+
+def test_doctor_says_when_there_is_no_nvcc(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sere_sglang.ops.jit.shutil.which", lambda _: None)
+    code, output = run("doctor", "--build", "--cuda-arch", "sm_90a")
+    assert code == 1
+    assert "no nvcc found; install the CUDA toolkit or set CUDA_HOME" in output
+
+
+@pytest.mark.parametrize("flags", [["--cuda-arch", "sm_90a"], ["--build", "--cuda-arch", "h200"]])
+def test_doctor_refuses_an_architecture_that_it_cannot_use(flags: list[str]) -> None:
+    code, output = run("doctor", *flags)
+    assert code == 2
+    assert "sm_90a (H100, H200)" in output
 
 
 def test_inspect_prints_plots_and_compares(tmp_path: Path) -> None:
