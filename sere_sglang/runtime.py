@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sere_sglang.config import SereConfig
 from sere_sglang.ops import COUNTER_FIELDS
 from sere_sglang.profile import SereProfile
-from sere_sglang.schedule.composition import BatchComposition
+from sere_sglang.schedule.composition import BatchComposition, MoeRows
 from sere_sglang.schedule.control import ClassTable
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.expectation import expect, statistics_of
@@ -59,6 +59,7 @@ class SereRuntime:
         self.window: Window | None = None
         self.metrics: SereMetrics | None = None
         self.measures = False
+        self.moe_rows = MoeRows.OWN
         self.queue: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._trace: TraceWriter | None = None
         self._clock = StepClock()
@@ -83,7 +84,12 @@ class SereRuntime:
         )
 
     def start_serving(
-        self, *, queue: Callable[[], tuple[int, int]], measures: bool, metrics: SereMetrics | None
+        self,
+        *,
+        queue: Callable[[], tuple[int, int]],
+        measures: bool,
+        metrics: SereMetrics | None,
+        trace_suffix: str = "",
     ) -> None:
         """Once the scheduler is up.
 
@@ -91,10 +97,11 @@ class SereRuntime:
             queue: its running and waiting requests.
             measures: this is the rank that receives requests.
             metrics: where it reports, if it does.
+            trace_suffix: of this rank's ``--sere-trace`` file.
         """
         self.queue, self.measures, self.metrics = queue, measures, metrics
-        if self.measures and self.config.sere_trace is not None:
-            self._trace = TraceWriter(self.config.sere_trace)
+        if self.config.sere_trace is not None:
+            self._trace = TraceWriter(self.config.sere_trace + trace_suffix)
 
     def begin_forward(
         self, composition: BatchComposition, request_classes: Sequence[int] = ()
@@ -118,8 +125,10 @@ class SereRuntime:
         self.point = choose(self.policy, composition, self.settings, self.feedback)
         if len(classes) > self.binding.control.max_rows:
             self.point = OFF  # more rows than classes can be told apart for: exact for all
+        # Padding that stands among the rows votes like them; behind them it does not.
+        num_valid = composition.num_tokens if self.moe_rows is MoeRows.OWN else -1
         self.binding.control.write(
-            self.point, composition.num_tokens, classes, self._class_table() if classes else ()
+            self.point, num_valid, classes, self._class_table() if classes else ()
         )
         self.binding.switch.launch = self.point.enabled
         if self._trace is not None:
