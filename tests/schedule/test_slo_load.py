@@ -73,10 +73,11 @@ def test_a_smaller_batch_does_not_wait_for_what_a_larger_one_could_not_hold() ->
     now = live_settings(policy="slo", quality_budget=BUDGET, tpot_slo_ms=20.0)
     controller = SloController(POLICY)
     large = BatchComposition("decode", decode_tokens=64)
+    enough = rungs_within(64, BUDGET)[-2][0]
     falls = []
     for window in range(600):
         before = controller.budget
-        step_ms = 14.0 if before > 0.2 else 26.0
+        step_ms = 16.0 if before > enough else 22.0
         if controller.update(step_ms, large, now, Feedback(step=truth())) < before:
             falls.append(window)
     assert falls[-1] - falls[-2] > 32 > 8 > falls[1] - falls[0]
