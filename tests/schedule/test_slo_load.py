@@ -80,7 +80,7 @@ def test_a_smaller_batch_does_not_wait_for_what_a_larger_one_could_not_hold() ->
         step_ms = 16.0 if before > enough else 22.0
         if controller.update(step_ms, large, now, Feedback(step=truth())) < before:
             falls.append(window)
-    assert falls[-1] - falls[-2] > 32 > 8 > falls[1] - falls[0]
+    assert falls[-1] - falls[-2] > 32 > 16 > falls[1] - falls[0]
     assert controller.update(22.0, large, now, Feedback(step=truth())) > 0
     small = BatchComposition("decode", decode_tokens=3)
     budgets = [controller.update(7.0, small, now, Feedback(step=truth())) for _ in range(6)]
