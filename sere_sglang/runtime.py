@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_REPORT_EVERY = 16  # decode steps between two looks at an operating point that stays
+
 _current: SereRuntime | None = None
 
 
@@ -64,6 +66,7 @@ class SereRuntime:
         self._trace: TraceWriter | None = None
         self._clock = StepClock()
         self._outbox: Feedback | None = None
+        self._reported: OperatingPoint | None = None
         self._steps = 0
         self._checked = False
 
@@ -245,14 +248,16 @@ class SereRuntime:
             self.metrics.count_forward(self.last.mode, self.last.num_tokens, self.point.enabled)
             if window is not None:
                 self.metrics.set_window(window)
+            changed = self.point != self._reported or self._steps % _REPORT_EVERY == 0
+            if changed and self.last.is_decode_like:
+                self._reported = self.point
+                budget = self.feedback.budget
                 self.metrics.set_point(
-                    self.point.primary_k if self.point.enabled else 0,
-                    self.point.threshold,
-                    self.feedback.budget
-                    if self.feedback.budget is not None
-                    else self.settings.quality_budget,
+                    self.point,
+                    self.settings.quality_budget if budget is None else budget,
                     self._predicted_ms(),
                 )
+                self.metrics.set_policy(self.settings)
 
     def _predicted_ms(self) -> float | None:
         """Step time that the model behind the decisions expects of the last decode batch."""

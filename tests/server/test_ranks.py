@@ -43,7 +43,7 @@ def _serve(model: Path, folder: Path, name: str, *flags: str) -> Any:
     return serve(model, folder / f"{name}.log", *flags, env=TWO_RANKS)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tensor_parallel(checkpoint: Callable[[str], Path], folder: Path) -> Iterator[Server]:
     with _serve(checkpoint("qwen3_moe"), folder, "tp") as server:
         yield server
@@ -141,7 +141,7 @@ def _load_under_every_policy(server: Server) -> None:
             {"policy": "static", "primary_k": 2, "threshold": 0.3},
             EAGER | {"policy": "slo", "tpot_slo_ms": 10000.0},
         ):
-            running = pool.submit(server.generate, PROMPTS, 70)
+            running = pool.submit(server.generate, PROMPTS, 40)
             time.sleep(0.3)
             server.set_sere(**changes)
             running.result()
