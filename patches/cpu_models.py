@@ -1,10 +1,11 @@
-"""Seams: what two architectures lack on SGLang's CPU engine (0.5.19 - 0.5.23).
+"""Seams: what two architectures and DP attention lack on SGLang's CPU engine (0.5.19 - 0.5.23).
 
 Qwen2-MoE's shared-expert gate is two Triton operators, called although there is no Triton
 driver for a CPU: torch does the same arithmetic. DeepSeek-V2's prefill takes the Triton
 backend's un-absorbed attention under ``--attention-backend torch_native``, which reads its
 latent cache as if it held full keys: SGLang's own registry gets the absorbed form for it,
-which decoding uses anyway.
+which decoding uses anyway. ``--enable-dp-attention`` pads batches, and asks the
+torch-native attention backend for the length of a padding row, which only the AMX one tells.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sere_sglang.patches.seam import hook, resolve
 
 _GATES = "sglang.kernels.ops.elementwise.elementwise"
+_ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 _MLA = "sglang.srt.models.deepseek_common.attention_backend_handler"
 
 
@@ -25,6 +27,9 @@ def install() -> None:
     hook(f"{_GATES}.fused_gate_sigmoid_mul", _gate, HookType.REPLACE, needs=needs)
     hook(f"{_GATES}.fused_gate_sigmoid_mul_add", _gate_add, HookType.REPLACE, needs=needs)
     resolve(f"{_MLA}.AttentionBackendRegistry").register("torch_native", _absorbed)
+    backend = resolve(_ATTENTION)
+    if not hasattr(backend, "get_cpu_graph_seq_len_fill_value"):
+        backend.get_cpu_graph_seq_len_fill_value = _padding_length
 
 
 def _gate(
@@ -45,3 +50,7 @@ def _gate_add(
 
 def _absorbed(_attention: Any, _forward_batch: Any) -> Any:
     return resolve(f"{_MLA}.AttnForwardMethod").MLA
+
+
+def _padding_length(_backend: Any) -> int:
+    return 1

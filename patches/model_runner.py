@@ -17,10 +17,11 @@ from sere_sglang import runtime
 from sere_sglang.backend.bind import bind_model
 from sere_sglang.backend.hardware import moe_cost
 from sere_sglang.backend.moe_layers import moe_layers
+from sere_sglang.patches import moe_rows
 from sere_sglang.patches.forward_batch import noted
 from sere_sglang.patches.seam import hook
 from sere_sglang.profile import load_profile
-from sere_sglang.schedule.composition import BatchComposition, Mode
+from sere_sglang.schedule.composition import BatchComposition, Mode, MoeRows
 
 _TARGET = "sglang.srt.model_executor.model_runner.ModelRunner"
 
@@ -43,6 +44,8 @@ def _bind(_result: Any, runner: Any) -> None:
         return
     from sglang.srt.runtime_context import get_parallel
 
+    active.moe_rows = moe_rows.moe_rows()
+    moe_rows.require_no_quality(active.quality_rules.allowed)
     assert active.config.sere_profile is not None
     profile = load_profile(active.config.sere_profile)
     binding = bind_model(runner.model, profile, active.config, device=runner.device)
@@ -63,14 +66,18 @@ def _forward(
     active = runtime.current()
     if active is None or runner.is_draft_worker or active.binding is None:
         return original(runner, forward_batch, *args, **kwargs)
-    composition = composition_of(forward_batch)
+    from sglang.srt.runtime_context import get_parallel
+
+    composition = composition_of(forward_batch, active.moe_rows, get_parallel())
     graph = runner.decode_cuda_graph_runner
     sizes = getattr(graph, "capture_bs", None)
     if sizes and composition.is_decode_like:
         width = getattr(graph, "captured_req_width", 1) or 1
-        rows = composition.num_tokens
+        # SGLang takes the graph of the largest DP group for all of them.
+        groups = _gathered_counts(forward_batch, active.moe_rows) or [composition.num_tokens]
+        rows = max(groups)
         padded = next((size * width for size in sizes if size * width >= rows), rows)
-        composition = dataclasses.replace(composition, padded_rows=padded)
+        composition = dataclasses.replace(composition, padded_rows=padded * len(groups))
     active.begin_forward(composition, noted(forward_batch).classes)
     try:
         return original(runner, forward_batch, *args, **kwargs)
@@ -78,10 +85,20 @@ def _forward(
         active.end_forward()
 
 
-def composition_of(batch: Any) -> BatchComposition:
-    """The batch that is about to run, from SGLang's ``ForwardBatch`` (before padding)."""
+def composition_of(batch: Any, rows: MoeRows, parallel: Any) -> BatchComposition:
+    """The batch that is about to run, from SGLang's ``ForwardBatch`` (before padding).
+
+    `parallel` is SGLang's ``get_parallel()``: on which ranks the rows are.
+    """
+    counts = _gathered_counts(batch, rows)
+    if counts is not None:
+        return _composition_of_all_groups(batch, sum(counts))
     mode = _MODES.get(batch.forward_mode.name, "extend")
+    if parallel.attn_dp_enabled and mode != "idle" and batch.is_extend_in_batch:
+        mode = "mixed"  # another group prefills into the same experts
     tokens = 0 if mode == "idle" else int(batch.input_ids.shape[0])
+    if rows is MoeRows.SLICE:
+        tokens = -(-tokens // parallel.attn_tp_size)
     decode = verify = prefill = 0
     if mode == "decode":
         decode = tokens
@@ -89,7 +106,7 @@ def composition_of(batch: Any) -> BatchComposition:
         verify = tokens
     elif mode == "mixed":
         lengths = batch.extend_seq_lens_cpu or []
-        prefill = sum(n for n in lengths if n > 1)
+        prefill = min(sum(n for n in lengths if n > 1), tokens)
         decode = tokens - prefill
     else:
         prefill = tokens
@@ -103,4 +120,32 @@ def composition_of(batch: Any) -> BatchComposition:
         running=seen.running,
         waiting=seen.waiting,
         after_idle=seen.after_idle,
+    )
+
+
+def _gathered_counts(batch: Any, rows: MoeRows) -> list[int] | None:
+    """Rows of each DP group, which SGLang's scheduler has exchanged; None when they are not
+    gathered."""
+    return batch.global_num_tokens_cpu if rows is MoeRows.GATHERED else None
+
+
+def _composition_of_all_groups(batch: Any, tokens: int) -> BatchComposition:
+    """From nothing but what every group knows, so that all of them decide alike; a group without
+    requests too."""
+    mode: Mode = "decode"
+    if tokens == 0:
+        mode = "idle"
+    elif batch.is_extend_in_batch:
+        mode = "mixed"
+    elif batch.spec_info is not None:
+        mode = "verify"
+    per_request = getattr(batch.spec_info, "num_tokens_per_req", 1) if mode == "verify" else 1
+    return BatchComposition(
+        mode=mode,
+        decode_tokens=tokens if mode == "decode" else 0,
+        prefill_tokens=tokens if mode == "mixed" else 0,
+        verify_tokens=tokens if mode == "verify" else 0,
+        padded_rows=tokens,
+        running=0 if mode in ("idle", "mixed") else tokens // per_request,
+        after_idle=noted(batch).after_idle,
     )

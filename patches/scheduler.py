@@ -85,8 +85,18 @@ def _after_init(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
         return (len(running.reqs) if running is not None else 0), len(scheduler.waiting_queue)
 
     active.start_serving(
-        queue=queue, measures=parallel.tp_rank == parallel.pp_rank == 0, metrics=metrics
+        queue=queue,
+        measures=parallel.tp_rank == parallel.pp_rank == 0,
+        metrics=metrics,
+        trace_suffix=_trace_suffix(parallel),
     )
+
+
+def _trace_suffix(parallel: Any) -> str:
+    """Every process writes a file of its own; the first rank of the first replica the one named."""
+    rank = parallel.pp_rank * parallel.tp_size + parallel.tp_rank
+    replica = 0 if parallel.attn_dp_enabled else parallel.dp_rank or 0
+    return (f".replica{replica}" if replica else "") + (f".rank{rank}" if rank else "")
 
 
 def _report(result: dict[str, Any], scheduler: Any) -> None:

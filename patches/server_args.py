@@ -76,13 +76,16 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
         return
     from sglang.srt.arg_groups.overrides import model_config_of
 
-    from sere_sglang.patches import engine
+    from sere_sglang.patches import engine, moe_rows
     from sere_sglang.preflight import prepare
 
     from_cli = getattr(record, "_sere_from_cli", False)
     with exit_on_error() if from_cli else contextlib.nullcontext():
         hf_config = model_config_of(record).hf_config.to_dict()
-        config.attach(record, prepare(record.model_path, hf_config, asked))
+        resolved = prepare(
+            record.model_path, hf_config, asked, lambda asked: moe_rows.restrict(record, asked)
+        )
+        config.attach(record, resolved)
     engine.require_confirmation()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from sere_sglang.config import SereConfig
@@ -13,14 +14,20 @@ from sere_sglang.profile import MoeModelInfo, check_profile_fits, find_profile, 
 logger = logging.getLogger(__name__)
 
 
-def prepare(model_path: str, hf_config: dict[str, Any], asked: SereConfig) -> SereConfig:
+def prepare(
+    model_path: str,
+    hf_config: dict[str, Any],
+    asked: SereConfig,
+    restrict: Callable[[SereConfig], SereConfig] = lambda asked: asked,
+) -> SereConfig:
     """The fully resolved config for this model, or the disabled one under ``fallback``.
 
-    Raises `SereError` when SERE cannot be given as asked and ``--sere-on-error`` is ``exit``.
+    `restrict` takes away what the server's other flags rule out. Raises `SereError` when SERE
+    cannot be given as asked and ``--sere-on-error`` is ``exit``.
     """
     try:
         model = MoeModelInfo.from_config(hf_config, name=model_path)
-        resolved = asked.resolve_defaults(top_k=model.top_k)
+        resolved = restrict(asked).resolve_defaults(top_k=model.top_k)
         path = find_profile(model_path, asked.sere_profile)
         check_profile_fits(load_profile(path), model, path)
     except SereError as error:

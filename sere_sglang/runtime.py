@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sere_sglang.config import SereConfig
 from sere_sglang.ops import COUNTER_FIELDS
 from sere_sglang.profile import SereProfile
-from sere_sglang.schedule.composition import BatchComposition
+from sere_sglang.schedule.composition import BatchComposition, MoeRows
 from sere_sglang.schedule.control import ClassTable
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.expectation import expect, statistics_of
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_REPORT_EVERY = 16  # decode steps between two looks at an operating point that stays
+
 _current: SereRuntime | None = None
 
 
@@ -59,10 +61,12 @@ class SereRuntime:
         self.window: Window | None = None
         self.metrics: SereMetrics | None = None
         self.measures = False
+        self.moe_rows = MoeRows.OWN
         self.queue: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self._trace: TraceWriter | None = None
         self._clock = StepClock()
         self._outbox: Feedback | None = None
+        self._reported: OperatingPoint | None = None
         self._steps = 0
         self._checked = False
 
@@ -83,7 +87,12 @@ class SereRuntime:
         )
 
     def start_serving(
-        self, *, queue: Callable[[], tuple[int, int]], measures: bool, metrics: SereMetrics | None
+        self,
+        *,
+        queue: Callable[[], tuple[int, int]],
+        measures: bool,
+        metrics: SereMetrics | None,
+        trace_suffix: str = "",
     ) -> None:
         """Once the scheduler is up.
 
@@ -91,10 +100,11 @@ class SereRuntime:
             queue: its running and waiting requests.
             measures: this is the rank that receives requests.
             metrics: where it reports, if it does.
+            trace_suffix: of this rank's ``--sere-trace`` file.
         """
         self.queue, self.measures, self.metrics = queue, measures, metrics
-        if self.measures and self.config.sere_trace is not None:
-            self._trace = TraceWriter(self.config.sere_trace)
+        if self.config.sere_trace is not None:
+            self._trace = TraceWriter(self.config.sere_trace + trace_suffix)
 
     def begin_forward(
         self, composition: BatchComposition, request_classes: Sequence[int] = ()
@@ -118,8 +128,10 @@ class SereRuntime:
         self.point = choose(self.policy, composition, self.settings, self.feedback)
         if len(classes) > self.binding.control.max_rows:
             self.point = OFF  # more rows than classes can be told apart for: exact for all
+        # Padding that stands among the rows votes like them; behind them it does not.
+        num_valid = composition.num_tokens if self.moe_rows is MoeRows.OWN else -1
         self.binding.control.write(
-            self.point, composition.num_tokens, classes, self._class_table() if classes else ()
+            self.point, num_valid, classes, self._class_table() if classes else ()
         )
         self.binding.switch.launch = self.point.enabled
         if self._trace is not None:
@@ -235,14 +247,16 @@ class SereRuntime:
             self.metrics.count_forward(self.last.mode, self.last.num_tokens, self.point.enabled)
             if window is not None:
                 self.metrics.set_window(window)
+            changed = self.point != self._reported or self._steps % _REPORT_EVERY == 0
+            if changed and self.last.is_decode_like:
+                self._reported = self.point
+                budget = self.feedback.budget
                 self.metrics.set_point(
-                    self.point.mean_primary_k,
-                    self.point.threshold,
-                    self.feedback.budget
-                    if self.feedback.budget is not None
-                    else self.settings.quality_budget,
+                    self.point,
+                    self.settings.quality_budget if budget is None else budget,
                     self._predicted_ms(),
                 )
+                self.metrics.set_policy(self.settings)
 
     def _predicted_ms(self) -> float | None:
         """Step time that the model behind the decisions expects of the last decode batch."""

@@ -52,7 +52,8 @@ def _state(url: str, api_key: str | None) -> dict[str, Any]:
         raise SystemExit(
             f"sere-sglang: error: no SGLang server answers at {url} ({error})"
         ) from None
-    state = info["internal_states"][0].get("sere")
+    states = info.get("internal_states") or [{}]
+    state = states[0].get("sere")
     if state is None:
         raise SystemExit(f"sere-sglang: error: the server at {url} runs without --moe-backend sere")
     return state

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["decode", "extend", "mixed", "verify", "idle"]
 
 
+class MoeRows(enum.Enum):
+    """Whose rows the MoE layers of a rank route."""
+
+    OWN = "the rank's own batch"
+    GATHERED = "the batches of all DP groups, with padding in between"
+    SLICE = "a slice of its group's batch"
+
+
 @dataclass(frozen=True)
 class BatchComposition:
-    """One forward of the target model. Token counts are MoE input rows, without padding.
+    """One forward of the target model. Token counts are rows that a MoE layer of this rank routes,
+    without padding: under DP attention those of all groups together (`MoeRows.GATHERED`).
 
     padded_rows: rows the kernels will see, the size of the CUDA graph that fits; equal to
         `num_tokens` when there is none.
-    running, waiting: requests in the scheduler.
+    running, waiting: requests in the scheduler; with gathered rows those that decode, and 0,
+        as each group has a queue of its own.
     exact_rows, fast_rows: decode-like rows whose request asked for that quality.
     step: number of the forward, counted by this rank.
     after_idle: the scheduler had nothing to run before it.

@@ -14,6 +14,7 @@ from sere_sglang.schedule.settings import Settings
 _TOO_SLOW = 1.02  # of the target: above it the budget grows
 _SLACK = 0.97  # of the target: a smaller budget must be predicted to stay below it
 _PATIENCE = (4, 64)  # windows between a violation and the next smaller budget, at least and most
+_SMALLER = 0.75  # of the rows: what a batch could not hold says nothing of one this much smaller
 
 
 class SloPolicy(AdaptivePolicy):
@@ -35,7 +36,7 @@ class SloController:
 
     It climbs at once and falls only after a calm time, so that a target between two rungs does
     not make it swing: each fall that turns out wrong doubles the wait for the next one, a held
-    target halves it again.
+    target or a much smaller batch shortens it again.
     """
 
     policy: AdaptivePolicy
@@ -43,6 +44,7 @@ class SloController:
     _patience: int = _PATIENCE[0]
     _calm: int = 0
     _fell: bool = False
+    _rows: int = 0  # of the batch that last missed the target
 
     def update(
         self,
@@ -63,11 +65,13 @@ class SloController:
         if step_ms > _TOO_SLOW * target:
             if self._fell:
                 self._patience = min(2 * self._patience, _PATIENCE[1])
-            self._calm, self._fell = 0, False
+            self._calm, self._fell, self._rows = 0, False, composition.num_tokens
             holding = [i for i in range(here + 1, len(rungs)) if predicted[i] <= target]
             here = holding[0] if holding else len(rungs) - 1
         else:
             self._calm += 1
+            if composition.num_tokens < _SMALLER * self._rows:
+                self._patience = _PATIENCE[0]
             if self._fell and self._calm >= _PATIENCE[0]:
                 self._fell = False
                 self._patience = max(self._patience // 2, _PATIENCE[0])

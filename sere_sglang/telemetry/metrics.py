@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sere_sglang.schedule.policy import OperatingPoint, policy_names
+from sere_sglang.schedule.settings import Settings
 from sere_sglang.telemetry.counters import Window
 
 PREFIX = "sglang:sere_"
@@ -31,6 +33,8 @@ class SereMetrics:
         self._primary_k = gauge("primary_k", "S of the last decode step, mean of layers; 0: exact.")
         self._threshold = gauge("threshold", "rho of the last decode step.")
         self._budget = gauge("quality_budget", "Expected loss that the policy may spend.")
+        self._policy = gauge("policy", "1 for the policy that decides; none when off.", "policy")
+        self._target = gauge("tpot_slo_ms", "Target of the slo policy; 0 without one.")
         self._predicted = gauge("predicted_step_ms", "Decode step time the policy expected.")
         self._step = gauge("step_ms", "Measured time per decode step, smoothed.")
         self._before = gauge("active_experts_before", "Mean experts the routers chose.", "layer")
@@ -69,13 +73,16 @@ class SereMetrics:
         self._tpot.labels(**self._labels).observe(elapsed_ms)
         self._step.labels(**self._labels).set(smoothed_ms)
 
-    def set_point(
-        self, primary_k: float, threshold: float, budget: float | None, predicted_ms: float | None
-    ) -> None:
-        self._primary_k.labels(**self._labels).set(primary_k)
-        self._threshold.labels(**self._labels).set(threshold)
-        if budget is not None:
-            self._budget.labels(**self._labels).set(budget)
+    def set_policy(self, settings: Settings) -> None:
+        for name in policy_names():
+            chosen = settings.enabled and name == settings.policy
+            self._policy.labels(**self._labels, policy=name).set(chosen)
+        self._target.labels(**self._labels).set(settings.tpot_slo_ms or 0.0)
+
+    def set_point(self, point: OperatingPoint, budget: float, predicted_ms: float | None) -> None:
+        self._primary_k.labels(**self._labels).set(point.mean_primary_k)
+        self._threshold.labels(**self._labels).set(point.threshold if point.enabled else 0.0)
+        self._budget.labels(**self._labels).set(budget)
         if predicted_ms is not None:
             self._predicted.labels(**self._labels).set(predicted_ms)
 

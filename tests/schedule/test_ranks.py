@@ -1,47 +1,195 @@
-"""Several real processes whose clocks differ make the same decisions at the same steps."""
+"""Several real processes whose clocks differ make the same decisions at the same steps.
+
+Each runs the runtime of a rank, without a model. What SGLang exchanges between ranks (requests,
+and row counts under DP attention) goes through gloo, as it does there.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from models import COST, expectation, settings
+from models import COST
 
-from sere_sglang.schedule.composition import BatchComposition
-from sere_sglang.schedule.feedback import NO_FEEDBACK
-from sere_sglang.schedule.observer import Observer
-from sere_sglang.schedule.policy import OperatingPoint, PolicyContext, choose, make_policy
+from sere_sglang.backend.bind import Binding
+from sere_sglang.backend.stage import RerouteStage, Switch
+from sere_sglang.config import SereConfig
+from sere_sglang.ops import COUNTER_FIELDS, LayerTable
+from sere_sglang.profile import load_profile
+from sere_sglang.runtime import SereRuntime
+from sere_sglang.schedule.composition import BatchComposition, MoeRows
+from sere_sglang.schedule.control import ControlBlock
+from sere_sglang.telemetry.clock import StepClock
 
-RANKS, STEPS = 3, 400
+PROFILE = Path(__file__).resolve().parents[2] / "demo_model" / "sere_profile.safetensors"
+RANKS, STEPS = 3, 600
+CHANGES: dict[int, dict[str, Any]] = {
+    # step: what an operator asks for before it
+    100: {"policy": "slo", "tpot_slo_ms": 4.0},
+    300: {"quality_budget": 0.2, "tpot_slo_ms": 2.5},
+    400: {"policy": "static", "primary_k": 2, "threshold": 0.4},
+    450: {"policy": "adaptive", "quality_budget": 0.05},
+    550: {"enabled": False},
+    560: {"enabled": True},
+}
 
 
-def _rank(rank: int, meeting: str, out: str) -> None:
+def _runtime(rank: int, trace: Path, *, measures: bool) -> SereRuntime:
+    """A rank whose clock goes its own way: steps seem to take 2 to 6 ms, other ones on each."""
+    config = SereConfig(moe_backend="sere", sere_trace=str(trace), sere_quality_budget=0.3)
+    made = SereRuntime(config.check().resolve_defaults(top_k=COST.top_k))
+    profile = load_profile(PROFILE)
+    layers = sorted(profile.similarity)
+    control = ControlBlock(torch.device("cpu"), layers, 512)
+    counters = torch.zeros(len(layers), len(COUNTER_FIELDS), dtype=torch.int64)
+    switch = Switch()
+    stages = [
+        RerouteStage(
+            layer,
+            COST.top_k,
+            LayerTable(profile.similarity[layer]),
+            control.words[i],
+            control.row_class,
+            counters[i],
+            switch,
+        )
+        for i, layer in enumerate(layers)
+    ]
+    for stage in stages:
+        stage.calls = 1
+    cost = dataclasses.replace(COST, expert_ms=0.02, num_layers=len(layers))
+    made.attach(Binding("none", stages, control, counters, switch, "none"), profile, cost)
+    made.start_serving(queue=lambda: (0, 0), measures=measures, metrics=None)
+    made._clock = StepClock(_clock(rank))
+    return made
+
+
+def _clock(rank: int) -> Callable[[], float]:
+    random_ = random.Random(rank)
+
+    def ticks() -> Iterator[float]:
+        now = 1000.0 * rank
+        while True:
+            now += random_.uniform(2, 6) / 1000
+            yield now
+
+    return ticks().__next__
+
+
+def _run(
+    rank: int,
+    meeting: str,
+    out: str,
+    alone: bool,
+    batches: Callable[[int, SereRuntime], Iterator[tuple[BatchComposition, list[int]]]],
+) -> None:
+    """`alone`: every rank believes its own clock, which is what must not happen."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
-    now = settings(policy="slo", quality_budget=0.3, tpot_slo_ms=20.0)
-    policy = make_policy("slo", PolicyContext(expectation(), COST))
-    observer = Observer(policy, COST)
-    clock = random.Random(rank)  # each rank sees its own times
-    traffic = random.Random(7)  # and the same batches
-    feedback, outbox = NO_FEEDBACK, None
-    points: list[OperatingPoint] = []
-    rows = 32
-    for _ in range(STEPS):
+    made = _runtime(rank, Path(out, f"{rank}.jsonl"), measures=alone or rank == 0)
+    assert made.binding is not None
+    words = []
+    for step, (composition, classes) in enumerate(batches(rank, made)):
         # As SGLang's broadcast of requests: what rank 0 has, everyone applies before the step.
-        box = [outbox if rank == 0 else None]
-        dist.broadcast_object_list(box, src=0)
-        feedback = box[0] or feedback
-        rows = max(1, min(64, rows + traffic.randint(-3, 3)))
-        composition = BatchComposition("decode", decode_tokens=rows)
-        points.append(choose(policy, composition, now, feedback))
-        outbox = observer.note_step(clock.uniform(15, 30), composition, 150.0, now)
-    Path(out, f"{rank}.txt").write_text("\n".join(map(repr, points)))
+        box = [made.take_feedback()]
+        if not alone:
+            dist.broadcast_object_list(box, src=0)
+        if box[0] is not None:
+            made.set_feedback(box[0])
+        if step in CHANGES:
+            made.update(CHANGES[step])
+        made.begin_forward(composition, classes)
+        words.append(made.binding.control.words.tolist())
+        # Counters reach the ranks at moments of their own.
+        made.binding.counters += 1 + rank
+        made.end_forward()
+    made.update({})  # writes out the trace
+    Path(out, f"{rank}.words").write_text(json.dumps(words))
     dist.destroy_process_group()
 
 
-def test_ranks_agree(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path / "meeting"), str(tmp_path)), nprocs=RANKS)
-    seen = [(tmp_path / f"{rank}.txt").read_text() for rank in range(RANKS)]
-    assert seen[0] == seen[1] == seen[2]
-    assert len(set(seen[0].splitlines())) > 2, "the loop moved"
+def _same_batches(_rank: int, _made: SereRuntime) -> Iterator[tuple[BatchComposition, list[int]]]:
+    """Tensor parallel: every rank schedules the same requests, some of them exact or fast."""
+    traffic = random.Random(7)
+    rows = 32
+    for _ in range(STEPS):
+        rows = max(1, min(96, rows + traffic.randint(-3, 3)))
+        if traffic.random() < 0.05:
+            yield BatchComposition("extend", prefill_tokens=traffic.randint(1, 300)), []
+        else:
+            classes = [traffic.choice([0, 0, 0, 1, 2]) for _ in range(rows)]
+            yield BatchComposition("decode", decode_tokens=rows, running=rows), classes
+
+
+def _dp_batches(rank: int, made: SereRuntime) -> Iterator[tuple[BatchComposition, list[int]]]:
+    """DP attention: each rank has requests of its own, and sees the row counts of all."""
+    from sere_sglang.patches.forward_batch import _ATTRIBUTE, Noted
+    from sere_sglang.patches.model_runner import composition_of
+
+    made.moe_rows = MoeRows.GATHERED
+    traffic = random.Random(100 + rank)
+    rows = 8 * rank  # rank 0 starts without any
+    parallel = SimpleNamespace(attn_dp_enabled=True, attn_tp_size=1)
+    for _ in range(STEPS):
+        rows = max(0, min(40, rows + traffic.randint(-3, 3)))
+        mode = "EXTEND" if traffic.random() < 0.05 else "DECODE" if rows else "IDLE"
+        own = torch.tensor([50 if mode == "EXTEND" else rows, mode == "EXTEND"])
+        every = [torch.zeros_like(own) for _ in range(RANKS)]
+        dist.all_gather(every, own)
+        batch = SimpleNamespace(
+            forward_mode=SimpleNamespace(name=mode),
+            global_num_tokens_cpu=[int(e[0]) for e in every],
+            is_extend_in_batch=any(bool(e[1]) for e in every),
+            input_ids=torch.zeros(int(own[0])),
+            extend_seq_lens_cpu=[50] if mode == "EXTEND" else None,
+            spec_info=None,
+        )
+        setattr(batch, _ATTRIBUTE, Noted(running=rows, waiting=rank))
+        yield composition_of(batch, made.moe_rows, parallel), []
+
+
+def _spawn(tmp_path: Path, batches: Any, *, alone: bool = False) -> tuple[list[Any], list[Any]]:
+    """Traces (without the time) and control blocks of all ranks."""
+    mp.spawn(_run, (str(tmp_path / "meeting"), str(tmp_path), alone, batches), nprocs=RANKS)
+    traces, words = [], []
+    for rank in range(RANKS):
+        lines = (tmp_path / f"{rank}.jsonl").read_text().splitlines()
+        traces.append([{**json.loads(line), "time": None} for line in lines])
+        words.append(json.loads((tmp_path / f"{rank}.words").read_text()))
+    return traces, words
+
+
+def test_tensor_parallel_ranks_agree(tmp_path: Path) -> None:
+    _assert_agree(*_spawn(tmp_path, _same_batches))
+
+
+def test_dp_attention_ranks_agree_on_the_rows_of_all_groups(tmp_path: Path) -> None:
+    traces, words = _spawn(tmp_path, _dp_batches)
+    _assert_agree(traces, words)
+    steps = traces[0]
+    assert {s["mode"] for s in steps} == {"decode", "mixed"}
+    assert max(s["decode_tokens"] for s in steps) > 40, "more than one rank's own"
+    assert all(s["primary_k"] is None for s in steps if s["mode"] == "mixed")
+    assert not any(s["waiting"] for s in steps), "each group has a queue of its own"
+
+
+def test_it_takes_the_broadcast(tmp_path: Path) -> None:
+    """Ranks that believe their own clocks part ways, so agreeing is no accident."""
+    traces, words = _spawn(tmp_path, _same_batches, alone=True)
+    assert traces[0] != traces[1] and words[0] != words[1]
+
+
+def _assert_agree(traces: list[Any], words: list[Any]) -> None:
+    assert len(traces[0]) == STEPS
+    assert traces[0] == traces[1] == traces[2]
+    assert words[0] == words[1] == words[2]
+    points = {(s["primary_k"], s["threshold"]) for s in traces[0]}
+    assert len(points) > 4 and (None, None) in points
+    assert len({s["step_ms"] for s in traces[0]}) > 20 and len({s["budget"] for s in traces[0]}) > 4

@@ -3,61 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 
 import numpy as np
 import pytest
-from models import COST, expectation, settings
+from models import expectation, settings
+from plant import POLICY, Plant, rungs_within
 
 from sere_sglang.schedule.composition import BatchComposition
-from sere_sglang.schedule.cost import StepModel
-from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback
-from sere_sglang.schedule.observer import Observer
-from sere_sglang.schedule.policy import OperatingPoint
-from sere_sglang.schedule.settings import Settings
-from sere_sglang.schedule.slo import SloPolicy
-
-TRUTH = StepModel(fixed_ms=6.0, row_ms=0.05, scale=1.4)
-POLICY = SloPolicy(expectation(), COST)
-
-
-class Plant:
-    """A server whose steps take what `TRUTH` says of the active experts, with noise.
-
-    What rank 0 concludes reaches the policy `delay` steps later, as under overlap scheduling.
-    """
-
-    def __init__(self, now: Settings, *, noise: float = 0.02, delay: int = 2) -> None:
-        self.now, self.noise = now, noise
-        self.rng = np.random.default_rng(1)
-        self.feedback = NO_FEEDBACK
-        self.observer = Observer(POLICY, COST)
-        self.pipe: deque[Feedback | None] = deque([None] * delay)
-        self.points: list[OperatingPoint] = []
-        self.times: list[float] = []
-
-    def run(self, rows: int, steps: int) -> None:
-        tables = expectation()
-        for _ in range(steps):
-            composition = BatchComposition("decode", decode_tokens=rows)
-            point = POLICY.decide(composition, self.now, self.feedback)
-            active, _ = tables.effect(rows, point)
-            step_ms = float(TRUTH.step_ms(rows, COST.moe_ms(rows, active)))
-            step_ms *= self.rng.normal(1.0, self.noise)
-            self.points.append(point)
-            self.times.append(step_ms)
-            self.observer.note_active(active)
-            self.pipe.append(self.observer.note_step(step_ms, composition, active, self.now))
-            arrived = self.pipe.popleft()
-            self.feedback = arrived or self.feedback
+from sere_sglang.schedule.feedback import NO_FEEDBACK
 
 
 def _extremes(rows: int) -> tuple[float, float]:
     """Step time of exact routing and of the strongest skipping within the budget."""
-    rungs = POLICY.rungs(
-        BatchComposition("decode", decode_tokens=rows), SETTINGS, Feedback(step=TRUTH)
-    )
-    within = [step for budget, step in rungs if budget <= SETTINGS.quality_budget]
+    within = [step for _, step in rungs_within(rows, SETTINGS.quality_budget)]
     return within[0], within[-1]
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
+import re
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -11,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Server, refusal_of, serve
+from harness import Server, free_port, refusal_of, serve
 
 from sere_sglang.schedule.trace import TraceStep, read_trace
 
@@ -126,24 +130,80 @@ def test_live_policy_and_slo(server: Server) -> None:
     }  # fmt: skip
 
 
-def test_metrics_and_the_decode_line(server: Server) -> None:
+def test_every_metric_is_there(server: Server) -> None:
+    """By name, with its labels, after a load that has prefill, re-routed and exact decoding."""
+    server.set_sere(**EAGER | {"policy": "slo", "tpot_slo_ms": 0.01, "min_batch": 3})
+    server.generate(PROMPTS[:2], 20)
+    server.generate(PROMPTS, 60)
+    metrics = _metrics(server)
+
+    def values(name: str, **labels: str) -> list[float]:
+        found = metrics[f"sglang:sere_{name}"]
+        return [value for have, value in found if labels.items() <= have.items()]
+
+    for mode, rerouted in (("extend", "false"), ("decode", "true"), ("decode", "false")):
+        assert values("forwards_total", mode=mode, rerouted=rerouted)[0] > 0
+        assert values("batch_rows_count", mode=mode)[0] > 0
+    assert values("batch_rows_bucket", mode="decode", le="4.0")[0] > 0
+    state = server.sere()
+    assert values("primary_k") == [state["operating_point"]["primary_k"]] != [0]
+    assert values("threshold") == pytest.approx([state["operating_point"]["threshold"]])
+    assert values("quality_budget")[0] > 0
+    assert values("policy", policy="slo") == [1]
+    assert values("policy", policy="static") == values("policy", policy="adaptive") == [0]
+    assert values("tpot_slo_ms") == [0.01]
+    assert values("predicted_step_ms")[0] > 0 and values("step_ms")[0] > 0
+    assert values("tpot_ms_count")[0] > 0 and values("tpot_ms_sum")[0] > 0
+    assert values("active_experts_count")[0] > 0
+    for layer in state["counters"]:
+        before = values("active_experts_before", layer=layer)[0]
+        assert 0 < values("active_experts_after", layer=layer)[0] < before
+        assert values("rerouted_slots", layer=layer)[0] > 0
+        assert values("critical_slots", layer=layer)[0] >= 0
+
+    server.set_sere(enabled=False)
+    server.generate(PROMPTS, 40)
+    metrics = _metrics(server)
+    assert values("primary_k") == [0], "the gauge follows a policy that goes back to exact"
+    assert not any(values("policy"))
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(server: Server) -> None:
     server.set_sere(**STATIC)
     server.generate(PROMPTS, 60)
-    with urllib.request.urlopen(server.url + "/metrics") as answer:
-        text = answer.read().decode()
-    values = {
-        line.split("{")[0]: float(line.rsplit(" ", 1)[1])
-        for line in text.splitlines()
-        if line.startswith("sglang:sere_")
-    }
-    assert values["sglang:sere_primary_k"] == 1
-    assert values["sglang:sere_step_ms"] > 0
-    assert values["sglang:sere_predicted_step_ms"] > 0
-    after, before = "sglang:sere_active_experts_after", "sglang:sere_active_experts_before"
-    assert 0 < values[after] < values[before]
-    assert 'mode="decode"' in text and 'rerouted="true"' in text
+    dashboard = (Path(__file__).parents[2] / "launch" / "grafana.json").read_text()
+    assert set(re.findall(r"sglang:sere_\w+", dashboard)) <= _metrics(server).keys()
+
+
+def test_the_decode_line(server: Server) -> None:
+    server.set_sere(**STATIC)
+    server.generate(PROMPTS, 60)
     lines = [x for x in server.log.read_text().splitlines() if "Decode batch" in x]
     assert any("sere: S=1, active experts:" in x for x in lines)
+
+
+def test_top_shows_this_server(server: Server) -> None:
+    server.set_sere(**STATIC, reset_counters=True)
+    server.generate(PROMPTS, 30)
+    state = server.sere()
+    shown = _top(server.url, "--looks=1", "--every=0.01")
+    assert shown.returncode == 0, shown.stderr
+    assert "policy static" in shown.stdout and "at S=1 rho=0" in shown.stdout
+    assert f"decode, {len(PROMPTS)} rows, 0 waiting" in shown.stdout
+    assert f"step {state['step_ms']:.2f} ms" in shown.stdout
+    for layer, counters in state["counters"].items():
+        n = counters["forwards"]
+        numbers = [f"{counters[k] / n:.1f}" for k in ("active_before", "active_after", "rerouted")]
+        line = next(x for x in shown.stdout.splitlines() if re.match(rf"\W+{layer}\W+\d", x))
+        assert [x for x in re.findall(r"[\d.]+", line)[1:4]] == numbers
+
+
+def test_top_names_a_server_that_is_not_there(plain: Server) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+    gone = _top(nobody, "--looks=1")
+    assert gone.returncode != 0 and f"no SGLang server answers at {nobody}" in gone.stderr
+    without = _top(plain.url, "--looks=1")
+    assert without.returncode != 0 and "runs without --moe-backend sere" in without.stderr
 
 
 @pytest.mark.parametrize(
@@ -161,6 +221,30 @@ def test_wrong_flags(checkpoint: Callable[[str], Path], flags: list[str], named:
     result = refusal_of(f"--model-path={checkpoint('qwen3_moe')}", "--moe-backend=sere", *flags)
     assert result.returncode == 2
     assert named in result.stderr
+
+
+def _metrics(server: Server) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """SERE's samples on ``/metrics``: name -> (labels, value)."""
+    with urllib.request.urlopen(server.url + "/metrics") as answer:
+        text = answer.read().decode()
+    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for line in text.splitlines():
+        sample = re.fullmatch(r"(sglang:sere_\w+)\{(.*)\} (\S+)", line)
+        if sample:
+            labels = dict(re.findall(r'(\w+)="([^"]*)"', sample[2]))
+            found.setdefault(sample[1], []).append((labels, float(sample[3])))
+    return found
+
+
+def _top(url: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sere_sglang.cli.main", "top", url, *flags],
+        env=os.environ | {"COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def _written(server: Server, trace: Path) -> list[TraceStep]:
