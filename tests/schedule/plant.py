@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 import numpy as np
-from models import COST, expectation, settings
+from toy_model import COST, expectation, settings
 
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import StepModel

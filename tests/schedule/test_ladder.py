@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from models import LAYERS, TOP_K, expectation
+from toy_model import LAYERS, TOP_K, expectation
 
 from sere_sglang.schedule.ladder import Ladders
 from sere_sglang.schedule.policy import OFF, OperatingPoint
@@ -65,7 +65,7 @@ def test_from_one_s_to_the_next_the_best_bargain_goes_first() -> None:
 
 
 def test_layers_with_better_substitutes_skip_harder() -> None:
-    """Layer 0 has the worst; see models.py."""
+    """Layer 0 has the worst; see toy_model.py."""
     points = [LADDERS.point(32, rung) for rung in range(1, len(LADDERS.of(32).loss))]
     between = [p for p in points if str(p) == "S=3-4"]
     own = np.array([[p.at(layer).primary_k for layer in range(LAYERS)] for p in between])

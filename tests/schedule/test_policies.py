@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import COST, TOP_K, expectation, settings
+from toy_model import COST, TOP_K, expectation, settings
 
 from sere_sglang.errors import SereError
 from sere_sglang.schedule.adaptive import AdaptivePolicy

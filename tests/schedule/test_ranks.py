@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from models import COST
+from toy_model import COST
 
 from sere_sglang.backend.bind import Binding
 from sere_sglang.backend.stage import RerouteStage, Switch

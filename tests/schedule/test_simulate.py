@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import COST, expectation, settings
+from toy_model import COST, expectation, settings
 
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import StepModel

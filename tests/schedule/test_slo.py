@@ -6,8 +6,8 @@ import itertools
 
 import numpy as np
 import pytest
-from models import expectation, settings
 from plant import POLICY, Plant, rungs_within
+from toy_model import expectation, settings
 
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.feedback import NO_FEEDBACK

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import settings as live_settings
 from plant import POLICY, Plant, rungs_within, truth
+from toy_model import settings as live_settings
 
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.feedback import Feedback
