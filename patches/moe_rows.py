@@ -4,7 +4,7 @@ layer's top-k sees.
 SGLang gathers or scatters hidden states between attention and the MoE block, top-k included:
 
     plain TP, PP, EP                      every rank: the batch
-    --enable-dp-attention                 every rank: the batches of all DP groups, each followed
+    --attn-dp-size > 1                    every rank: the batches of all DP groups, each followed
                                           by its padding
     all-to-all (DeepEP ...), one rank     each rank: its own batch
     per attention group
@@ -24,6 +24,7 @@ from sere_sglang.schedule.composition import MoeRows
 
 logger = logging.getLogger(__name__)
 
+_DP_ATTENTION = "--attn-dp-size > 1 (--enable-dp-attention)"
 _SCATTERED = "sglang.srt.layers.moe.utils.is_moe_input_scattered_across_dp_ranks"
 
 
@@ -38,24 +39,24 @@ def moe_rows() -> MoeRows:
 
 
 def restrict(record: Any, asked: SereConfig) -> SereConfig:
-    """In the launcher: what these flags of a ``ServerArgs`` record leave of `asked`.
+    """In the launcher: what the flags of a resolved ``ServerArgs`` record leave of `asked`.
 
     Where rows of other ranks stand among a rank's own, it does not know what their requests asked
     for. Per-request quality is then off; asking for it by flag raises `SereError`.
     """
-    if record.enable_dp_attention and record.enable_dp_attention_local_control_broadcast:
+    flags = resolve("sglang.srt.arg_groups.overrides.resolved_view")(record)
+    groups = flags.attn_dp_size  # --enable-dp-attention sets it too
+    if groups > 1 and flags.enable_dp_attention_local_control_broadcast:
         raise SereError(
-            "--moe-backend sere: with --enable-dp-attention-local-control-broadcast (SGLang sets "
-            "it for elastic EP and its Rust server) what rank 0 measures does not reach the other "
-            "DP groups, which would decide differently; drop that flag or --moe-backend sere"
+            f"{_DP_ATTENTION}: with --enable-dp-attention-local-control-broadcast (SGLang sets it "
+            "for elastic EP and its Rust server) what rank 0 measures does not reach the other DP "
+            "groups, which would decide differently; drop that flag or --moe-backend sere"
         )
-    if record.moe_a2a_backend == "none":
-        flag = "--enable-dp-attention" if record.enable_dp_attention else None
-    else:
-        groups = record.dp_size if record.enable_dp_attention else 1
-        several = record.tp_size > groups
-        flag = "--moe-a2a-backend and several ranks per attention group" if several else None
-    return asked if flag is None else without_quality(asked, flag)
+    if flags.moe_a2a_backend == "none":
+        return without_quality(asked, _DP_ATTENTION) if groups > 1 else asked
+    if flags.tp_size > groups:
+        return without_quality(asked, "--moe-a2a-backend and several ranks per attention group")
+    return asked
 
 
 def without_quality(asked: SereConfig, flag: str) -> SereConfig:

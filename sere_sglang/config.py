@@ -129,7 +129,8 @@ class SereConfig:
     sere_trace: str | None = _option(
         None,
         "Write one JSON line per forward to this file: composition, operating point, step time. "
-        "'sere-sglang simulate --trace' replays it (default: no trace).",
+        "'sere-sglang simulate --trace' replays it; further ranks write FILE.rank1 and so on "
+        "(default: no trace).",
         metavar="FILE",
     )
     sere_on_error: str | None = _option(

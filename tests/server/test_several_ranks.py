@@ -35,7 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _serve(model: Path, folder: Path, name: str, *flags: str) -> Any:
     flags = (
-        "--tp-size=2",
         "--moe-backend=sere",
         f"--sere-trace={folder / name}.jsonl",
         *flags,
@@ -45,13 +44,13 @@ def _serve(model: Path, folder: Path, name: str, *flags: str) -> Any:
 
 @pytest.fixture
 def tensor_parallel(checkpoint: Callable[[str], Path], folder: Path) -> Iterator[Server]:
-    with _serve(checkpoint("qwen3_moe"), folder, "tp") as server:
+    with _serve(checkpoint("qwen3_moe"), folder, "tp", "--tp-size=2") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def dp_attention(checkpoint: Callable[[str], Path], folder: Path) -> Iterator[Server]:
-    flags = ("--dp-size=2", "--enable-dp-attention")
+    flags = ("--tp-size=2", "--attn-dp-size=2")
     with _serve(checkpoint("qwen3_moe"), folder, "dp", *flags) as server:
         yield server
 
@@ -66,6 +65,23 @@ def test_tensor_parallel(tensor_parallel: Server, folder: Path) -> None:
     assert first == second
     _assert_worth_comparing(first)
     assert any(s["exact_rows"] for s in first) and any(s["fast_rows"] for s in first)
+
+
+def test_replicas_decide_for_themselves(checkpoint: Callable[[str], Path], folder: Path) -> None:
+    """--dp-size alone: every replica measures, decides and traces by itself."""
+    with _serve(checkpoint("qwen3_moe"), folder, "replicas", "--dp-size=2") as server:
+        server.set_sere(**EAGER)
+        server.generate(PROMPTS[:7], 12)
+        states = [state["sere"] for state in server.get("/server_info")["internal_states"]]
+        assert [state["policy"] for state in states] == ["adaptive"] * 2
+        assert all(state["counters"]["0"]["rerouted"] for state in states)
+        server.set_sere(reset_counters=False)
+        path = folder / "replicas.jsonl"
+        rows = [
+            max(json.loads(line)["decode_tokens"] for line in file.read_text().splitlines())
+            for file in (path, path.with_name(path.name + ".replica1"))
+        ]
+        assert sorted(rows) == [3, 4]
 
 
 def test_dp_attention_decides_from_the_gathered_rows(dp_attention: Server, folder: Path) -> None:
