@@ -16,10 +16,11 @@ import numpy as np
 from sere_sglang.profile import SereProfile
 from sere_sglang.schedule.policy import OperatingPoint
 
-_COMPUTED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 1024)
+_COMPUTED = (1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256, 1024)
 _MAX_ROWS = _COMPUTED[-1]  # larger batches are looked up as this many: every popular expert is in P
 _QUANTILES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
-_CELLS = 24 * 128 * 128  # of similarity matrices that are looked at: under a second
+_NEAREST = 48  # neighbours of an expert that are looked at one by one
+_CELLS = 32 * 128 * _NEAREST  # of all layers together: half a second
 _COHERENT = 1 / 3
 """How far the errors of a token's slots point the same way: 0 not at all, 1 altogether. With this
 one the measured KL of the demo model follows the loss over all S and batch sizes."""
@@ -139,7 +140,7 @@ def expect(
     In very large models some layers, evenly spaced, stand for their neighbours.
     """
     ids = sorted(layers)
-    most = max(2, _CELLS // layers[ids[0]].similarity.size)
+    most = max(2, _CELLS // (len(layers[ids[0]].similarity) * _NEAREST))
     chosen = np.unique(np.linspace(0, len(ids) - 1, min(most, len(ids))).round().astype(int))
     looked_at = {ids[i]: layers[ids[i]] for i in chosen}
     thresholds = thresholds_of(looked_at) if thresholds is None else thresholds
@@ -157,46 +158,78 @@ def _tables_of(
     layer: LayerStatistics, thresholds: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """plain ``[rows]``, active and loss ``[rows, points]`` of one layer, at `_COMPUTED`."""
-    top_k, experts = layer.by_rank.shape
-    matrix = np.array(layer.similarity, dtype=np.float64)
-    np.fill_diagonal(matrix, -1.0)  # an expert that is primary itself does not move
-    order = np.argsort(-matrix, axis=1, kind="stable")[:, : experts - 1]
-    best = np.take_along_axis(matrix, order, axis=1)
-    lost = (1.0 - best).astype(np.float32)
-    everyone = np.arange(experts)
-    # Of each expert's neighbours, the first `near` reach the threshold.
-    near = [
-        (best >= rho).sum(axis=1) if rho > 0 else np.full(experts, experts - 1)
-        for rho in thresholds
-    ]
+    top_k = len(layer.by_rank)
+    neighbours = _Neighbours(layer.similarity, thresholds)
     plain = _present(layer.by_rank.sum(axis=0), np.array(_COMPUTED)).sum(axis=0)
-    active = np.zeros((len(_COMPUTED), (top_k - 1) * len(thresholds)))
+    active = np.zeros((len(_COMPUTED), top_k - 1, len(thresholds)))
     loss = np.zeros_like(active)
     for s in range(1, top_k):
         votes = layer.by_rank[:s].sum(axis=0)
         secondary = layer.by_rank[s:]
         used = secondary.sum(axis=0)  # probability that a row has e in a secondary slot
-        weight = np.sqrt(layer.energy[s:, None]) * secondary
+        energy = layer.energy[s:]
         for i, n in enumerate(_COMPUTED):
             primary = _present(votes, n)
-            # Row e, column j: the j-th neighbour of e is primary and no nearer one is.
-            first = primary.astype(np.float32)[order]
-            first[:, 1:] *= np.cumprod(1.0 - first, axis=1)[:, :-1]
-            first /= np.maximum(first.sum(axis=1, keepdims=True), 1e-12)  # P is never empty
-            # The row that has e in a secondary slot does not vote for it; the others may.
-            moves = weight * (1.0 - _present(votes, n - 1))
-            squared = (layer.energy[s:] @ secondary) * (1.0 - _present(votes, n - 1))
+            moved, distance, squared = neighbours.of_best_primary(primary)
             # No row votes for e and one has it in a secondary slot.
             outside = np.clip(_present(votes + used, n) - primary, 0.0, None)
-            moved, losing = _running_sum(first), _running_sum(first * lost)
-            losing_squared = _running_sum(first * lost**2)
-            for t, count in enumerate(near):
-                column = (s - 1) * len(thresholds) + t
-                slots = moves @ losing[everyone, count]  # error of each rank
-                alone = squared @ losing_squared[everyone, count]
-                loss[i, column] = alone + _COHERENT * (slots.sum() ** 2 - slots @ slots)
-                active[i, column] = primary.sum() + outside @ (1.0 - moved[everyone, count])
-    return plain, active, loss
+            active[i, s - 1] = primary.sum() + outside @ (1.0 - moved)
+            # The row that has e in a secondary slot does not vote for it; the others may.
+            moves = secondary * (1.0 - _present(votes, n - 1))
+            slots = np.sqrt(energy)[:, None] * (moves @ distance)  # error by rank and threshold
+            together = slots.sum(axis=0) ** 2 - (slots**2).sum(axis=0)
+            loss[i, s - 1] = energy @ (moves @ squared) + _COHERENT * together
+    rows = len(_COMPUTED)
+    return plain, active.reshape(rows, -1), loss.reshape(rows, -1)
+
+
+class _Neighbours:
+    """Every expert's neighbours by similarity: the nearest one by one, the others by their mean."""
+
+    def __init__(self, similarity: np.ndarray, thresholds: Sequence[float]) -> None:
+        experts = len(similarity)
+        matrix = np.array(similarity, dtype=np.float64)
+        np.fill_diagonal(matrix, -1.0)  # an expert that is primary itself does not move
+        order = np.argsort(-matrix, axis=1, kind="stable")[:, : experts - 1]
+        best = np.take_along_axis(matrix, order, axis=1)
+        kept = min(_NEAREST, experts - 1)
+        self._nearest = order[:, :kept]
+        lost = (1.0 - best).astype(np.float32)
+        self._lost = lost[:, :kept]
+        self._lost_squared = self._lost**2
+        # Of each expert's neighbours, the first so many reach the threshold: [E, thresholds].
+        near = np.stack(
+            [(best >= rho).sum(axis=1) if rho > 0 else np.full(experts, experts - 1)
+             for rho in thresholds], axis=1,
+        )  # fmt: skip
+        self._near = np.minimum(near, kept)
+        self._everyone = np.arange(experts)[:, None]
+        # Over the far ones: share, distance and its square of those that reach the threshold.
+        beyond = np.maximum(near, kept)
+        self._far = [
+            (sums[self._everyone, beyond] - sums[:, [kept]]) / max(experts - 1 - kept, 1)
+            for sums in (_running_sum(x) for x in (np.ones_like(lost), lost, lost**2))
+        ]
+
+    def of_best_primary(self, primary: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For `primary` ``[E]``, the probability of each expert to be in P, which is not empty.
+
+        Three times ``[E, thresholds]``: probability that an expert outside P moves, and the
+        expected distance and squared distance to where it moves (0 where it stays).
+        """
+        # Row e, column j: the j-th neighbour of e is primary and no nearer one is.
+        first = primary.astype(np.float32)[self._nearest]
+        first[:, 1:] *= np.cumprod(1.0 - first, axis=1)[:, :-1]
+        absent = np.log1p(-np.minimum(primary, 1.0 - 1e-9))
+        some = -np.expm1(absent.sum() - absent)[:, None]  # any expert but e is primary
+        far = np.clip(some - first.sum(axis=1, keepdims=True), 0.0, None)
+        return tuple(
+            (_running_sum(near)[self._everyone, self._near] + far * beyond)
+            / np.maximum(some, 1e-12)
+            for near, beyond in zip(
+                (first, first * self._lost, first * self._lost_squared), self._far, strict=True
+            )
+        )  # type: ignore[return-value]
 
 
 def _lookup_rows() -> tuple[np.ndarray, np.ndarray]:

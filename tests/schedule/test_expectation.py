@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sere_sglang.ops import reroute
+from sere_sglang.schedule import expectation as module
 from sere_sglang.schedule.expectation import (
     Expectation,
     LayerStatistics,
@@ -73,6 +74,17 @@ def test_agrees_with_drawn_batches(
     assert expectation.plain_active(rows) == pytest.approx(2 * np.mean(plain), rel=0.06)
     assert expected_active == pytest.approx(2 * np.mean(active), rel=0.12)
     assert expected_loss == pytest.approx(np.mean(loss), rel=0.25, abs=0.002)
+
+
+def test_far_neighbours_count_by_their_mean(
+    layer: LayerStatistics, expectation: Expectation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the nearest ones, which large models have more than enough of."""
+    monkeypatch.setattr(module, "_NEAREST", 12)
+    short = expect({0: layer, 1: layer}, THRESHOLDS)
+    for whole, ours in ((expectation.active, short.active), (expectation.loss, short.loss)):
+        np.testing.assert_allclose(ours, whole, rtol=0.1, atol=0.002)
+    assert not np.array_equal(short.loss, expectation.loss)
 
 
 def test_more_rows_make_better_substitutes(expectation: Expectation) -> None:
