@@ -47,7 +47,15 @@ def command(
             "that the router sends to one of the two."
         ),
     ] = "all",
-    tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 16384,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Calibration tokens, default 16384; or all or routed, the same as --weighting. "
+            "Repeatable.",
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
     length: Annotated[int, typer.Option(min=8, help="Tokens per sequence.")] = 512,
     column: Annotated[str, typer.Option(help="Text column of .jsonl and .parquet.")] = "text",
     seed: Annotated[int, typer.Option(help="Chooses the sequences.")] = 0,
@@ -88,6 +96,7 @@ def command(
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # SGLang's imports warn in every process
     warnings.simplefilter("ignore")
     try:
+        number, weighting = _tokens(tokens or [], weighting)
         job = _job(
             model=model,
             data=tuple(data or ()),
@@ -96,7 +105,7 @@ def command(
             weighting=weighting,
             memory=memory,
             cka_tokens=cka_tokens,
-            num_tokens=tokens,
+            num_tokens=number,
             length=length,
             column=column,
             seed=seed,
@@ -140,6 +149,24 @@ def _job(
         cka_tokens=cka_tokens,
     )
     return CalibrationJob(model=model, out=out, spec=spec, device=device, **rest)
+
+
+def _tokens(asked: list[str], weighting: str) -> tuple[int, str]:
+    """How many tokens there are, and which of them count for a pair of experts."""
+    from sere_sglang.profile.measures import WEIGHTINGS
+
+    number = 16384
+    for value in asked:
+        if value in WEIGHTINGS:
+            weighting = value
+        elif value.isdecimal() and int(value) > 0:
+            number = int(value)
+        else:
+            raise SereError(
+                f"--tokens {value}: give a number of tokens, or which of them count: "
+                f"{' or '.join(WEIGHTINGS)}"
+            )
+    return number, weighting
 
 
 def _measures(asked: tuple[str, ...], weighting: str) -> tuple[str, ...]:

@@ -179,6 +179,11 @@ def test_expected_active_experts_against_simulation() -> None:
         (["--model", "some/hub-id"], "say with --out where to write"),
         (["--model", "{folder}/moe", "--measure", "x"], "--measure x: choose from frobenius"),
         (["--model", "{folder}/moe", "--weighting", "x"], "--weighting x: choose from all, routed"),
+        (["--model", "{folder}/moe", "--tokens", "0"], "--tokens 0: give a number of tokens"),
+        (
+            ["--model", "{folder}/moe", "--measure", "cka", "--tokens", "99", "--tokens", "routed"],
+            "--weighting routed",
+        ),
         (
             ["--model", "{folder}/moe", "--measure", "cka", "--weighting", "routed"],
             "drop one of the two",
