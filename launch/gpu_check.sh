@@ -99,7 +99,7 @@ check_on_gpu() {
   part "build" 110 "$PYTHON" -m launch.gpu_parts build
   part "tests/gpu" 130 "$PYTHON" -m launch.gpu_tests --limit 120
   part "compute-sanitizer" 65 bash -c 'sanitize 60'
-  part "benchmarks.op" 115 "$PYTHON" -m benchmarks.op ${quick[@]+"${quick[@]}"} --budget 100
+  part "benchmarks.op" 145 "$PYTHON" -m benchmarks.op ${quick[@]+"${quick[@]}"} --budget 130
   part "benchmarks.layer" 200 "$PYTHON" -m benchmarks.layer ${quick[@]+"${quick[@]}"} \
     --budget $((LIMIT_S - TABLES_S - SECONDS > 200 ? 180 : LIMIT_S - TABLES_S - SECONDS - 20))
   say "tables"
