@@ -58,7 +58,7 @@ struct Fiber {
   bool finished = false;
 };
 
-// One cluster of blocks at a time; the clusters of a grid run one after the other.
+// One cluster of blocks at a time; the clusters of a grid run one after the other, in any order.
 struct Machine {
   int threads = 0, blocks = 0, cluster = 1;
   Barrier cluster_barrier;
@@ -204,7 +204,10 @@ void launch(Kernel kernel, int blocks, int threads, int cluster, unsigned seed, 
   m.error.clear();
   m.body = [&] { kernel(params...); };
   std::mt19937 random(seed);
-  for (int first = 0; first < blocks; first += cluster) run_cluster(first, random);
+  std::vector<int> order(blocks / cluster);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), random);
+  for (int at : order) run_cluster(at * cluster, random);
 }
 
 }  // namespace sere::emulation

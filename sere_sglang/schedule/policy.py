@@ -55,10 +55,12 @@ class OperatingPoint:
         return {"name": str(self), **own, "layers": layers}
 
     def __str__(self) -> str:
-        """``exact``, ``S=2`` or, where layers differ, ``S=1-3``."""
+        """``exact``, ``S=2 rho=0.25`` or, where layers differ, ``S=1-3``."""
         if not self.enabled:
             return "exact"
-        own = [p.primary_k for _, p in self.layers if p.enabled] or [self.primary_k]
+        own = [p.primary_k for _, p in self.layers if p.enabled]
+        if not own:
+            return f"S={self.primary_k} rho={self.threshold:g}"
         return f"S={min(own)}" if min(own) == max(own) else f"S={min(own)}-{max(own)}"
 
 

@@ -126,7 +126,7 @@ def test_live_policy_and_slo(server: Server) -> None:
     server.set_sere(**STATIC | {"tpot_slo_ms": None})
     server.generate(PROMPTS, 4)
     assert server.sere()["operating_point"] == {
-        "name": "S=1", "enabled": True, "primary_k": 1, "threshold": 0.0, "layers": {}
+        "name": "S=1 rho=0", "enabled": True, "primary_k": 1, "threshold": 0.0, "layers": {}
     }  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def test_the_decode_line(server: Server) -> None:
     server.set_sere(**STATIC)
     server.generate(PROMPTS, 60)
     lines = [x for x in server.log.read_text().splitlines() if "Decode batch" in x]
-    assert any("sere: S=1, active experts:" in x for x in lines)
+    assert any("sere: S=1 rho=0, active experts:" in x for x in lines)
 
 
 def test_top_shows_this_server(server: Server) -> None:
