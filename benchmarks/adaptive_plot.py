@@ -13,6 +13,7 @@ import numpy as np
 
 from sere_sglang.schedule.trace import TraceStep
 
+TOP_K = 6  # of the demo model
 _SHOWN = ("off", "static S=1", "adaptive")
 
 
@@ -27,12 +28,15 @@ def draw(runs: dict[str, list[TraceStep]], rows: list[dict[str, Any]], path: Pat
         time -= time[0]
         step_ms = np.minimum(1000 * np.diff(time, append=time[-1]), 400)
         panels[0].plot(time, [s.composition.num_tokens for s in decode], lw=1, label=name)
-        panels[1].plot(time, [s.point.mean_primary_k for s in decode], lw=1, drawstyle="steps-post")
+        kept = [s.point.mean_primary_k or TOP_K for s in decode]
+        panels[1].plot(time, kept, lw=1, drawstyle="steps-post")
         panels[2].plot(time, _smooth(step_ms), lw=1)
-    for panel, label in zip(panels, ("rows per step", "S (0: exact)", "step, ms"), strict=True):
+    for panel, label in zip(
+        panels, ("rows per step", f"S ({TOP_K}: exact)", "step, ms"), strict=True
+    ):
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
-    panels[0].legend(ncols=3, loc="upper right")
+    panels[0].legend(ncols=3, loc="lower center")
     panels[-1].set_xlabel("seconds")
     right = figure.add_subplot(grid[:, 1])
     for row in rows:

@@ -10,8 +10,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from launch.experiment import Point
+
 if TYPE_CHECKING:
-    from launch.experiment import Point, Row
+    from launch.experiment import Row
 
 
 def draw(rows: list[Row], padded: list[Row], points: list[Point], top_k: int, path: Path) -> None:
@@ -36,32 +38,16 @@ def _levels(rows: list[Row]) -> list[tuple[int, Any]]:
 
 
 def _speed_against_quality(panel: Any, rows: list[Row], points: list[Point], top_k: int) -> None:
-    levels = _levels(rows)
-    for level, color in levels:
-        mine = [row for row in rows if row.concurrency == level]
-        mine = sorted(mine[1:], key=lambda row: row.kl or 0.0)
-        panel.plot(
-            [row.kl for row in mine],
-            [row.ratio for row in mine],
-            "o-",
-            color=color,
-            label=f"{level} streams",
-        )
-        if level == levels[-1][0]:
-            for i, row in enumerate(mine):
-                point = next(
-                    p
-                    for p in points
-                    if (p.primary_k, p.threshold) == (row.primary_k, row.threshold)
-                )
-                panel.annotate(
-                    point.label(top_k).removesuffix(", rho=0"),
-                    (row.kl, row.ratio),
-                    textcoords="offset points",
-                    # Neighbours on the curve lie close: above and below it in turns.
-                    xytext=(4, 8 if i % 2 == 0 else -13),
-                    fontsize=8,
-                )
+    markers = dict(zip(points[1:], "oDs^xP*vd", strict=False))
+    for level, color in _levels(rows):
+        mine = {Point(r.primary_k, r.threshold): r for r in rows if r.concurrency == level}
+        along_s = [p for p in markers if p.primary_k == top_k or not p.threshold]
+        line = sorted((mine[p].kl or 0.0, mine[p].ratio) for p in along_s)
+        panel.plot(*zip(*line, strict=True), color=color, lw=1.2, label=f"{level} streams")
+        for point, marker in markers.items():
+            panel.plot(mine[point].kl or 0.0, mine[point].ratio, marker, color=color)
+    for point, marker in markers.items():
+        panel.plot([], [], marker, color="grey", label=point.label(top_k).removesuffix(", rho=0"))
     panel.axhline(1.0, color="grey", lw=1, ls="--")
     panel.text(
         0.99, 1.0, "plain SGLang", color="grey", ha="right", va="bottom",
@@ -71,9 +57,12 @@ def _speed_against_quality(panel: Any, rows: list[Row], points: list[Point], top
         xlabel="KL to plain SGLang, nats per token (held-out text)",
         ylabel="decode tokens/s over plain",
         title="Demo model: speed against quality",
+        ylim=(0.9, 1.35 * max(row.ratio for row in rows)),
     )
-    panel.margins(x=0.12, y=0.15)
-    panel.legend()
+    panel.set_xscale("symlog", linthresh=0.01, linscale=0.5)
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.set_xlim(-0.001, 1.4 * max(row.kl or 0.0 for row in rows) + 0.01)
+    panel.legend(ncols=3, fontsize=8, loc="upper left")
 
 
 def _active_experts(panel: Any, rows: list[Row], points: list[Point], top_k: int) -> None:
