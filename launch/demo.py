@@ -209,7 +209,7 @@ def _farewell(args: argparse.Namespace) -> None:
         f"  SGLANG_USE_CPU_ENGINE=1 {short(sglang) if sglang.is_relative_to(ROOT) else sglang} "
         f"serve --model-path {short(args.model)} --device cpu --attention-backend torch_native "
         f"--disable-radix-cache --port 30000 --moe-backend sere "
-        f"--sere-profile {short(args.profile)} --sere-primary-k {min(args.primary_k)}"
+        f"--sere-profile {short(args.profile)} --sere-primary-k {max(args.primary_k)}"
     )
     curl = (
         "  curl http://127.0.0.1:30000/v1/completions -H 'Content-Type: application/json' -d "
