@@ -50,7 +50,7 @@ def draw(runs: dict[str, list[TraceStep]], rows: list[dict[str, Any]], path: Pat
         ylabel="tokens/s over off",
         title="speed against quality",
     )
-    right.margins(x=0.2, y=0.12)
+    right.margins(x=0.3, y=0.12)
     right.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
