@@ -1,12 +1,17 @@
 """Seams of a calibration run (0.5.19 - 0.5.23): ``FusedMoE.forward``, where a MoE layer has its
 input and its experts chosen; ``ModelRunner.load_model`` and ``forward``; and a method on
-``Scheduler``, which SGLang's own ``Engine.collective_rpc`` calls by name on every rank.
+``Scheduler``, which SGLang's own ``Engine.collective_rpc`` calls by name on every rank. In the
+main process ``engine._set_envs_and_config`` and ``TokenizerManager.auto_create_handle_loop``, which
+install SGLang's signal handlers.
 
 Installed in a scheduler only when the record carries a `CollectionSpec` (see calibration.py).
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +26,10 @@ if TYPE_CHECKING:
 
 _LAYER = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.forward"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+_SIGNALS = (
+    "sglang.srt.entrypoints.engine._set_envs_and_config",
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop",
+)
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _RECORD_ATTRIBUTE = "_sere_collection"
 
@@ -37,6 +46,34 @@ def attach_spec(record: Any, spec: CollectionSpec) -> None:
 
 def spec_of(record: Any) -> CollectionSpec | None:
     return getattr(record, _RECORD_ATTRIBUTE, None)
+
+
+class WorkerDied(SystemExit):
+    """A worker process of SGLang has ended. No Exception, which an asyncio task would keep."""
+
+
+def start_engine(record: Any) -> Any:
+    """``sglang.Engine`` on `record`, in whose calls `WorkerDied` is raised when a worker dies.
+
+    SGLang's own signal handlers kill this process, or wait for an event loop that does not run.
+    """
+    from sglang.srt.entrypoints.engine import Engine
+
+    if threading.current_thread() is not threading.main_thread():
+        return Engine(server_args=record)
+    for installs_handlers in _SIGNALS:
+        hook(installs_handlers, _watch_workers, HookType.AFTER)
+    return Engine(server_args=record)
+
+
+def _watch_workers(*_args: Any) -> None:
+    signal.signal(signal.SIGQUIT, _on_worker_death)
+
+
+def _on_worker_death(_signal: int, _frame: Any) -> None:
+    signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # sent by each of them
+    resolve("sglang.srt.utils.kill_process_tree")(os.getpid(), include_parent=False)
+    raise WorkerDied(1)
 
 
 def install(spec: CollectionSpec, *, device: str) -> None:

@@ -83,7 +83,11 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
     with exit_on_error() if from_cli else contextlib.nullcontext():
         hf_config = model_config_of(record).hf_config.to_dict()
         resolved = prepare(
-            record.model_path, hf_config, asked, lambda asked: moe_rows.restrict(record, asked)
+            record.model_path,
+            hf_config,
+            asked,
+            record.revision,
+            lambda asked: moe_rows.restrict(record, asked),
         )
         config.attach(record, resolved)
     engine.require_confirmation()

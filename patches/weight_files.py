@@ -12,7 +12,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang.patches.seam import declare
-from sere_sglang.profile.model_info import DEFAULT_FILE_NAME
+from sere_sglang.profile.model_files import DEFAULT_FILE_NAME
 
 _TARGET = "sglang.srt.model_loader.loader.DefaultModelLoader._prepare_weights"
 

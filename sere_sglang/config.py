@@ -43,7 +43,7 @@ class SereConfig:
     sere_profile: str | None = _option(
         None,
         "Similarity profile of this model, written by 'sere-sglang calibrate' "
-        "(default: sere_profile.safetensors in the model folder).",
+        "(default: sere_profile.safetensors in the model folder or hub repository).",
         metavar="PATH",
     )
     sere_policy: str | None = _option(

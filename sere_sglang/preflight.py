@@ -18,6 +18,7 @@ def prepare(
     model_path: str,
     hf_config: dict[str, Any],
     asked: SereConfig,
+    revision: str | None = None,
     restrict: Callable[[SereConfig], SereConfig] = lambda asked: asked,
 ) -> SereConfig:
     """The fully resolved config for this model, or the disabled one under ``fallback``.
@@ -26,9 +27,9 @@ def prepare(
     cannot be given as asked and ``--sere-on-error`` is ``exit``.
     """
     try:
-        model = MoeModelInfo.from_config(hf_config, name=model_path)
+        model = MoeModelInfo.from_config(hf_config, name=model_path, revision=revision)
         resolved = restrict(asked).resolve_defaults(top_k=model.top_k)
-        path = find_profile(model_path, asked.sere_profile)
+        path = find_profile(model_path, asked.sere_profile, revision)
         check_profile_fits(load_profile(path), model, path)
     except SereError as error:
         if asked.sere_on_error != "fallback":

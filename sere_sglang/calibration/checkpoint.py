@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from sere_sglang.errors import SereError
-from sere_sglang.profile import DEFAULT_FILE_NAME
+from sere_sglang.profile.model_files import DEFAULT_FILE_NAME, indexed_files
 
 
 class Checkpoint:
@@ -19,7 +18,7 @@ class Checkpoint:
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        self.file_of = self._indexed() or self._listed()
+        self.file_of = indexed_files(self.folder) or self._listed()
         missing = sorted({f for f in self.file_of.values() if not (self.folder / f).is_file()})
         if missing or not self.file_of:
             lacks = missing[0] if missing else "*.safetensors"
@@ -42,10 +41,6 @@ class Checkpoint:
                 opened = safe_open(str(self.folder / file), framework="pt")
                 files[file] = stack.enter_context(opened)
             yield {name: files[self.file_of[name]].get_slice(name) for name in names}
-
-    def _indexed(self) -> dict[str, str]:
-        index = self.folder / "model.safetensors.index.json"
-        return json.loads(index.read_text())["weight_map"] if index.is_file() else {}
 
     def _listed(self) -> dict[str, str]:
         found: dict[str, str] = {}

@@ -31,17 +31,31 @@ def collect(
     job: CalibrationJob, progress: Progress, stop: Callable[[], bool]
 ) -> tuple[CalibrationText, State, MoeModelInfo]:
     """Start SGLang, run the text through it; the text, what was collected, the model's shape."""
-    record = _server_args(job)
+    from sere_sglang.patches.calibration import WorkerDied
+
+    try:
+        record = _server_args(job)
+        tokenizer = _tokenizer(record)
+    except (OSError, ValueError) as error:
+        what = str(error).splitlines()[0]
+        raise SereError(
+            f"--model {job.model}: SGLang cannot read it ({what}); give a model folder, or the id "
+            "of a model on the hub that this machine can reach"
+        ) from None
     progress(0, 0, "reading the text")
-    text = _text(job, record)
+    text = read_text(job, tokenizer)
     kept = resumable(job, text)
     progress(0, 0, "loading the model")
-    engine = _engine(record)
     try:
-        state = _run(job, engine, text, kept, progress, stop)
-    finally:
-        engine.shutdown()
-    return text, state, MoeModelInfo.from_config(_hf_config(record), name=job.model)
+        engine = _engine(record)
+        try:
+            state = _run(job, engine, text, kept, progress, stop)
+        finally:
+            engine.shutdown()
+    except WorkerDied:
+        raise SereError(_worker_died(job)) from None
+    model = MoeModelInfo.from_config(_hf_config(record), name=job.model, revision=record.revision)
+    return text, state, model
 
 
 def _server_args(job: CalibrationJob) -> Any:
@@ -74,24 +88,25 @@ def _server_args(job: CalibrationJob) -> Any:
     return record
 
 
-def _text(job: CalibrationJob, record: Any) -> CalibrationText:
+def _tokenizer(record: Any) -> Any:
     from sglang.srt.utils.hf_transformers.tokenizer import get_tokenizer
 
-    tokenizer = get_tokenizer(
-        record.tokenizer_path or record.model_path, trust_remote_code=record.trust_remote_code
+    return get_tokenizer(
+        record.tokenizer_path or record.model_path,
+        trust_remote_code=record.trust_remote_code,
+        tokenizer_revision=record.revision,
     )
-    return read_text(job, tokenizer)
 
 
 def _engine(record: Any) -> Any:
     import signal
 
-    from sglang.srt.entrypoints.engine import Engine
+    from sere_sglang.patches import calibration
 
     # Ctrl-C reaches the whole process group, and the workers must outlive it to save their sums.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return Engine(server_args=record)
+        return calibration.start_engine(record)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -140,6 +155,14 @@ def _run(
     save()
     state, _ = load_partial(job.partial)
     return state
+
+
+def _worker_died(job: CalibrationJob) -> str:
+    kept = ", and --resume to continue from what is saved" if job.partial.exists() else ""
+    return (
+        f"SGLang stopped while it ran {job.model}, its error is above; if memory ran out, use a "
+        f"lower --memory (now {job.spec.memory >> 20}MiB) or --layer-by-layer{kept}"
+    )
 
 
 class _Remote:

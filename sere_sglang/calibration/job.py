@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from sere_sglang.errors import SereError
-from sere_sglang.profile import MoeModelInfo, weights_fingerprint
+from sere_sglang.profile import MoeModelInfo
 from sere_sglang.profile.collection import CollectionSpec, check_enough, load_partial
+from sere_sglang.profile.model_files import model_folder, weights_fingerprint
 from sere_sglang.profile.text import CalibrationText, check_files, read_windows
 
 SAVE_EVERY_S = 30.0
@@ -88,6 +89,11 @@ def choose_device(device: str) -> str:
 
 def read_text(job: CalibrationJob, tokenizer: Any) -> CalibrationText:
     """The windows to run. Raises `SereError` when they are too few for a measure."""
+    if not tokenizer.encode("text"):
+        raise SereError(
+            f"--model {job.model}: its tokenizer makes nothing of text; are the tokenizer's files "
+            "in the folder?"
+        )
     text = read_windows(
         job.data,
         lambda document: tokenizer.encode(document),
@@ -104,7 +110,7 @@ def about(job: CalibrationJob, text: CalibrationText) -> dict[str, Any]:
     """What must be equal for a partial file to be continued."""
     return {
         "model": job.model,
-        "weights": weights_fingerprint(job.model),
+        "weights": weights_fingerprint(model_folder(job.model)),
         "text": text.digest,
         "spec": {k: list(v) if isinstance(v, tuple) else v for k, v in job.spec.as_dict().items()},
         "layer_by_layer": job.layer_by_layer,

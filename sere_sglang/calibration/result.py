@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sere_sglang.calibration.job import CalibrationJob
-from sere_sglang.profile import MoeModelInfo, ProfileMetadata, SereProfile, weights_fingerprint
+from sere_sglang.profile import MoeModelInfo, ProfileMetadata, SereProfile
 from sere_sglang.profile.measures import (
     MOMENT_MEASURES,
     Moments,
@@ -42,7 +42,7 @@ def build_profile(
         model=job.model,
         architecture=model.architecture,
         fingerprint=model.fingerprint,
-        weights=weights_fingerprint(job.model),
+        weights=model.weights,
         num_layers=model.num_layers,
         num_experts=model.num_experts,
         top_k=model.top_k,

@@ -10,13 +10,8 @@ from sere_sglang.profile.file import (
     load_profile,
     save_profile,
 )
-from sere_sglang.profile.model_info import (
-    DEFAULT_FILE_NAME,
-    MoeModelInfo,
-    check_profile_fits,
-    find_profile,
-    weights_fingerprint,
-)
+from sere_sglang.profile.model_files import DEFAULT_FILE_NAME
+from sere_sglang.profile.model_info import MoeModelInfo, check_profile_fits, find_profile
 
 __all__ = [
     "DEFAULT_FILE_NAME",
@@ -29,5 +24,4 @@ __all__ = [
     "find_profile",
     "load_profile",
     "save_profile",
-    "weights_fingerprint",
 ]

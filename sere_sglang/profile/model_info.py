@@ -11,12 +11,12 @@ from typing import Any
 
 from sere_sglang.errors import SereError
 from sere_sglang.profile.file import ProfileError, SereProfile
-
-DEFAULT_FILE_NAME = "sere_profile.safetensors"
-
-# Large files are sampled: a server starts with it, and checkpoints have hundreds of gigabytes.
-_WHOLE_BYTES = 16 << 20
-_BLOCKS, _BLOCK_BYTES = 64, 4096
+from sere_sglang.profile.model_files import (
+    DEFAULT_FILE_NAME,
+    model_file,
+    model_folder,
+    weights_fingerprint,
+)
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
@@ -24,7 +24,11 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk
 
 @dataclass(frozen=True)
 class MoeModelInfo:
-    """An MoE model's shape. layer_ids: decoder layers that have routed experts."""
+    """An MoE model's shape.
+
+    name: a folder or a hub id, of which `revision` is meant. layer_ids: decoder layers that have
+    routed experts.
+    """
 
     name: str
     architecture: str
@@ -33,9 +37,12 @@ class MoeModelInfo:
     num_experts: int
     top_k: int
     hidden_size: int
+    revision: str | None = None
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], *, name: str) -> MoeModelInfo:
+    def from_config(
+        cls, config: Mapping[str, Any], *, name: str, revision: str | None = None
+    ) -> MoeModelInfo:
         """From the contents of config.json. Raises `SereError` for a model without experts."""
         text = _text_config(config)
         architecture = (config.get("architectures") or ["unknown architecture"])[0]
@@ -61,6 +68,7 @@ class MoeModelInfo:
             num_experts=int(num_experts),
             top_k=int(top_k),
             hidden_size=int(text.get("hidden_size") or 0),
+            revision=revision,
         )
 
     @classmethod
@@ -76,6 +84,11 @@ class MoeModelInfo:
         return cls.from_config(config, name=str(folder))
 
     @property
+    def weights(self) -> str:
+        """A hash of the weights; empty when they are not on this machine."""
+        return weights_fingerprint(model_folder(self.name, self.revision))
+
+    @property
     def fingerprint(self) -> str:
         """A hash of everything a profile depends on but the weights themselves."""
         shape = [self.architecture, self.num_layers, self.layer_ids]
@@ -83,8 +96,10 @@ class MoeModelInfo:
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
 
 
-def find_profile(model_path: str, given: str | None) -> Path:
-    """The profile a server loads: the flag's, else the model folder's. Raises `SereError`."""
+def find_profile(model_path: str, given: str | None, revision: str | None = None) -> Path:
+    """The profile a server loads: the flag's, else the one beside the weights, in the model's
+    folder or hub repository. Raises `ProfileError`.
+    """
     if given is not None:
         path = Path(given)
         if not path.is_file():
@@ -93,13 +108,16 @@ def find_profile(model_path: str, given: str | None) -> Path:
                 f"'sere-sglang calibrate --model {model_path} --out {given}'"
             )
         return path
-    path = Path(model_path) / DEFAULT_FILE_NAME
-    if not path.is_file():
+    found = model_file(model_path, DEFAULT_FILE_NAME, revision)
+    if found is None:
+        fix, then = f"sere-sglang calibrate --model {model_path}", ""
+        if not Path(model_path).is_dir():
+            fix, then = f"{fix} --out FILE", " and name it with --sere-profile FILE"
         raise ProfileError(
-            f"--moe-backend sere needs a similarity profile: no --sere-profile given and no "
-            f"{path}; write it with 'sere-sglang calibrate --model {model_path}'"
+            "--moe-backend sere needs a similarity profile: no --sere-profile given and no "
+            f"{Path(model_path) / DEFAULT_FILE_NAME}; write it with '{fix}'{then}"
         )
-    return path
+    return found
 
 
 def check_profile_fits(profile: SereProfile, model: MoeModelInfo, path: Path) -> None:
@@ -112,7 +130,7 @@ def check_profile_fits(profile: SereProfile, model: MoeModelInfo, path: Path) ->
         ("experts per token", meta.top_k, model.top_k),
         ("hidden size", meta.hidden_size, model.hidden_size),
         ("config fingerprint", meta.fingerprint, model.fingerprint),
-        ("weights", meta.weights, weights_fingerprint(model.name)),
+        ("weights", meta.weights, model.weights),
     ]
     wrong = [f"{what}: profile {p}, model {m}" for what, p, m in sides if p and m and p != m]
     if wrong:
@@ -121,29 +139,6 @@ def check_profile_fits(profile: SereProfile, model: MoeModelInfo, path: Path) ->
             f"{model.name}: {'; '.join(wrong)}. Calibrate this model: "
             f"sere-sglang calibrate --model {model.name}"
         )
-
-
-def weights_fingerprint(folder: str | Path) -> str:
-    """A hash of a local checkpoint's safetensors files: names, sizes, headers, contents.
-
-    Of files above 16 MiB only evenly spaced blocks are read, so a change of a few values can
-    go unseen there. Empty, that is unknown, when there is no such file (a hub id, say).
-    """
-    digest = hashlib.sha256()
-    files = [p for p in sorted(Path(folder).glob("*.safetensors")) if p.name != DEFAULT_FILE_NAME]
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as content:
-            if size <= _WHOLE_BYTES:
-                digest.update(content.read())
-                continue
-            header = int.from_bytes(content.read(8), "little")
-            digest.update(content.read(min(header, size)))
-            for block in range(_BLOCKS):
-                content.seek(8 + header + (size - 8 - header) * block // _BLOCKS)
-                digest.update(content.read(_BLOCK_BYTES))
-    return digest.hexdigest()[:16] if files else ""
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

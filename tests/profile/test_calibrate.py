@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,6 +162,28 @@ def test_resuming_gives_the_bytes_of_an_uninterrupted_run(
     runs: dict[str, Run], folder: Path
 ) -> None:
     assert runs["deepseek_v2"].profile.read_bytes() == (folder / "straight.out").read_bytes()
+
+
+def test_a_killed_worker_is_told_with_the_flags_that_help(folder: Path) -> None:
+    """As by the system when memory runs out; here while the worker answers a call of ours."""
+    child = _start(folder, "qwen3_moe", "killed.log", "--cka-tokens=600", out="killed.out")
+    try:
+        log = folder / "killed.log"
+        deadline = time.monotonic() + 200
+        while "running all experts" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (worker,) = (
+            process
+            for process in psutil.Process(child.pid).children(recursive=True)
+            if "scheduler" in process.name() or "scheduler" in " ".join(process.cmdline())
+        )
+        worker.kill()
+        assert child.wait(timeout=60) == 2, _tail(log)
+    finally:
+        _end(child)
+    assert "sere-sglang: error: SGLang stopped while it ran" in log.read_text()
+    assert "lower --memory (now 1024MiB) or --layer-by-layer" in log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

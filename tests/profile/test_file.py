@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from sere_sglang.profile import (
     ProfileMetadata,
     SereProfile,
     check_profile_fits,
+    find_profile,
     load_profile,
     save_profile,
 )
@@ -215,14 +217,12 @@ def test_a_profile_of_another_model_is_refused_with_both_sides(
 
 
 def test_other_weights_in_the_same_shape_are_refused(tmp_path: Path) -> None:
-    from sere_sglang.profile import weights_fingerprint
-
     prints = {}
     for name, seed in (("one", 0), ("two", 1)):
         folder = tmp_path / name
         folder.mkdir()
         save_file({"w": a_matrix(200, seed)}, folder / "model.safetensors")
-        prints[name] = weights_fingerprint(folder)
+        prints[name] = dataclasses.replace(_model(), name=str(folder)).weights
     model = dataclasses.replace(_model(), name=str(tmp_path / "one"))
     profile = _profile_for(model)
     profile.metadata = dataclasses.replace(profile.metadata, weights=prints["one"])
@@ -230,6 +230,53 @@ def test_other_weights_in_the_same_shape_are_refused(tmp_path: Path) -> None:
     profile.metadata = dataclasses.replace(profile.metadata, weights=prints["two"])
     with pytest.raises(ProfileError, match=f"weights: profile {prints['two']}, model"):
         check_profile_fits(profile, model, Path("p"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub cache of a machine without network: one model in two revisions."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model = tmp_path / "models--some--moe"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("1" * 40)
+    for seed in (1, 2):
+        snapshot = model / "snapshots" / (str(seed) * 40)
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+        save_file({"w": a_matrix(20, seed)}, snapshot / "model.safetensors")
+    return model / "snapshots" / ("1" * 40)
+
+
+def test_revisions_of_a_hub_model_are_told_apart(hub: Path) -> None:
+    main, other = (
+        dataclasses.replace(_model(), name="some/moe", revision=revision).weights
+        for revision in (None, "2" * 40)
+    )
+    assert main and other and main != other
+    assert dataclasses.replace(_model(), name="not/here").weights == ""
+
+
+def test_a_hub_model_may_ship_its_profile(hub: Path) -> None:
+    with pytest.raises(ProfileError, match="calibrate --model some/moe --out FILE"):
+        find_profile("some/moe", None)
+    save_profile(a_profile(), hub / "sere_profile.safetensors")
+    assert find_profile("some/moe", None) == hub / "sere_profile.safetensors"
+    with pytest.raises(ProfileError, match="--sere-profile FILE"):
+        find_profile("some/moe", None, "2" * 40)
+
+
+def test_a_checkpoint_that_is_still_being_downloaded_has_no_fingerprint(hub: Path) -> None:
+    model = dataclasses.replace(_model(), name="some/moe")
+    (hub / "model.safetensors").rename(hub / "model-00001-of-00002.safetensors")
+    assert model.weights == ""
+    shards = {name: f"model-0000{name}-of-00002.safetensors" for name in "12"}
+    (hub / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert model.weights == ""
+    save_file({"w": a_matrix(20, 3)}, hub / shards["2"])
+    assert model.weights != ""
 
 
 def test_metadata_that_is_no_json_is_refused(tmp_path: Path) -> None:

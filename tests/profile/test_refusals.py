@@ -21,6 +21,7 @@ import sere_sglang.calibration as calibration
 from sere_sglang.backend import collect
 from sere_sglang.calibration import calibrate, layers
 from sere_sglang.calibration.decoder import BlockExperts
+from sere_sglang.calibration.job import read_text
 from sere_sglang.errors import SereError
 from sere_sglang.profile import SereProfile, load_profile
 from sere_sglang.profile.collection import CollectionSpec
@@ -221,3 +222,9 @@ def _at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_tokenizer_without_files_is_told_so(folder: Path, tmp_path: Path) -> None:
+    job = a_job(folder / "qwen3_moe", tmp_path / "p.out")
+    with pytest.raises(SereError, match="its tokenizer makes nothing of text"):
+        read_text(job, SimpleNamespace(encode=lambda _: []))

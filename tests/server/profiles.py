@@ -6,13 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sere_sglang.profile import (
-    MoeModelInfo,
-    ProfileMetadata,
-    SereProfile,
-    save_profile,
-    weights_fingerprint,
-)
+from sere_sglang.profile import MoeModelInfo, ProfileMetadata, SereProfile, save_profile
 
 
 def random_profile(model: Path, *, seed: int = 0) -> SereProfile:
@@ -26,7 +20,7 @@ def random_profile(model: Path, *, seed: int = 0) -> SereProfile:
         model=str(model),
         architecture=info.architecture,
         fingerprint=info.fingerprint,
-        weights=weights_fingerprint(model),
+        weights=info.weights,
         num_layers=len(info.layer_ids),
         num_experts=info.num_experts,
         top_k=info.top_k,

@@ -1,0 +1,87 @@
+"""A model's files on this machine: its folder, or what the hub cache holds of a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from sere_sglang.errors import SereError
+
+DEFAULT_FILE_NAME = "sere_profile.safetensors"
+
+# Large files are sampled: a server starts with it, and checkpoints have hundreds of gigabytes.
+_WHOLE_BYTES = 16 << 20
+_BLOCKS, _BLOCK_BYTES = 64, 4096
+
+
+def model_folder(model: str, revision: str | None = None) -> Path | None:
+    """A model folder itself; of a hub id the snapshot in the cache, None before it is there."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def model_file(model: str, name: str, revision: str | None = None) -> Path | None:
+    """A file of the model folder, or of the hub repository (downloaded); None if it has none."""
+    if Path(model).is_dir():
+        path = Path(model) / name
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, name, revision=revision))
+    except (OSError, ValueError):  # no such file, no network, no hub id
+        return None
+
+
+def weights_fingerprint(folder: Path | None) -> str:
+    """A hash of a checkpoint's safetensors files: names, sizes, headers, contents.
+
+    Of files above 16 MiB only evenly spaced blocks are read, so a change of a few values can
+    go unseen there. Empty, that is unknown, when not all of them are here.
+    """
+    digest = hashlib.sha256()
+    files = _weight_files(folder) if folder is not None else []
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as content:
+            if size <= _WHOLE_BYTES:
+                digest.update(content.read())
+                continue
+            header = int.from_bytes(content.read(8), "little")
+            digest.update(content.read(min(header, size)))
+            for block in range(_BLOCKS):
+                content.seek(8 + header + (size - 8 - header) * block // _BLOCKS)
+                digest.update(content.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:16] if files else ""
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those of the index, where there is one; none while a download is incomplete."""
+    indexed = indexed_files(folder)
+    if indexed:
+        files = [folder / name for name in sorted(set(indexed.values()))]
+        return files if all(p.is_file() for p in files) else []
+    files = [p for p in sorted(folder.glob("*.safetensors")) if p.name != DEFAULT_FILE_NAME]
+    return [] if any("-of-" in p.name for p in files) else files
+
+
+def indexed_files(folder: Path) -> dict[str, str]:
+    """tensor name -> file, of a checkpoint that has an index. Raises `SereError`."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return {}
+    try:
+        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SereError(f"{index}: not the index of a checkpoint ({error!r})") from None
+    return files
