@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from sere_sglang.backend.bandwidth import flops_per_ms, read_bytes_per_ms
+from sere_sglang.backend.cpu_isa import isa
 from sere_sglang.backend.layer_shape import by_shape
 from sere_sglang.backend.layer_timer import Chain, timer_for
 from sere_sglang.errors import SereError
@@ -62,12 +63,13 @@ def moe_cost(
             raise CannotTime("their weights are loaded later")
         measured = _measure(layers, shapes, device)
     except Exception as error:  # whatever an unsupported runner raises, or out of memory
+        reason = _said(error)
         if warns:
             logger.warning(
                 "SERE: the MoE layers cannot be timed (%s); adaptive uses the bandwidth model",
-                _said(error),
+                reason,
             )
-        return _from_bandwidth(shapes, device, time.perf_counter() - started)
+        return _from_bandwidth(shapes, device, reason)
     seconds = time.perf_counter() - started
     return MoeCost(measured, source="measured", seconds=seconds, hardware=hardware(device))
 
@@ -76,7 +78,10 @@ def hardware(device: torch.device) -> dict[str, Any]:
     """For people who look at a table: what it was measured on."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device)}
-    return {"device": _cpu_name(), "threads": torch.get_num_threads()}
+    told: dict[str, Any] = {"device": _cpu_name(), "threads": torch.get_num_threads()}
+    with contextlib.suppress(SereError):
+        told["isa"] = isa()
+    return told
 
 
 def columns(shape: LayerShape, rows: Sequence[int]) -> tuple[int, ...]:
@@ -226,7 +231,7 @@ def _no_reduction(layers: Sequence[Any]) -> Iterator[None]:
 
 
 def _from_bandwidth(
-    shapes: Mapping[LayerShape, list[int]], device: torch.device, seconds: float
+    shapes: Mapping[LayerShape, list[int]], device: torch.device, reason: str
 ) -> MoeCost:
     read, multiply = read_bytes_per_ms(device), flops_per_ms(device)
     layers: list[tuple[LayerCost, tuple[int, ...]]] = []
@@ -238,7 +243,7 @@ def _from_bandwidth(
         )
         layers.append((layer, tuple(ids)))
     told = {**hardware(device), "read_gb_s": read / 1e6, "gflop_s": multiply / 1e6}
-    return MoeCost(tuple(layers), "bandwidth model", seconds, told)
+    return MoeCost(tuple(layers), "bandwidth model", hardware=told, reason=reason)
 
 
 def _said(error: Exception) -> str:

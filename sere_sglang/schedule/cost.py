@@ -37,7 +37,7 @@ class MoeCost:
     """Time of all MoE layers of a forward, from one `LayerCost` for each shape of layer.
 
     layers: (cost of one layer, ids of the layers that it stands for).
-    seconds: what measuring it took.
+    seconds: what measuring it took. reason: why the layers could not be timed, if so.
     step: given with the table, it is never corrected, and a decision depends on nothing that is
         measured while serving.
     """
@@ -46,6 +46,7 @@ class MoeCost:
     source: Source = "bandwidth model"
     seconds: float = 0.0
     hardware: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
     step: StepModel | None = None
     _curves: dict[float, tuple[np.ndarray, np.ndarray]] = field(
         default_factory=dict, repr=False, compare=False
@@ -88,7 +89,7 @@ class MoeCost:
     def __str__(self) -> str:
         """For the log: where it comes from, and the largest table's corners."""
         if self.source == "bandwidth model":
-            return "cost from a bandwidth model"
+            return "cost from a bandwidth model" + (f" ({self.reason})" if self.reason else "")
         where = f"measured in {self.seconds:.1f} s" if self.source == "measured" else "from a file"
         layer = max((layer for layer, _ in self.layers), key=lambda layer: layer.shape.expert_bytes)
         rows = max(getattr(layer, "rows", (1,)))

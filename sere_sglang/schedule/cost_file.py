@@ -73,6 +73,7 @@ def describe(cost: MoeCost) -> dict[str, Any]:
         shapes.append(entry)
     return {
         "source": cost.source,
+        "reason": cost.reason,
         "seconds": round(cost.seconds, 3),
         "hardware": dict(cost.hardware),
         "shapes": shapes,
