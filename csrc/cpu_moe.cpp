@@ -12,6 +12,7 @@
 #include "cpu_moe_amx.h"
 #include "cpu_moe_common.h"
 #include "cpu_moe_dot.h"
+#include "cpu_moe_floor.h"
 
 namespace sere::moe {
 
@@ -129,7 +130,24 @@ void fused_moe(TensorView hidden, TensorView w13, TensorView w2, Optional<Tensor
   }
 }
 
+// Reads every byte of the weights of these experts (int32 [n]), all threads together.
+int64_t read_experts(TensorView w13, TensorView w2, TensorView ids) {
+  std::vector<Span> spans;
+  for (const TensorView& w : {w13, w2}) {
+    check(w.ndim() == 3 && w.IsContiguous(), "weights must be contiguous with three dimensions");
+    const size_t bytes = size_t(w.size(1) * w.size(2) * w.dtype().bits / 8);
+    for (int64_t i = 0; i < ids.size(0); ++i) {
+      const int32_t id = static_cast<const int32_t*>(ids.data_ptr())[i];
+      check(id >= 0 && id < w.size(0), "no such expert");
+      spans.push_back({static_cast<const char*>(w.data_ptr()) + id * bytes, bytes});
+    }
+  }
+  return read_spans(spans);
+}
+
 }  // namespace sere::moe
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(has_amx, sere::moe::has_amx);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fused_moe, sere::moe::fused_moe);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(read_experts, sere::moe::read_experts);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(multiply_add, sere::moe::multiply_add);

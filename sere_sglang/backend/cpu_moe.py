@@ -13,9 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from sere_sglang.backend import cpu_isa
+from sere_sglang.backend.cpu_isa import ISAS, isa
 from sere_sglang.ops.jit import BuildError, load_module
 
 logger = logging.getLogger(__name__)
+
+__all__ = ["fused_moe", "isa", "native_module"]
 
 ACTIVATIONS = {"silu": 0, "gelu": 1}
 """Name -> code in ``csrc/cpu_moe_common.h``; gelu is the tanh form, as SGLang's experts use it."""
@@ -107,9 +111,13 @@ def choose_impl(hidden: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor) 
     return "torch" if many_rows and hidden.dtype == torch.float32 else "dot"
 
 
-def native_module() -> Any:
-    """The compiled kernels; compiles them the first time. Raises `BuildError`."""
-    return load_module("cpu_moe", ["cpu_moe.cpp"])
+def native_module(isa: str | None = None) -> Any:
+    """The kernels for an instruction set that runs here; compiles them the first time.
+
+    Raises `BuildError`, and `SereError` where ``SERE_CPU_ISA`` asks for what does not run here.
+    """
+    name = isa or cpu_isa.isa()
+    return load_module(f"cpu_moe_{name}", ["cpu_moe.cpp"], tune=ISAS[name].cflags)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 TUNE_FLAG = "-march=native"
-CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", TUNE_FLAG, "-Wall", "-Wno-unknown-pragmas")
+CXX_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-Wall", "-Wno-unknown-pragmas")
 CUDA_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC", "--expt-relaxed-constexpr")
 OPENMP_FLAG = "-fopenmp"
 _HEADER_SUFFIXES = {".h", ".hpp", ".cuh", ".inl", ".cu"}  # what a source may include
@@ -42,6 +42,7 @@ def load_module(
     sources: Sequence[str],
     *,
     cuda: bool = False,
+    tune: Sequence[str] = (TUNE_FLAG,),
     extra_cflags: Sequence[str] = (),
     extra_cuda_cflags: Sequence[str] = (),
     extra_ldflags: Sequence[str] = (),
@@ -53,6 +54,7 @@ def load_module(
         name: names the library in the cache and in messages.
         sources: file names below ``csrc/``.
         cuda: compile with nvcc, for this machine's GPU unless `cuda_arch` says otherwise.
+        tune: the C++ compiler's flags for an instruction set, this machine's unless said.
         extra_cflags: for the C++ compiler; under `cuda` handed through by nvcc.
         extra_cuda_cflags: for nvcc.
         extra_ldflags: for the link.
@@ -68,6 +70,7 @@ def load_module(
         name,
         tuple(sources),
         cuda,
+        tuple(tune),
         tuple(extra_cflags),
         tuple(extra_cuda_cflags),
         tuple(extra_ldflags),
@@ -80,6 +83,7 @@ def _load_module(
     name: str,
     sources: tuple[str, ...],
     cuda: bool,
+    tune: tuple[str, ...],
     extra_cflags: tuple[str, ...],
     extra_cuda_cflags: tuple[str, ...],
     extra_ldflags: tuple[str, ...],
@@ -96,15 +100,18 @@ def _load_module(
         flags += [word for flag in extra_cflags for word in ("-Xcompiler", flag)]
     else:
         compiler = find_cxx()
-        flags = [*CXX_FLAGS, *extra_cflags]
-        if _supports_openmp(compiler):
-            flags.append(OPENMP_FLAG)
+        flags = [*cxx_flags(compiler, tune), *extra_cflags]
 
     library = build_library(name, sources, compiler, flags, extra_ldflags)
     try:
         return tvm_ffi.load_module(str(library))
     except Exception as error:
         raise BuildError(f"{name}: {library} was built but does not load: {error}") from error
+
+
+def cxx_flags(compiler: str, tune: Sequence[str]) -> list[str]:
+    """Flags of every C++ build, with OpenMP where `compiler` has it."""
+    return [*CXX_FLAGS, *tune, *([OPENMP_FLAG] if _supports_openmp(compiler) else [])]
 
 
 def compile_ahead(name: str, sources: Sequence[str], cuda_arch: str) -> Path:
