@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cost_files import write_cost
 from harness import Server, refusal_of, serve
+
+from sere_sglang.schedule.cost import StepModel
 
 PROMPTS = [f"request number {i} " * (1 + i % 3) for i in range(10)]
 CORES = sorted(os.sched_getaffinity(0))
@@ -34,8 +37,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _serve(model: Path, folder: Path, name: str, *flags: str) -> Any:
+    cost = write_cost(model, folder / f"{name}.cost.json", step=StepModel())
     flags = (
         "--moe-backend=sere",
+        f"--sere-cost={cost}",
         f"--sere-trace={folder / name}.jsonl",
         *flags,
     )
