@@ -29,7 +29,8 @@ def draw(runs: dict[str, list[TraceStep]], rows: list[dict[str, Any]], path: Pat
         time = np.array([s.time for s in decode])
         time -= time[0]
         step_ms = np.minimum(1000 * np.diff(time, append=time[-1]), 400)
-        panels[0].plot(time, [s.composition.num_tokens for s in decode], lw=1, color=color, label=name)
+        rows_of = [s.composition.num_tokens for s in decode]
+        panels[0].plot(time, rows_of, lw=1, color=color, label=name)
         kept = [s.point.mean_primary_k or TOP_K for s in decode]
         panels[1].plot(time, kept, lw=1, color=color, drawstyle="steps-post")
         panels[2].plot(time, _smooth(step_ms), lw=1, color=color)

@@ -39,6 +39,7 @@ from launch.floor_model import FloorModel
 from launch.local_server import Server
 from launch.padded_model import write_padded_model
 from sere_sglang.profile import load_profile
+from sere_sglang.schedule.cost_file import described
 from sere_sglang.schedule.expectation import expect, statistics_of
 
 MODEL = ROOT / "demo_model"
@@ -187,9 +188,7 @@ def _rows(
 
 def _moe_ms(sere: Server, streams: int, active: float) -> float:
     """Of the MoE layers of a step, as the server timed them at its start."""
-    from sere_sglang.schedule.cost_file import read_described
-
-    cost = read_described(sere.get("/server_info")["sere"]["cost"])
+    cost = described(sere.get("/server_info")["sere"]["cost"])
     return float(cost.moe_ms(streams, active * cost.num_layers))
 
 
