@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -41,6 +42,12 @@ class Process(Protocol):
     def wait(self, timeout: float | None = None) -> int: ...
 
 
+def die_with_parent() -> None:
+    """In a new process: the system kills it when its parent has ended, however that ended."""
+    set_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
 def start_process(command: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
     """Run `command` with `env` added to the environment and both outputs in `log`."""
     with log.open("w") as out:
@@ -50,6 +57,7 @@ def start_process(command: Sequence[str], env: Mapping[str, str], log: Path) -> 
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=die_with_parent,
         )
 
 

@@ -25,6 +25,8 @@ import sglang.srt.arg_groups.pipeline
 import sglang.srt.entrypoints.http_server
 import sglang.srt.server_args  # noqa: F401
 
+from launch.local_server import die_with_parent
+
 _status_files: dict[int, str] = {}
 
 
@@ -60,6 +62,7 @@ def _run(request: dict[str, Any]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     os.setsid()
+    die_with_parent()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)

@@ -96,12 +96,17 @@ def _statuses() -> Any:
     return tempfile.TemporaryDirectory()
 
 
+def _python_path() -> str:
+    root = Path(__file__).resolve().parents[2]
+    return os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+
+
 @functools.cache
 def _forking() -> subprocess.Popen[str]:
     """Ends with this process, whose end closes its standard input."""
     return subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("forked_cli.py"))],
-        env={**os.environ, **CPU_ENGINE},
+        env={**os.environ, **CPU_ENGINE, "PYTHONPATH": _python_path()},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
