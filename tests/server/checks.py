@@ -49,6 +49,6 @@ def top(url: str, *flags: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"COLUMNS": "120"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )

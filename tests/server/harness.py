@@ -35,7 +35,7 @@ def run_to_exit(
         env={**os.environ, **CPU_ENGINE, **(env or {})},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=6000,
         check=False,
     )
 
@@ -47,7 +47,7 @@ def refusal_of(
     command = [f for f in _command(*flags) if not (warm_up and f == "--skip-server-warmup")]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        status = _Forked.start(command, env or {}, out, err).wait(timeout=300)
+        status = _Forked.start(command, env or {}, out, err).wait(timeout=6000)
         return subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
 
 

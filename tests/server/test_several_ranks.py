@@ -178,7 +178,7 @@ def _assert_worth_comparing(steps: list[Step]) -> None:
 def _traces(server: Server, path: Path) -> tuple[list[Step], list[Step]]:
     """Of both ranks, without what may differ, once both have written everything out."""
     files = (path, path.with_name(path.name + ".rank1"))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while True:
         server.set_sere(reset_counters=False)
         seen = [

@@ -24,7 +24,7 @@ def _engine(**keywords: Any) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **CPU_ENGINE},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=6000,
         check=False,
     )
 
