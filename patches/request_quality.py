@@ -7,6 +7,7 @@ does not offer is told so instead of being served with another one.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
@@ -17,13 +18,26 @@ from sere_sglang.schedule.request_quality import QualityRules
 
 _TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object"
 _rules: QualityRules | None = None
+_tasks: set[asyncio.Task[Any]] = set()
+
+
+class Refusal(ValueError):
+    """A request that may not have what it asks for; SGLang answers it with status 400."""
 
 
 def install(rules: QualityRules) -> None:
     """In the launcher, once its server is known to run SERE."""
     global _rules
     if _rules is None:
-        hook(_TARGET, _check, HookType.BEFORE, needs=["obj"])
+        hook(
+            _TARGET,
+            _check,
+            HookType.BEFORE,
+            needs=["obj"],
+            runs="always",
+            otherwise=_stop,
+            deliberate=(Refusal,),
+        )
     _rules = rules
 
 
@@ -34,4 +48,13 @@ def _check(_manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:
     try:
         _rules.check(sampling.get("custom_params"))
     except SereError as error:
-        raise ValueError(str(error)) from None
+        raise Refusal(str(error)) from None
+
+
+def _stop(manager: Any, *_args: Any, **_kwargs: Any) -> None:
+    """What a request asks for can no longer be checked: the schedulers go exact."""
+    from sere_sglang.patches.http_server import stop_request
+
+    task = asyncio.get_running_loop().create_task(manager.set_internal_state(stop_request()))
+    _tasks.add(task)  # asyncio itself keeps no reference
+    task.add_done_callback(_tasks.discard)

@@ -1,4 +1,4 @@
-"""What one rank measured and all ranks know: the only road from a clock to a decision."""
+"""What one rank found out and all ranks know: the only road from a clock to a decision."""
 
 from __future__ import annotations
 
@@ -22,3 +22,10 @@ class Feedback:
 
 
 NO_FEEDBACK = Feedback()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Travels like `Feedback`: every rank goes exact at the same step. reason: for people."""
+
+    reason: str
