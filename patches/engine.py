@@ -59,6 +59,6 @@ def _check_handshake(result: Any, _cls: type, server_args: Any, *_args: Any, **_
             "--moe-backend sere: the scheduler process started without it (is the sere-sglang "
             "plugin excluded by SGLANG_PLUGINS, or installed in another environment?)"
         )
-    guard.launcher_serves()
+    guard.launcher_serves(lambda: http_server.stop(result[0]))
     http_server.install()
     request_quality.install(config.config_of(server_args).quality_rules())

@@ -134,21 +134,23 @@ class _Call:
 class _Launcher:
     """The process that speaks HTTP has no runtime of ours, only a few hooks."""
 
-    serves = False
+    stop: Callable[[], None] | None = None
     trouble: str | None = None
 
     def fail(self, where: str, error: Exception) -> None:
         if self.trouble is None:
             self.trouble = f"{where}: {type(error).__name__}: {error}"
             logger.warning("SERE failed in the HTTP process (%s)", self.trouble, exc_info=error)
+            if self.stop is not None:
+                self.stop()
 
 
 _launcher = _Launcher()
 
 
-def launcher_serves() -> None:
-    """In the launcher, once all schedulers are ready."""
-    _launcher.serves = True
+def launcher_serves(stop: Callable[[], None]) -> None:
+    """In the launcher, once all schedulers are ready; `stop` makes them go exact."""
+    _launcher.stop = stop
 
 
 def launcher_starts_again() -> None:
@@ -158,4 +160,4 @@ def launcher_starts_again() -> None:
 
 def _is_serving() -> bool:
     active = runtime.current()
-    return _launcher.serves if active is None else active.is_serving
+    return _launcher.stop is not None if active is None else active.is_serving

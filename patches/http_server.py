@@ -7,6 +7,7 @@ wrong one is told why, and sends it on as numbers (patches/number_keys.py).
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import sys
@@ -24,6 +25,7 @@ _PATH = "/set_internal_state"
 _REQUEST = "sglang.srt.managers.io_struct.SetInternalStateReq"
 _KEY = "sere"
 _FORM = 'expected {"server_args": {"sere": {...}}}'
+_tasks: set[asyncio.Task[Any]] = set()
 _WIDEST = 1 << 63  # numbers travel on in 64 bits
 
 
@@ -117,9 +119,16 @@ def check(asked: Any, state: Mapping[str, Any]) -> None:
         raise SereError(f"sere: {error}") from None
 
 
-def stop_request() -> Any:
-    """What ends re-routing on all ranks, on behalf of the HTTP process itself."""
-    return resolve(_REQUEST)(server_args=flatten({STOP: True}))
+def stop(manager: Any) -> None:
+    """End re-routing on all ranks, on behalf of the process of SGLang's `manager` itself."""
+    request = resolve(_REQUEST)(server_args=flatten({STOP: True}))
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # between two calls of an offline Engine: nothing was routed by it
+        return
+    task = loop.create_task(manager.set_internal_state(request))
+    _tasks.add(task)  # asyncio itself keeps no reference
+    task.add_done_callback(_tasks.discard)
 
 
 def _number(key: str, value: Any) -> float:

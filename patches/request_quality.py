@@ -7,7 +7,6 @@ does not offer is told so instead of being served with another one.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
@@ -18,7 +17,6 @@ from sere_sglang.schedule.request_quality import QualityRules
 
 _TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object"
 _rules: QualityRules | None = None
-_tasks: set[asyncio.Task[Any]] = set()
 
 
 class Refusal(ValueError):
@@ -35,7 +33,6 @@ def install(rules: QualityRules) -> None:
             HookType.BEFORE,
             needs=["obj"],
             runs="always",
-            otherwise=_stop,
             deliberate=(Refusal,),
         )
     _rules = rules
@@ -49,12 +46,3 @@ def _check(_manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:
         _rules.check(sampling.get("custom_params"))
     except SereError as error:
         raise Refusal(str(error)) from None
-
-
-def _stop(manager: Any, *_args: Any, **_kwargs: Any) -> None:
-    """What a request asks for can no longer be checked: the schedulers go exact."""
-    from sere_sglang.patches.http_server import stop_request
-
-    task = asyncio.get_running_loop().create_task(manager.set_internal_state(stop_request()))
-    _tasks.add(task)  # asyncio itself keeps no reference
-    task.add_done_callback(_tasks.discard)

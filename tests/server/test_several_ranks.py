@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import Faults, install
 from harness import Server, refusal_of, serve
 
 PROMPTS = [f"request number {i} " * (1 + i % 3) for i in range(10)]
@@ -33,18 +34,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
-def _serve(model: Path, folder: Path, name: str, *flags: str) -> Any:
+def _serve(model: Path, folder: Path, name: str, *flags: str, **env: str) -> Any:
     flags = (
         "--moe-backend=sere",
         f"--sere-trace={folder / name}.jsonl",
         *flags,
     )
-    return serve(model, folder / f"{name}.log", *flags, env=TWO_RANKS)
+    return serve(model, folder / f"{name}.log", *flags, env=TWO_RANKS | env)
 
 
 @pytest.fixture
 def tensor_parallel(checkpoint: Callable[[str], Path], folder: Path) -> Iterator[Server]:
-    with _serve(checkpoint("qwen3_moe"), folder, "tp", "--tp-size=2") as server:
+    faults = install(folder / "faults")
+    with _serve(checkpoint("qwen3_moe"), folder, "tp", "--tp-size=2", **faults) as server:
         yield server
 
 
@@ -65,6 +67,7 @@ def test_tensor_parallel(tensor_parallel: Server, folder: Path) -> None:
     assert first == second
     _assert_worth_comparing(first)
     assert any(s["exact_rows"] for s in first) and any(s["fast_rows"] for s in first)
+    _assert_a_failing_rank_stops_both(server, folder)
 
 
 def test_replicas_decide_for_themselves(checkpoint: Callable[[str], Path], folder: Path) -> None:
@@ -146,6 +149,31 @@ def test_what_dp_attention_rules_out(
     )
     assert result.returncode == 2
     assert named in result.stderr and "--enable-dp-attention" in result.stderr
+
+
+def _assert_a_failing_rank_stops_both(server: Server, folder: Path) -> None:
+    """At the same step, and both go on from the same one when they are told to."""
+    faults = Faults(folder / "faults")
+    server.set_sere(policy="static", primary_k=1, threshold=0.0, min_batch=1, tpot_slo_ms=None)
+    before, _ = _traces(server, folder / "tp.jsonl")
+    for rank, hook in (
+        (1, "topk._post_process_topk_ids (before)"),
+        (0, "ModelRunner.forward (around)"),
+    ):
+        faults.start(hook, rank=rank)
+        server.generate(PROMPTS, 30)
+        assert faults.fired and hook in server.sere()["failed"]
+        first, second = _traces(server, folder / "tp.jsonl")
+        own = first[len(before) :]
+        if rank == 1:
+            assert first == second
+            assert len([s for s in own if s["primary_k"]]) <= 4, "steps until both knew"
+        faults.stop()
+        server.set_sere(enabled=True)
+        assert server.sere()["failed"] is None
+        server.generate(PROMPTS, 6)
+        before, others = _traces(server, folder / "tp.jsonl")
+        assert before[-3:] == others[-3:] and before[-1]["primary_k"] == 1
 
 
 def _load_under_every_policy(server: Server) -> None:
