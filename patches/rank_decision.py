@@ -41,12 +41,12 @@ def install() -> None:
     )
 
 
-def note_of(failures: runtime.SereRuntime) -> Callable[[str], None] | None:
+def note_of(active: runtime.SereRuntime) -> Callable[[str], None] | None:
     """How this rank tells the others that it failed; None when there are no others."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     store = _store()
-    return lambda reason: store.set(_key(failures), reason)
+    return lambda reason: store.set(_key(active), reason)
 
 
 def _send(result: list[Any] | None, *_args: Any) -> list[Any] | None:
@@ -54,10 +54,10 @@ def _send(result: list[Any] | None, *_args: Any) -> list[Any] | None:
     if active is None or result is None or not _receives_requests():
         return result
     found: list[Any] = []
-    if active.is_due() and active.tells is not None and active.failed is None:
-        store = _store()
-        if store.check([_key(active)]):
-            found.append(Failure(store.get(_key(active)).decode()))
+    if active.failed is None and active.tells is not None:
+        reason = active.trouble or (_told(active) if active.is_due() else None)
+        if reason is not None:
+            found.append(Failure(reason))
     feedback = active.take_feedback()
     if feedback is not None:
         found.append(feedback)
@@ -103,6 +103,12 @@ def _receives_requests() -> bool:
     # With DP attention every group's first rank pulls, but control requests fan out from rank 0.
     parallel = get_parallel()
     return parallel.pp_rank == parallel.tp_rank == 0
+
+
+def _told(active: runtime.SereRuntime) -> str | None:
+    """What another rank has noted."""
+    store, key = _store(), _key(active)
+    return store.get(key).decode() if store.check([key]) else None
 
 
 def _store() -> Any:

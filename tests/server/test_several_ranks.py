@@ -152,7 +152,7 @@ def test_what_dp_attention_rules_out(
 
 
 def _assert_a_failing_rank_stops_both(server: Server, folder: Path) -> None:
-    """At the same step, and both go on from the same one when they are told to."""
+    """At the same step; and both go on from the same one when they are told to."""
     faults = Faults(folder / "faults")
     server.set_sere(policy="static", primary_k=1, threshold=0.0, min_batch=1, tpot_slo_ms=None)
     before, _ = _traces(server, folder / "tp.jsonl")
@@ -161,19 +161,19 @@ def _assert_a_failing_rank_stops_both(server: Server, folder: Path) -> None:
         (0, "ModelRunner.forward (around)"),
     ):
         faults.start(hook, rank=rank)
-        server.generate(PROMPTS, 30)
+        server.generate(PROMPTS, 8)
         assert faults.fired and hook in server.sere()["failed"]
-        first, second = _traces(server, folder / "tp.jsonl")
-        own = first[len(before) :]
-        if rank == 1:
-            assert first == second
-            assert len([s for s in own if s["primary_k"]]) <= 4, "steps until both knew"
         faults.stop()
-        server.set_sere(enabled=True)
-        assert server.sere()["failed"] is None
-        server.generate(PROMPTS, 6)
-        before, others = _traces(server, folder / "tp.jsonl")
-        assert before[-3:] == others[-3:] and before[-1]["primary_k"] == 1
+        told = [line for line in server.log.read_text().splitlines() if "SERE stops" in line]
+        assert hook in told[-1] and f"TP{1 - rank}" in told[-1], "the other rank"
+        if rank == 1:  # whose decisions are whole, so that both have traced the same
+            first, second = _traces(server, folder / "tp.jsonl")
+            assert first == second
+            assert len(first) <= len(before) + 4, "steps until both knew"
+        server.set_sere(enabled=True, reset_counters=True)
+        server.generate(PROMPTS, 8)
+        state = server.sere()
+        assert state["failed"] is None and state["counters"]["0"]["rerouted"] > 0
 
 
 def _load_under_every_policy(server: Server) -> None:
