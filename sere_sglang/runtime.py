@@ -275,7 +275,6 @@ class SereRuntime:
         rows = self.binding.counters.tolist()
         return {
             **self.essential_state(),
-            "operating_point": self.point.describe(),
             "composition": None if self.last is None else dataclasses.asdict(self.last),
             "feedback": dataclasses.asdict(self.feedback),
             "step_ms": self._clock.step_ms,
@@ -287,9 +286,18 @@ class SereRuntime:
         }
 
     def essential_state(self) -> dict[str, Any]:
-        """The part of `state` that needs nothing which may have failed."""
-        settings = dataclasses.asdict(self.settings)
-        return {**settings, "top_k": self.top_k, "failed": self.failed or self.trouble}
+        """`state` without what may have failed, in the same form."""
+        return {
+            **dataclasses.asdict(self.settings),
+            "top_k": self.top_k,
+            "failed": self.failed or self.trouble,
+            "operating_point": self.point.describe(),
+            "composition": None,
+            "feedback": dataclasses.asdict(NO_FEEDBACK),
+            "step_ms": None,
+            "predicted_step_ms": None,
+            "counters": {},
+        }
 
     def summary(self) -> str:
         """For SGLang's decode log line."""

@@ -82,7 +82,7 @@ def _view(now: dict[str, Any], before: dict[str, Any]) -> Group:
     for title in ("layer", "active before", "after", "", "re-routed", "critical"):
         table.add_column(title, justify="left" if title == "" else "right")
     for layer, counters in now["counters"].items():
-        old = before["counters"][layer]
+        old = before["counters"].get(layer, dict.fromkeys(counters, 0))
         steps = counters["forwards"] - old["forwards"]
         since = {k: counters[k] - old[k] if steps > 0 else counters[k] for k in counters}
         n = max(since["forwards"], 1)
