@@ -105,8 +105,8 @@ class MeasuredCost:
         step = (self.ms[after] - self.ms[after - 1]) / (high - low)
         if rows <= high:
             return self.ms[after - 1] + step * (rows - low)
-        # More experts must not become cheaper than fewer, far beyond the table.
-        return self.ms[after] + np.maximum.accumulate(step) * (rows - high)
+        # Few experts may overtake many there: their rows take long to multiply already.
+        return np.maximum.accumulate(self.ms[after] + step * (rows - high))
 
 
 @dataclass(frozen=True)
