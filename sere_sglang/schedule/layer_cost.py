@@ -48,7 +48,7 @@ class LayerCost(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MeasuredCost:
     """A table of measured times.
 
