@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from toy_model import COST, expectation, settings
+from typer.testing import CliRunner
 
 from sere_sglang.cli import simulate
+from sere_sglang.cli.main import app
 from sere_sglang.config import DEFAULT_MIN_GAIN, DEFAULT_QUALITY_BUDGET
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import StepModel
@@ -95,8 +97,9 @@ def test_the_step_is_the_files_where_no_flag_says_otherwise(tmp_path: Path) -> N
         ([f"--cost={file}"], 1.98),
         ([f"--cost={file}", "--fixed-ms=0"], 0.98),
     ):
-        result = _command(f"--profile={PROFILE}", f"--trace={trace}", f"--out={tmp_path}", *given)
-        assert result.returncode == 0, result.stderr
+        command = ["simulate", f"--profile={PROFILE}", f"--trace={trace}", f"--out={tmp_path}"]
+        result = CliRunner().invoke(app, [*command, *given])
+        assert result.exit_code == 0, result.output
         (exact, *_) = json.loads((tmp_path / "simulate.json").read_text())["rows"]
         assert exact["tpot_p50_ms"] == pytest.approx(expected, rel=0.05)
 
