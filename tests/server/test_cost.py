@@ -60,7 +60,7 @@ def test_doctor_prints_what_it_writes(sere: Server, checkpoint: Checkpoint, tmp_
     for (_, _, ms, floor, share), cell in zip(lines, cells, strict=True):
         assert float(ms) == pytest.approx(cell[2], abs=0.001)
         if float(floor) > 0.05:  # printed to a microsecond
-            assert float(share.rstrip("%")) / 100 == pytest.approx(float(floor) / cell[2], rel=0.1)
+            assert float(share.rstrip("%")) == pytest.approx(100 * float(floor) / cell[2], abs=1)
     assert load_cost(out).cost.num_layers == 3
 
 
@@ -80,11 +80,9 @@ def test_doctor_stops_at_ctrl_c(checkpoint: Checkpoint) -> None:
         if "CPU engine" in line:
             break
     os.killpg(process.pid, signal.SIGINT)
-    rest = process.stderr.read()  # ends when the last process that holds it does
+    rest = process.stderr.read()  # until the last process that holds it has ended
     assert process.wait(timeout=60) == 130
     assert rest.splitlines()[-1] == "stopped" and "Traceback" not in rest
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
 
 
 @pytest.mark.parametrize(
