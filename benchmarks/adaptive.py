@@ -1,10 +1,11 @@
 """Policies on one real server under a load that rises and falls: who is fast, and at what price.
 
-    python -m benchmarks.adaptive [--seconds 20] [--rounds 2]
+    python -m benchmarks.adaptive [--seconds 20] [--rounds 5]
 
-The demo model with experts padded to 3 MB each (launch.padded_model): its quality is real, and its
-steps are bound by the bytes of its experts. Clients come and go between 1 and 48; each asks one
-request after the other, so prefills fall in between. All policies meet the same clients, in turns.
+The demo model with its experts padded to 6.3 MB each (launch.padded_model): its quality is real,
+and its steps are bound by the bytes of its experts. Clients come and go between 1 and 48; each asks
+one request after the other, so prefills fall in between. All policies meet the same clients, in
+turns.
 Writes ``adaptive.json`` and ``adaptive.png``.
 """
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from benchmarks._common import RESULTS_DIR, hardware_slug, write_result
 from launch import quality
-from launch.experiment import heldout_prompts
+from launch.experiment import heldout_prompts, median_interval
 from launch.local_server import Server, serve
 from launch.padded_model import write_padded_model
 from sere_sglang.profile import load_profile
@@ -59,7 +60,7 @@ class Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="of load, per policy and round")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=ROOT / "out" / "adaptive")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
@@ -93,7 +94,7 @@ def main() -> None:
         _measure_quality(server, texts, found)
     rows = [_row(name, measured, found["off"]) for name, measured in found.items()]
     _print(rows)
-    path = write_result("adaptive", rows, model="demo model, experts padded to 3 MB")
+    path = write_result("adaptive", rows, model="demo model, experts padded to 6.3 MB")
     from benchmarks.adaptive_plot import draw
 
     picture = Path(os.environ.get("OUT") or RESULTS_DIR / hardware_slug()) / "adaptive.png"
@@ -175,11 +176,12 @@ def _measure_quality(
 
 
 def _row(name: str, measured: Measured, off: Measured) -> dict[str, Any]:
-    pairs = zip(measured.tok_s, off.tok_s, strict=True)
+    ratios = [ours / theirs for ours, theirs in zip(measured.tok_s, off.tok_s, strict=True)]
     return {
         "policy": name,
         "tok_s": statistics.median(measured.tok_s),
-        "ratio": statistics.median(ours / theirs for ours, theirs in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_interval": median_interval(ratios),
         "tpot_p50_ms": float(np.percentile(measured.gaps, 50)),
         "tpot_p99_ms": float(np.percentile(measured.gaps, 99)),
         "active": statistics.fmean(measured.active),
@@ -188,10 +190,12 @@ def _row(name: str, measured: Measured, off: Measured) -> dict[str, Any]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    print(f"\n{'policy':12} {'tok/s':>6} {'x off':>6} {'p50 ms':>7} {'p99 ms':>7} {'active':>7} KL")
+    heads = f"{'policy':12} {'tok/s':>6} {'x off':>6} {'95 %':>11}"
+    print(f"\n{heads} {'p50 ms':>7} {'p99 ms':>7} {'active':>7} KL")
     for row in rows:
         print(
-            f"{row['policy']:12} {row['tok_s']:6.0f} {row['ratio']:6.2f} {row['tpot_p50_ms']:7.1f} "
+            f"{row['policy']:12} {row['tok_s']:6.0f} {row['ratio']:6.2f} "
+            f"{'{:.2f} - {:.2f}'.format(*row['ratio_interval']):>11} {row['tpot_p50_ms']:7.1f} "
             f"{row['tpot_p99_ms']:7.1f} {row['active']:7.1f} {row['kl']:.4f}"
         )
 

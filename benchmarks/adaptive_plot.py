@@ -22,15 +22,18 @@ def draw(runs: dict[str, list[TraceStep]], rows: list[dict[str, Any]], path: Pat
     figure = plt.figure(figsize=(13, 6.5), layout="constrained")
     grid = figure.add_gridspec(3, 2, width_ratios=(1.6, 1))
     panels = [figure.add_subplot(grid[i, 0]) for i in range(3)]
+    colors = {row["policy"]: f"C{i}" for i, row in enumerate(rows)}
     for name in _SHOWN:
+        color = colors[name]
         decode = [s for s in runs[name] if s.composition.mode == "decode"]
         time = np.array([s.time for s in decode])
         time -= time[0]
         step_ms = np.minimum(1000 * np.diff(time, append=time[-1]), 400)
-        panels[0].plot(time, [s.composition.num_tokens for s in decode], lw=1, label=name)
+        rows_of = [s.composition.num_tokens for s in decode]
+        panels[0].plot(time, rows_of, lw=1, color=color, label=name)
         kept = [s.point.mean_primary_k or TOP_K for s in decode]
-        panels[1].plot(time, kept, lw=1, drawstyle="steps-post")
-        panels[2].plot(time, _smooth(step_ms), lw=1)
+        panels[1].plot(time, kept, lw=1, color=color, drawstyle="steps-post")
+        panels[2].plot(time, _smooth(step_ms), lw=1, color=color)
     for panel, label in zip(
         panels, ("rows per step", f"S ({TOP_K}: exact)", "step, ms"), strict=True
     ):
@@ -41,7 +44,12 @@ def draw(runs: dict[str, list[TraceStep]], rows: list[dict[str, Any]], path: Pat
     right = figure.add_subplot(grid[:, 1])
     for row in rows:
         adaptive = row["policy"] == "adaptive"
-        right.plot(row["kl"], row["ratio"], "*" if adaptive else "o", ms=14 if adaptive else 8)
+        low, high = row["ratio_interval"]
+        right.errorbar(
+            row["kl"], row["ratio"], [[row["ratio"] - low], [high - row["ratio"]]],
+            fmt="*" if adaptive else "o", ms=14 if adaptive else 8, capsize=2,
+            color=colors[row["policy"]],
+        )  # fmt: skip
         right.annotate(
             row["policy"], (row["kl"], row["ratio"]), textcoords="offset points", xytext=(7, 5)
         )

@@ -23,11 +23,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks._common import write_result
-from launch.experiment import heldout_prompts
+from launch.experiment import heldout_prompts, median_interval
 from launch.load import run_load
 from launch.local_server import SGLANG, Server, serve
 
@@ -94,7 +93,7 @@ def _measure(
     rows = []
     for case, found in speeds.items():
         ratios = [a / b for a, b in zip(found, speeds["without"], strict=True)]
-        low, high = _interval(ratios)
+        low, high = median_interval(ratios)
         row = {
             "case": case,
             "streams": len(prompts),
@@ -106,13 +105,6 @@ def _measure(
         rows.append(row)
         print(f"{case:10} {row['tok_s']:7.0f} {row['ratio']:7.3f}   {low:.3f} .. {high:.3f}")
     return rows
-
-
-def _interval(ratios: list[float]) -> tuple[float, float]:
-    """Of their median, at 95 %, by resampling."""
-    draws = np.random.default_rng(0).choice(ratios, (4000, len(ratios)))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    return float(low), float(high)
 
 
 if __name__ == "__main__":

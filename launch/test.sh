@@ -1,31 +1,50 @@
 #!/usr/bin/env bash
 # Every check of this repository: style, types, tests against real servers. No GPU needed.
-#   bash launch/test.sh              everything
+#   bash launch/test.sh              everything: 8 to 15 minutes on two cores
+#   bash launch/test.sh --quick      what starts no SGLang: 2 to 3 minutes
 #   bash launch/test.sh tests/ops    what you name, passed to pytest
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
+quick=
+if [ "${1:-}" = --quick ]; then
+  quick=1
+  shift
+fi
 if [ $# -gt 0 ]; then exec "$PYTHON" -m pytest "$@"; fi
 
-# Two at a time: a server's start is mostly imports on one core. Waiting threads must not spin then.
+# Several at a time: a server's start is mostly imports on one core. Waiting threads must not spin.
 export OMP_WAIT_POLICY=passive
+ran=()
 failed=()
 step() {
   printf '\n\033[1m== %s\033[0m\n' "$1"
+  ran+=("$1")
   shift
   "$@" || failed+=("$*")
 }
+finish() {
+  printf '\nran in %d min %d s: %s\n' $((SECONDS / 60)) $((SECONDS % 60)) \
+    "$(printf '%s; ' "${ran[@]}" | sed 's/; $//')"
+  if [ ${#failed[@]} -gt 0 ]; then
+    printf '\033[1;31mFAILED:\033[0m %s\n' "${failed[@]}"
+    exit 1
+  fi
+  printf '\033[1;32m%s\033[0m\n' "$1"
+}
 
+SECONDS=0
 step "style" "$PYTHON" -m ruff check .
 step "format" "$PYTHON" -m ruff format --check .
 step "types" "$PYTHON" -m mypy
+if [ -n "$quick" ]; then
+  step "tests of ops, schedule, profile" "$PYTHON" -m pytest tests/ops tests/schedule \
+    tests/profile -n 2 --durations=5 --ignore=tests/profile/test_calibrate.py
+  finish "quick checks passed; not run: whatever starts SGLang, benchmarks, the compile check"
+  exit
+fi
 # The one test that holds step times against each other has the machine to itself.
 alone=tests/server/test_slo_target.py
-step "tests" "$PYTHON" -m pytest tests -n 2 --dist loadfile --durations=8 --ignore=$alone
+step "tests" "$PYTHON" -m pytest tests -n 3 --durations=8 --ignore=$alone
 step "time per output token" "$PYTHON" -m pytest $alone
 step "kernels compile" bash launch/compile_check.sh
-
-if [ ${#failed[@]} -gt 0 ]; then
-  printf '\n\033[1;31mFAILED:\033[0m %s\n' "${failed[@]}"
-  exit 1
-fi
-printf '\n\033[1;32mall checks passed\033[0m\n'
+finish "all checks passed"

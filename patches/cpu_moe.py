@@ -1,11 +1,12 @@
 """Seam: ``moe_forward_native``, SGLang's MoE on its CPU engine without AMX (0.5.13 - 0.5.23).
 
 It counts tokens per expert with ``scatter_``, so a row that holds one expert twice, which
-re-routing produces, breaks it. Ours replaces it while SERE is on.
+re-routing produces, breaks it. Ours stands in for it while SERE is on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +20,23 @@ _TARGET = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
 
 
 def install() -> None:
-    hook(_TARGET, _run, HookType.REPLACE, needs=["layer", "x", "topk_output", "moe_runner_config"])
+    hook(
+        _TARGET,
+        _run,
+        HookType.AROUND,
+        needs=["layer", "x", "topk_output", "moe_runner_config"],
+        runs="until it fails",
+        otherwise=_run_sglangs,
+    )
 
 
-def _run(layer: Any, x: torch.Tensor, topk_output: Any, moe_runner_config: Any) -> torch.Tensor:
+def _run(
+    _original: Callable[..., torch.Tensor],
+    layer: Any,
+    x: torch.Tensor,
+    topk_output: Any,
+    moe_runner_config: Any,
+) -> torch.Tensor:
     config = moe_runner_config
     if config.apply_router_weight_on_input or config.gemm1_alpha is not None:
         raise SereError(
@@ -39,3 +53,38 @@ def _run(layer: Any, x: torch.Tensor, topk_output: Any, moe_runner_config: Any) 
         w13_bias=getattr(layer, "w13_weight_bias", None),
         w2_bias=getattr(layer, "w2_weight_bias", None),
     )
+
+
+def _run_sglangs(
+    original: Callable[..., torch.Tensor],
+    layer: Any,
+    x: torch.Tensor,
+    topk_output: Any,
+    moe_runner_config: Any,
+) -> torch.Tensor:
+    """In the step in which ours failed, which may be a re-routed one."""
+    ids, weights = distinct(
+        topk_output.topk_ids, topk_output.topk_weights, layer.w2_weight.shape[0]
+    )
+    output = topk_output._replace(topk_ids=ids, topk_weights=weights)
+    return original(layer, x, output, moe_runner_config)
+
+
+def distinct(
+    ids: torch.Tensor, weights: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same sums with no expert twice in a row: `ids`, `weights` [T, K].
+
+    The first slot of an expert takes the weights of the others, which get experts that the row
+    does not use, with weight 0.
+    """
+    ids, weights = ids.clone(), weights.clone()
+    for own, weight in zip(ids, weights, strict=True):
+        first: dict[int, int] = {}
+        free = iter(sorted(set(range(num_experts)) - set(own.tolist())))
+        for slot, expert in enumerate(own.tolist()):
+            if expert >= 0 and first.setdefault(expert, slot) != slot:
+                weight[first[expert]] += weight[slot]
+                weight[slot] = 0
+                own[slot] = next(free)
+    return ids, weights

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import logging
 
+from sglang.srt.plugins.hook_registry import HookType
+
 from sere_sglang import runtime
+from sere_sglang.patches.guard import Guarded
 
 _LOGGER = "sglang.srt.managers.scheduler_components.metrics_reporter"
 
 
 def install() -> None:
-    logging.getLogger(_LOGGER).addFilter(_add)
+    guarded = Guarded(
+        "decode log line", _add, HookType.BEFORE, runs="always", otherwise=lambda _: True
+    )
+    logging.getLogger(_LOGGER).addFilter(guarded)
 
 
 def _add(record: logging.LogRecord) -> bool:

@@ -13,7 +13,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang import config
 from sere_sglang.errors import SereError
-from sere_sglang.patches import http_server, request_quality
+from sere_sglang.patches import guard, http_server, request_quality
 from sere_sglang.patches.seam import hook, resolve
 
 _TARGET = "sglang.srt.entrypoints.engine.Engine"
@@ -59,5 +59,6 @@ def _check_handshake(result: Any, _cls: type, server_args: Any, *_args: Any, **_
             "--moe-backend sere: the scheduler process started without it (is the sere-sglang "
             "plugin excluded by SGLANG_PLUGINS, or installed in another environment?)"
         )
+    guard.launcher_serves(lambda: http_server.stop(result[0]))
     http_server.install()
     request_quality.install(config.config_of(server_args).quality_rules())

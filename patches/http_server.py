@@ -2,27 +2,31 @@
 
 SGLang types its body as numbers only, over HTTP and on the way to the schedulers. Ours takes the
 nested object ``{"server_args": {"sere": {...}}}``, checks it against the live settings so that a
-wrong one is told why, and sends it on as numbers (`flatten` / `unflatten`).
+wrong one is told why, and sends it on as numbers (patches/number_keys.py).
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
+import math
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-from sere_sglang.errors import SereError
+from sere_sglang.errors import SereError, cut, shown
+from sere_sglang.patches import guard
+from sere_sglang.patches.number_keys import PREFIX, STOP, flatten
 from sere_sglang.patches.seam import SeamError, resolve
-from sere_sglang.schedule.policy import policy_names
-from sere_sglang.schedule.settings import COMMANDS, Settings
+from sere_sglang.schedule.settings import Settings
 
 _MODULE = "sglang.srt.entrypoints.http_server"
 _PATH = "/set_internal_state"
-_PREFIX = "sere."
-_NONE = -1  # of the settings that may be null; they are positive otherwise
-_OPTIONAL = ("max_batch", "tpot_slo_ms")
-_FLAGS = ("enabled", *COMMANDS)
-_WHOLE = ("primary_k", "fast_primary_k", "min_batch", "max_batch")
+_REQUEST = "sglang.srt.managers.io_struct.SetInternalStateReq"
+_KEY = "sere"
+_FORM = 'expected {"server_args": {"sere": {...}}}'
+_tasks: set[asyncio.Task[Any]] = set()
+_WIDEST = 1 << 63  # numbers travel on in 64 bits
 
 
 def install() -> None:
@@ -43,71 +47,101 @@ def install() -> None:
     app.api_route(_PATH, methods=["POST", "PUT"])(endpoint)
 
 
-def flatten(changes: Mapping[str, Any]) -> dict[str, float]:
-    """`{"primary_k": 2}` -> `{"sere.primary_k": 2}`; booleans become 0 or 1, null becomes -1, a
-    policy its place among `policy_names`, which are the same in every process."""
-    numbers = dict(changes)
-    if "policy" in numbers:
-        numbers["policy"] = policy_names().index(numbers["policy"])
-    return {_PREFIX + k: _NONE if v is None else v + 0 for k, v in numbers.items()}
-
-
-def unflatten(server_args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a request's keys into (ours in their own types, everything else)."""
-    ours: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
-    for key, value in server_args.items():
-        name = key.removeprefix(_PREFIX)
-        if name == key:
-            rest[key] = value
-        elif name in _FLAGS:
-            ours[name] = bool(value)
-        elif name == "policy":
-            ours[name] = policy_names()[int(value)]
-        elif name in _OPTIONAL and value == _NONE:
-            ours[name] = None
-        elif name in _WHOLE and float(value).is_integer():
-            ours[name] = int(value)
-        else:
-            ours[name] = value
-    return ours, rest
-
-
 def _endpoint() -> Any:
     from fastapi import Request
     from fastapi.responses import JSONResponse
 
-    request_type = resolve("sglang.srt.managers.io_struct.SetInternalStateReq")
+    request_type = resolve(_REQUEST)
     server = sys.modules[_MODULE]
 
     async def set_internal_state(request: Request) -> Any:
         manager = server._global_state.tokenizer_manager  # type: ignore[attr-defined]
         try:
-            body = await request.json()
-            server_args = body["server_args"]
-            asked = server_args.pop("sere", None)
-            numbers = {str(key): value + 0 for key, value in server_args.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return _refuse('expected {"server_args": {"sere": {...}}}, every other key a number')
-        if asked is not None:
-            states = await manager.get_internal_state()
-            try:
-                check(asked, states[0]["sere"])
-            except SereError as error:
-                return _refuse(f"sere: {error}")
-            numbers |= flatten(asked)
-        return await manager.set_internal_state(request_type(server_args=numbers))
-
-    def _refuse(message: str) -> JSONResponse:
-        return JSONResponse({"error": {"message": message, "code": 400}}, status_code=400)
+            numbers, asked = parse(await request.body())
+            if asked is not None:
+                states = await manager.get_internal_state()
+                for state in states:
+                    check(asked, state["sere"])
+                numbers |= flatten(asked)
+        except SereError as error:
+            return JSONResponse({"error": {"message": str(error), "code": 400}}, status_code=400)
+        answer = await manager.set_internal_state(request_type(server_args=numbers))
+        if asked is not None and asked.get("enabled") is True and all(answer):
+            guard.launcher_starts_again()
+        return answer
 
     # The module's annotations are strings, which FastAPI would look up among its globals.
     set_internal_state.__annotations__["request"] = Request
     return set_internal_state
 
 
+def parse(body: bytes) -> tuple[dict[str, float], Any]:
+    """(SGLang's own keys, what is asked of SERE or None) of a request's body. Raises `SereError`.
+
+    Our encoding between processes is no entrance: keys that look like it are refused.
+    """
+    try:
+        content = json.loads(body, parse_constant=_no_constant)
+    except RecursionError:
+        raise SereError(f"the body is nested too deeply; {_FORM}") from None
+    except SereError:
+        raise
+    except ValueError as error:
+        raise SereError(f"the body is no JSON ({cut(str(error))}); {_FORM}") from None
+    server_args = content.get("server_args") if isinstance(content, dict) else None
+    if not isinstance(server_args, dict):
+        raise SereError(_FORM)
+    asked = None
+    numbers: dict[str, float] = {}
+    for key, value in server_args.items():
+        if key == _KEY:
+            asked = value
+            if not isinstance(asked, dict):
+                raise SereError(_not_an_object(asked))
+        elif key.strip().lower().startswith(_KEY):
+            name = key.strip()[len(PREFIX) :] or "..."
+            raise SereError(
+                f"unknown key {shown(key)}: settings of SERE go into one object, "
+                f'{{"server_args": {{"sere": {{{json.dumps(cut(name))}: ...}}}}}}'
+            )
+        else:
+            numbers[key] = _number(key, value)
+    return numbers, asked
+
+
 def check(asked: Any, state: Mapping[str, Any]) -> None:
     """Raise `SereError` unless `asked` is a valid change of the live `state`."""
     if not isinstance(asked, Mapping):
-        raise SereError('expected an object, for instance {"sere": {"primary_k": 2}}')
-    Settings.from_state(state).updated(asked, top_k=state["top_k"])
+        raise SereError(_not_an_object(asked))
+    try:
+        Settings.from_state(state).updated(asked, top_k=state["top_k"])
+    except SereError as error:
+        raise SereError(f"sere: {error}") from None
+
+
+def stop(manager: Any) -> None:
+    """End re-routing on all ranks, on behalf of the process of SGLang's `manager` itself."""
+    request = resolve(_REQUEST)(server_args=flatten({STOP: True}))
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # between two calls of an offline Engine: nothing was routed by it
+        return
+    task = loop.create_task(manager.set_internal_state(request))
+    _tasks.add(task)  # asyncio itself keeps no reference
+    task.add_done_callback(_tasks.discard)
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SereError(f"{shown(key)} must be a number, got {shown(value)}")
+    if not (math.isfinite(value) if isinstance(value, float) else -_WIDEST <= value < _WIDEST):
+        raise SereError(f"{shown(key)} is too large: {shown(value)}")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise SereError(f"{name} is no number that JSON knows; give a finite one")
+
+
+def _not_an_object(asked: Any) -> str:
+    return f'sere: expected an object, for instance {{"primary_k": 2}}, got {shown(asked)}'

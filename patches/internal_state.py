@@ -14,18 +14,32 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang import runtime
 from sere_sglang.errors import SereError
-from sere_sglang.patches.http_server import unflatten
+from sere_sglang.patches.number_keys import PREFIX, STOP, unflatten
 from sere_sglang.patches.seam import hook, resolve
 
 logger = logging.getLogger(__name__)
 
 _MODULE = "sglang.srt.managers.scheduler_components.internal_state"
+_OUTPUT = "sglang.srt.managers.io_struct.SetInternalStateReqOutput"
 _TARGET = f"{_MODULE}.SchedulerInternalStateController"
 
 
 def install() -> None:
-    hook(f"{_TARGET}.get_internal_state", _add_state, HookType.AFTER)
-    hook(f"{_TARGET}.set_internal_state", _set_state, HookType.AROUND, needs=["recv_req"])
+    hook(
+        f"{_TARGET}.get_internal_state",
+        _add_state,
+        HookType.AFTER,
+        runs="always",
+        otherwise=_add_essential_state,
+    )
+    hook(
+        f"{_TARGET}.set_internal_state",
+        _set_state,
+        HookType.AROUND,
+        needs=["recv_req"],
+        runs="always",
+        otherwise=_refuse,
+    )
 
 
 def _add_state(result: Any, *_args: Any) -> None:
@@ -34,20 +48,34 @@ def _add_state(result: Any, *_args: Any) -> None:
         result.internal_state["sere"] = active.state()
 
 
-def _set_state(original: Callable[..., Any], controller: Any, recv_req: Any) -> Any:
-    ours, rest = unflatten(recv_req.server_args)
+def _add_essential_state(result: Any, *_args: Any) -> None:
     active = runtime.current()
+    if active is not None:
+        result.internal_state["sere"] = active.essential_state()
+
+
+def _set_state(original: Callable[..., Any], controller: Any, recv_req: Any) -> Any:
+    active = runtime.current()
+    ours = [key for key in recv_req.server_args if key.startswith(PREFIX)]
     if not ours or active is None:
         return original(controller, recv_req)
-    output = resolve("sglang.srt.managers.io_struct.SetInternalStateReqOutput")
+    output = resolve(_OUTPUT)
     try:
-        active.settings_with(ours)
+        changes, rest = unflatten(recv_req.server_args)
+        failed = changes.pop(STOP, False)
+        apply = active.prepared(changes)
     except SereError as error:
         logger.warning("/set_internal_state refused: sere: %s", error)
         return output(updated=False)
+    if failed:
+        active.stop("a hook in the HTTP process, whose log says more")
     # Everything or nothing: ours only after SGLang has taken the rest.
     recv_req.server_args = rest
     result = original(controller, recv_req) if rest else output(updated=True)
-    if result.updated:
-        active.update(ours)
+    if result.updated and changes:
+        apply()
     return result
+
+
+def _refuse(_original: Callable[..., Any], *_args: Any) -> Any:
+    return resolve(_OUTPUT)(updated=False)

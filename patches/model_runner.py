@@ -37,7 +37,14 @@ _MODES: dict[str, Mode] = {
 
 def install() -> None:
     hook(f"{_TARGET}.load_model", _bind, HookType.AFTER)
-    hook(f"{_TARGET}.forward", _forward, HookType.AROUND, needs=["forward_batch"])
+    hook(
+        f"{_TARGET}.forward",
+        _forward,
+        HookType.AROUND,
+        needs=["forward_batch"],
+        runs="always",
+        otherwise=_forward_exact,
+    )
 
 
 def _bind(_result: Any, runner: Any) -> None:
@@ -85,6 +92,8 @@ def _forward(
     active = runtime.current()
     if active is None or runner.is_draft_worker or active.binding is None:
         return original(runner, forward_batch, *args, **kwargs)
+    if active.failed is not None:
+        return _forward_exact(original, runner, forward_batch, *args, **kwargs)
     from sglang.srt.runtime_context import get_parallel
 
     composition = composition_of(forward_batch, active.moe_rows, get_parallel())
@@ -102,6 +111,16 @@ def _forward(
         return original(runner, forward_batch, *args, **kwargs)
     finally:
         active.end_forward()
+
+
+def _forward_exact(
+    original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Captured graphs keep launching the kernels: the control block has to say that it is off."""
+    active = runtime.current()
+    if active is not None and not runner.is_draft_worker:
+        active.exact_forward()
+    return original(runner, forward_batch, *args, **kwargs)
 
 
 def composition_of(batch: Any, rows: MoeRows, parallel: Any) -> BatchComposition:

@@ -19,11 +19,22 @@ _TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokeni
 _rules: QualityRules | None = None
 
 
+class Refusal(ValueError):
+    """A request that may not have what it asks for; SGLang answers it with status 400."""
+
+
 def install(rules: QualityRules) -> None:
     """In the launcher, once its server is known to run SERE."""
     global _rules
     if _rules is None:
-        hook(_TARGET, _check, HookType.BEFORE, needs=["obj"])
+        hook(
+            _TARGET,
+            _check,
+            HookType.BEFORE,
+            needs=["obj"],
+            runs="always",
+            deliberate=(Refusal,),
+        )
     _rules = rules
 
 
@@ -34,4 +45,4 @@ def _check(_manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:
     try:
         _rules.check(sampling.get("custom_params"))
     except SereError as error:
-        raise ValueError(str(error)) from None
+        raise Refusal(str(error)) from None

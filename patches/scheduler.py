@@ -72,6 +72,7 @@ def _after_init(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
     from sglang.srt.runtime_context import get_parallel
 
     from sere_sglang import runtime
+    from sere_sglang.patches import rank_decision
 
     active, parallel = runtime.current(), get_parallel()
     if active is None or active.binding is None:
@@ -92,6 +93,8 @@ def _after_init(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
         measures=parallel.tp_rank == parallel.pp_rank == 0,
         metrics=metrics,
         trace_suffix=_trace_suffix(parallel),
+        warms_up=not scheduler.server_args.skip_server_warmup,
+        tells=rank_decision.note_of(active),
     )
 
 

@@ -2,7 +2,8 @@
 
 SGLang logs and skips a hook that cannot be applied, so a server would start without SERE.
 Every patch therefore goes through `declare` or `hook`, which check the symbol's parameters
-first and its installation afterwards, and raise `SeamError` with the symbol's name.
+first and its installation afterwards, and raise `SeamError` with the symbol's name. Both guard
+what they install (patches/guard.py; further arguments are those of `Guarded`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 from sglang.version import __version__ as SGLANG_VERSION
 
 from sere_sglang.errors import SereError
+from sere_sglang.patches.guard import Guarded
 
 TESTED_VERSIONS = ("0.5.23",)
 
@@ -44,14 +46,19 @@ def check_parameters(target: str, needed: Iterable[str]) -> None:
 
 
 def declare(
-    target: str, function: Callable[..., Any], kind: HookType, *, needs: Iterable[str] = ()
+    target: str,
+    function: Callable[..., Any],
+    kind: HookType,
+    *,
+    needs: Iterable[str] = (),
+    **guard: Any,
 ) -> None:
     """While plugins load: leave `function` with SGLang, which applies all plugins' hooks at once.
 
     `require_applied` tells later whether it did.
     """
     check_parameters(target, needs)
-    HookRegistry.register(target, function, kind)
+    HookRegistry.register(target, _guarded(target, function, kind, guard), kind)
 
 
 def require_applied(targets: Iterable[str]) -> None:
@@ -62,14 +69,30 @@ def require_applied(targets: Iterable[str]) -> None:
 
 
 def hook(
-    target: str, function: Callable[..., Any], kind: HookType, *, needs: Iterable[str] = ()
+    target: str,
+    function: Callable[..., Any],
+    kind: HookType,
+    *,
+    needs: Iterable[str] = (),
+    **guard: Any,
 ) -> None:
     """After plugins have loaded: wrap `target` now, around whatever other plugins put there."""
     check_parameters(target, needs)
     before = resolve(target)
-    HookRegistry._apply_target(target, [(kind, function, _SOURCE)])
+    guarded = _guarded(target, function, kind, guard)
+    HookRegistry._apply_target(target, [(kind, guarded, _SOURCE)])
     if resolve(target) is before:
         raise SeamError(_message(target, "could not be hooked"))
+
+
+def _guarded(
+    target: str, function: Callable[..., Any], kind: HookType, options: dict[str, Any]
+) -> Callable[..., Any]:
+    # What replaces SGLang's function has no way back: it belongs to the CPU engine, not to SERE.
+    if kind is HookType.REPLACE:
+        return function
+    name = ".".join(target.split(".")[-2:])
+    return Guarded(f"{name} ({kind.value})", function, kind, **options)
 
 
 def _message(target: str, what: str) -> str:

@@ -15,6 +15,7 @@ Nothing inside the scheduler is touched unless the server was started with
                 patches.topk          re-routes right after top-k, or in one launch with it
                 patches.cpu_moe       CPU engine: our MoE runner
                 patches.internal_state /server_info and /set_internal_state
+    every hook  patches.guard         what happens when one fails while the server serves
 """
 
 from __future__ import annotations

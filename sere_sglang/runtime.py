@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sere_sglang.config import SereConfig
+from sere_sglang.errors import cut
 from sere_sglang.ops import COUNTER_FIELDS
 from sere_sglang.profile import SereProfile
 from sere_sglang.schedule.composition import BatchComposition, MoeRows
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_REASON = 300  # letters of why it failed, in /server_info
 _REPORT_EVERY = 16  # decode steps between two looks at an operating point that stays
 
 _current: SereRuntime | None = None
@@ -47,6 +49,10 @@ class SereRuntime:
 
     Every rank decides by itself, from what all ranks see: composition, settings, feedback. What
     was measured comes from one rank (`measures`) as `Feedback`.
+
+    trouble: why this rank could not go on, set by the first `fail`. failed: why all ranks have
+        stopped re-routing, set by `stop` at the same step everywhere; with one rank both at once.
+    attempt: counts how often an operator has started it again after a failure.
     """
 
     def __init__(self, config: SereConfig) -> None:
@@ -70,13 +76,20 @@ class SereRuntime:
         self._reported: OperatingPoint | None = None
         self._steps = 0
         self._checked = False
+        self.trouble: str | None = None
+        self.failed: str | None = None
+        self.attempt = 0
+        self.tells: Callable[[str], None] | None = None
+        self._serves = False
+        self._warms_up = False
+        self._looked_at = 0
 
     def attach(self, binding: Binding, profile: SereProfile, cost: MoeCost) -> None:
         """After the weights have loaded."""
         self.binding = binding
         self.context = PolicyContext(expect(statistics_of(profile)), cost)
         self._reader = CounterReader(binding.counters)
-        self._build_policy()
+        self._take_policy(make_policy(self.settings.policy, self.context))
         logger.info(
             "SERE on: %d MoE layers, %s kernel, policy %s, S=%d, rho=%g, profile %s, %s",
             len(binding.stages),
@@ -95,6 +108,8 @@ class SereRuntime:
         measures: bool,
         metrics: SereMetrics | None,
         trace_suffix: str = "",
+        warms_up: bool = False,
+        tells: Callable[[str], None] | None = None,
     ) -> None:
         """Once the scheduler is up.
 
@@ -103,7 +118,10 @@ class SereRuntime:
             measures: this is the rank that receives requests.
             metrics: where it reports, if it does.
             trace_suffix: of this rank's ``--sere-trace`` file.
+            warms_up: the first forward belongs to the start: what fails in it stops the server.
+            tells: tells the rank that receives requests of trouble; None when there is one rank.
         """
+        self._warms_up, self.tells, self._serves = warms_up, tells, True
         self.queue, self.measures, self.metrics = queue, measures, metrics
         if self.config.sere_trace is not None:
             self._trace = TraceWriter(self.config.sere_trace + trace_suffix)
@@ -124,8 +142,9 @@ class SereRuntime:
             exact_rows=classes.count(1),
             fast_rows=classes.count(2),
         )
+        # A failure in what only some ranks do must not keep this one from deciding like them.
         if self.measures:
-            self._measure(composition)
+            self._watched("measuring", self._measure, composition)
         self.last = composition
         self.point = choose(self.policy, composition, self.settings, self.feedback)
         if len(classes) > self.binding.control.max_rows:
@@ -137,7 +156,7 @@ class SereRuntime:
         )
         self.binding.switch.launch = self.point.enabled
         if self._trace is not None:
-            self._trace.write(composition, self.point, self.feedback)
+            self._watched("--sere-trace", self._trace.write, composition, self.point, self.feedback)
 
     def end_forward(self) -> None:
         assert self.binding is not None
@@ -146,7 +165,54 @@ class SereRuntime:
             self.binding.check_all_ran()
             self._checked = True
         if self.measures or self.metrics is not None:
-            self._read_counters()
+            self._watched("telemetry", self._read_counters)
+
+    def exact_forward(self) -> None:
+        """In place of `begin_forward` where that cannot be had: the coming forward runs exact."""
+        if self.binding is not None:
+            self.point = OFF
+            self.binding.control.write(OFF, 0)
+            self.binding.switch.launch = False
+
+    @property
+    def is_serving(self) -> bool:
+        """From here on nothing may stop the server."""
+        return self._serves and (self._checked or not self._warms_up)
+
+    def fail(self, where: str, error: Exception) -> None:
+        """Something of ours has raised. Warns once, and re-routing ends: at once where there is one
+        rank, else when the rank that receives requests has told all of them."""
+        if self.trouble is None:
+            self.trouble = cut(f"{where}: {type(error).__name__}: {error}", _REASON)
+            logger.warning(
+                "SERE failed and serving goes on with exact routing; start it again with "
+                '/set_internal_state {"server_args": {"sere": {"enabled": true}}} (%s)',
+                self.trouble,
+                exc_info=error,
+            )
+            if self.tells is not None:
+                self.tells(self.trouble)
+        if self.tells is None:
+            self.stop(self.trouble)
+
+    def stop(self, reason: str) -> None:
+        """On every rank between the same two steps: exact from now on."""
+        if self.failed is not None:
+            return
+        if self.trouble is None:
+            logger.warning("SERE stops, serving goes on with exact routing: %s", reason)
+        self.trouble = self.failed = reason
+        self.point = OFF
+        if self.binding is not None:
+            # The control block is written by the next forward, on its own stream.
+            self.binding.switch.launch = False
+        if self.metrics is not None:
+            self.metrics.set_failed(True)
+
+    def is_due(self) -> bool:
+        """Once for every forward: whether there was one since the last call."""
+        before, self._looked_at = self._looked_at, self._steps
+        return before != self._steps
 
     def take_feedback(self) -> Feedback | None:
         """What the measuring rank has concluded since the last call, for all ranks."""
@@ -161,17 +227,31 @@ class SereRuntime:
         """The settings after `changes`, validated; raises `SereError` and changes nothing."""
         return self.settings.updated(changes, top_k=self.top_k)
 
-    def update(self, changes: Mapping[str, Any]) -> None:
-        """Apply `changes` of ``/set_internal_state``; ``reset_counters: true`` zeroes them."""
-        before, self.settings = self.settings, self.settings_with(changes)
-        if before.policy != self.settings.policy:
-            self._build_policy()
-        if changes.get("reset_counters") and self.binding is not None:
-            self.binding.counters.zero_()
-            self._reader.forget()
-        if self._trace is not None:
-            self._trace.flush()
-        logger.info("SERE settings: %s", self.settings)
+    def prepared(self, changes: Mapping[str, Any]) -> Callable[[], None]:
+        """What applies `changes` of ``/set_internal_state``, everything that can be refused being
+        done. Raises `SereError`. ``reset_counters: true`` zeroes them, ``enabled: true`` also
+        starts again after a failure."""
+        settings = self.settings_with(changes)
+        again = changes.get("enabled") is True and self.trouble is not None
+        policy = None
+        if settings.policy != self.settings.policy or again:
+            assert self.context is not None
+            policy = make_policy(settings.policy, self.context)
+
+        def apply() -> None:
+            self.settings = settings
+            if policy is not None:
+                self._take_policy(policy)
+            if again:
+                self._start_again()
+            if changes.get("reset_counters") and self.binding is not None:
+                self.binding.counters.zero_()
+                self._reader.forget()
+            if self._trace is not None:
+                self._trace.flush()
+            logger.info("SERE settings: %s", self.settings)
+
+        return apply
 
     @property
     def top_k(self) -> int:
@@ -194,8 +274,7 @@ class SereRuntime:
         assert self.binding is not None
         rows = self.binding.counters.tolist()
         return {
-            **dataclasses.asdict(self.settings),
-            "top_k": self.top_k,
+            **self.essential_state(),
             "operating_point": self.point.describe(),
             "composition": None if self.last is None else dataclasses.asdict(self.last),
             "feedback": dataclasses.asdict(self.feedback),
@@ -207,19 +286,41 @@ class SereRuntime:
             },
         }
 
+    def essential_state(self) -> dict[str, Any]:
+        """The part of `state` that needs nothing which may have failed."""
+        settings = dataclasses.asdict(self.settings)
+        return {**settings, "top_k": self.top_k, "failed": self.failed or self.trouble}
+
     def summary(self) -> str:
         """For SGLang's decode log line."""
+        if self.trouble is not None:
+            return "sere: failed, exact"
         text = f"sere: {self.point}"
         if self.window is not None:
             before, after = self.window.active_before.mean(), self.window.active_after.mean()
             text += f", active experts: {before:.1f} -> {after:.1f}"
         return text
 
-    def _build_policy(self) -> None:
+    def _take_policy(self, policy: Policy) -> None:
         assert self.context is not None
-        self.policy = make_policy(self.settings.policy, self.context)
+        self.policy = policy
         self.feedback = first_feedback(self.context.cost)
         self._observer = Observer(self.policy, self.context.cost)
+
+    def _start_again(self) -> None:
+        self.trouble = self.failed = None
+        self.attempt += 1
+        self._checked = self._warms_up  # a model that cannot be re-routed fails again
+        if self.metrics is not None:
+            self.metrics.set_failed(False)
+
+    def _watched(self, where: str, do: Callable[..., None], *args: Any) -> None:
+        try:
+            do(*args)
+        except Exception as error:
+            if not self.is_serving:
+                raise
+            self.fail(where, error)
 
     def _class_table(self) -> ClassTable:
         fast = (self.settings.fast_primary_k, self.settings.fast_threshold)

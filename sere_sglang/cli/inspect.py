@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,7 +79,8 @@ def _inspect(
 def _load(path: Path) -> SereProfile:
     from sere_sglang.profile import DEFAULT_FILE_NAME, load_profile
 
-    return load_profile(path / DEFAULT_FILE_NAME if path.is_dir() else path)
+    # Not Path.is_dir, which raises for a name that no file can have.
+    return load_profile(path / DEFAULT_FILE_NAME if os.path.isdir(path) else path)
 
 
 def _plot(profile: SereProfile, path: Path, measure: str | None) -> None:

@@ -61,6 +61,7 @@ def _state(url: str, api_key: str | None) -> dict[str, Any]:
 
 def _view(now: dict[str, Any], before: dict[str, Any]) -> Group:
     from rich.console import Group
+    from rich.markup import escape
     from rich.table import Table
 
     batch, at = now["composition"] or {}, now["operating_point"]["name"]
@@ -75,6 +76,8 @@ def _view(now: dict[str, Any], before: dict[str, Any]) -> Group:
         f"step {_ms(now['step_ms'])} (expected {_ms(now['predicted_step_ms'])})",
         "" if now["tpot_slo_ms"] is None else f"target {_ms(now['tpot_slo_ms'])}",
     )
+    if now.get("failed"):
+        head.add_row(f"[bold red]failed, exact[/]: {escape(now['failed'])}")
     table = Table()
     for title in ("layer", "active before", "after", "", "re-routed", "critical"):
         table.add_column(title, justify="left" if title == "" else "right")

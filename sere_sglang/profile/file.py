@@ -1,8 +1,9 @@
 """The profile file: similarity per MoE layer, plus where it came from.
 
 One ``.safetensors`` file. Tensors ``layers.{layer_id}.similarity`` ``[E, E]`` float32 or bfloat16
-and, optionally, ``layers.{layer_id}.<table>``; metadata strings as in `ProfileMetadata`. A reader
-ignores what it does not know and refuses a newer major version.
+and, optionally, ``layers.{layer_id}.<table>`` (`profile.tables`); metadata strings as in
+`ProfileMetadata`, and a checksum (`profile.container`). A reader ignores what it does not know and
+refuses a newer major version. Format 1.0 had no checksum.
 """
 
 from __future__ import annotations
@@ -18,17 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from sere_sglang.errors import SereError
+from sere_sglang.errors import ProfileError, cut, shown
+from sere_sglang.profile import tables as known_tables
+from sere_sglang.profile.container import Container, open_container, sealed
 
-FORMAT_VERSION = "1.0"
-_TENSOR = re.compile(r"^layers\.(\d+)\.(\w+)$")
-
-
-class ProfileError(SereError):
-    """A profile that cannot be used, with the file and the fix."""
+FORMAT_VERSION = "1.1"
+_UNSEALED = "1.0"  # the last format without a checksum
+_VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
+_TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(\w+)")
 
 
 @dataclass(frozen=True)
@@ -70,36 +70,27 @@ class SereProfile:
 
 
 def load_profile(path: str | os.PathLike[str]) -> SereProfile:
-    """Read and validate a profile. Raises `ProfileError` naming the file and the fix."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = _read_metadata(path, file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise ProfileError(
-            f"{path}: no such file; write one with 'sere-sglang calibrate'"
-        ) from None
-    except (SafetensorError, OSError) as error:
-        raise ProfileError(
-            f"{path}: not a readable safetensors file ({error}); calibrate again"
-        ) from None
+    """Read and check a profile, every table of it. Raises `ProfileError` naming the file, what is
+    wrong and the fix."""
+    found = open_container(path)
+    _check_origin(path, found)
+    metadata = _read_metadata(path, found.metadata)
     similarity: dict[int, torch.Tensor] = {}
     tables: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        match = _TENSOR.match(name)
-        if match is None:
+    for name, stored in sorted(found.tensors.items()):
+        match = _TENSOR.fullmatch(name)
+        if match is None or not known_tables.is_known(match[2]):
             continue
         layer, table = int(match[1]), match[2]
+        tensor = known_tables.read_table(f"{path}: {name}", table, stored)
         if table == "similarity":
-            similarity[layer] = _checked(path, layer, tensor)
+            similarity[layer] = tensor
         else:
             tables.setdefault(layer, {})[table] = tensor
     if not similarity:
         raise ProfileError(f"{path}: holds no layers.*.similarity tensor; is it a SERE profile?")
-    sizes = {layer: matrix.shape[0] for layer, matrix in similarity.items()}
-    if len(set(sizes.values())) > 1:
-        raise ProfileError(f"{path}: layers disagree about the number of experts: {sizes}")
-    return SereProfile(metadata, dict(sorted(similarity.items())), tables)
+    known_tables.check_together(path, similarity, tables, metadata.top_k)
+    return SereProfile(metadata, dict(sorted(similarity.items())), dict(sorted(tables.items())))
 
 
 def save_profile(profile: SereProfile, path: str | os.PathLike[str]) -> None:
@@ -115,7 +106,7 @@ def save_profile(profile: SereProfile, path: str | os.PathLike[str]) -> None:
         name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         for name, value in fields.items()
     }
-    payload = _with_sorted_metadata(save(dict(sorted(tensors.items())), metadata))
+    payload = sealed(save(dict(sorted(tensors.items())), metadata))
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -131,62 +122,54 @@ def save_profile(profile: SereProfile, path: str | os.PathLike[str]) -> None:
         raise
 
 
-def _with_sorted_metadata(payload: bytes) -> bytes:
-    # safetensors writes metadata in hash order, which differs between processes.
-    length = int.from_bytes(payload[:8], "little")
-    header = json.loads(payload[8 : 8 + length])
-    ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
-    text = json.dumps(ordered, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + payload[8 + length :]
-
-
-def _read_metadata(path: Any, raw: Mapping[str, str]) -> ProfileMetadata:
-    version = raw.get("format_version", FORMAT_VERSION)
-    major = version.split(".")[0]
-    if not major.isdigit():
-        raise ProfileError(f"{path}: format_version {version!r} is no version; calibrate again")
-    if int(major) > int(FORMAT_VERSION.split(".")[0]):
+def _check_origin(path: Any, found: Container) -> None:
+    """Raise `ProfileError` for a format of the future and for what is not what was written."""
+    version = found.metadata.get("format_version", _UNSEALED)
+    match = _VERSION.fullmatch(version)
+    if found.seal == "broken":
+        raise ProfileError(
+            f"{path}: is damaged, its checksum is not that of its content; copy it again, or "
+            "calibrate again"
+        )
+    if match is None:
+        raise ProfileError(
+            f"{path}: format_version {shown(version)} is no version; calibrate again"
+        )
+    if int(match[1]) > int(FORMAT_VERSION.split(".")[0]):
         raise ProfileError(
             f"{path}: profile format {version} is newer than this sere-sglang reads "
             f"({FORMAT_VERSION}); upgrade sere-sglang"
         )
+    if found.seal == "absent" and version != _UNSEALED:
+        raise ProfileError(
+            f"{path}: is damaged, format {version} has a checksum and this file has none; "
+            "calibrate again"
+        )
+
+
+def _read_metadata(path: Any, raw: Mapping[str, str]) -> ProfileMetadata:
     values: dict[str, Any] = {}
     for f in dataclasses.fields(ProfileMetadata):
         if f.name not in raw:
             continue
-        is_text = f.type == "str"
         try:
-            values[f.name] = raw[f.name] if is_text else json.loads(raw[f.name])
-        except json.JSONDecodeError:
+            values[f.name] = _value_of(f, raw[f.name])
+        except (ValueError, RecursionError):
             raise ProfileError(
-                f"{path}: metadata {f.name} = {raw[f.name]!r} cannot be read; calibrate again"
+                f"{path}: metadata {f.name} = {shown(raw[f.name])} cannot be read; calibrate again"
             ) from None
-    return ProfileMetadata(**values)
+    return ProfileMetadata(**{"format_version": _UNSEALED, **values})
 
 
-def _checked(path: Any, layer: int, tensor: torch.Tensor) -> torch.Tensor:
-    """float32 copy of one layer's matrix; raises `ProfileError` when it is no similarity."""
-    where = f"{path}: layers.{layer}.similarity"
-    if tensor.dtype not in (torch.float32, torch.bfloat16):
-        raise ProfileError(f"{where} is {tensor.dtype}; expected float32 or bfloat16")
-    if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1] or tensor.shape[0] == 0:
-        raise ProfileError(f"{where} has shape {list(tensor.shape)}; expected [E, E]")
-    matrix = tensor.float()
-    for what, bad in (
-        ("NaN", matrix.isnan()),
-        ("a value outside [0, 1]", ~((matrix >= 0) & (matrix <= 1))),
-    ):
-        if bad.any():
-            i, j = bad.nonzero()[0].tolist()
-            raise ProfileError(
-                f"{where} holds {what} ({matrix[i, j].item():g} at [{i}, {j}], "
-                f"{int(bad.sum())} in all); calibrate again"
-            )
-    if not (matrix.diagonal() == 1).all():
-        i = int((matrix.diagonal() != 1).nonzero()[0])
-        raise ProfileError(
-            f"{where}: expert {i} is {matrix[i, i].item():g} similar to itself, not 1; "
-            "calibrate again"
-        )
-    return matrix
+def _value_of(field_: dataclasses.Field[Any], text: str) -> Any:
+    """Raises `ValueError` when `text` is no value of this field."""
+    if field_.type == "str":
+        return text
+    value = json.loads(text)
+    if field_.type != "int":
+        fits = isinstance(value, dict)
+    else:
+        fits = type(value) is int and 0 <= value < 1 << 53
+    if not fits:
+        raise ValueError(cut(text))
+    return value

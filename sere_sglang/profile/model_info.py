@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sere_sglang.errors import SereError
-from sere_sglang.profile.file import ProfileError, SereProfile
+from sere_sglang.errors import ProfileError, SereError, cut
+from sere_sglang.profile.file import SereProfile
 from sere_sglang.profile.model_files import (
     DEFAULT_FILE_NAME,
     model_file,
@@ -102,10 +102,10 @@ def find_profile(model_path: str, given: str | None, revision: str | None = None
     """
     if given is not None:
         path = Path(given)
-        if not path.is_file():
+        if not _exists(path):
             raise ProfileError(
-                f"--sere-profile {given}: no such file; write one with "
-                f"'sere-sglang calibrate --model {model_path} --out {given}'"
+                f"--sere-profile {cut(given)}: no such file; write one with "
+                f"'sere-sglang calibrate --model {model_path} --out {cut(given)}'"
             )
         return path
     found = model_file(model_path, DEFAULT_FILE_NAME, revision)
@@ -139,6 +139,14 @@ def check_profile_fits(profile: SereProfile, model: MoeModelInfo, path: Path) ->
             f"{model.name}: {'; '.join(wrong)}. Calibrate this model: "
             f"sere-sglang calibrate --model {model.name}"
         )
+
+
+def _exists(path: Path) -> bool:
+    """Whatever it is; the reader says what is wrong with it."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -40,7 +40,8 @@ class LayerReport:
 
 def measures_of(profile: SereProfile) -> list[str]:
     """The leading measure, then those kept as tables ``similarity_<measure>``."""
-    tables = next(iter(profile.tables.values()), {})
+    layers = [set(profile.tables.get(layer, ())) for layer in profile.similarity]
+    tables = set.intersection(*layers)  # a measure of some layers only is of no use
     others = [n.split("_", 1)[1].replace("_", "-") for n in tables if n.startswith("similarity_")]
     return [profile.metadata.method or "similarity", *sorted(others)]
 

@@ -7,7 +7,8 @@ for another model.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ import numpy as np
 from sere_sglang.errors import SereError
 from sere_sglang.profile import MoeModelInfo, SereProfile
 from sere_sglang.schedule.cost import MoeCost, StepModel
-from sere_sglang.schedule.layer_cost import BandwidthCost, LayerShape, MeasuredCost
+from sere_sglang.schedule.layer_cost import BandwidthCost, LayerCost, LayerShape, MeasuredCost
 
 FORMAT, VERSION = "sere-cost", 1
 
@@ -79,6 +80,21 @@ def describe(cost: MoeCost) -> dict[str, Any]:
         "shapes": shapes,
         "step": None if cost.step is None else asdict(cost.step),
     }
+
+
+def described(told: Mapping[str, Any]) -> MoeCost:
+    """What `describe` told, for instance through ``/server_info``."""
+    layers: list[tuple[LayerCost, tuple[int, ...]]] = []
+    for entry in told["shapes"]:
+        shape = LayerShape(**{f.name: entry[f.name] for f in fields(LayerShape)})
+        layer: LayerCost
+        if "ms" in entry:
+            ms = np.array(entry["ms"], dtype=np.float64)  # null becomes NaN
+            layer = MeasuredCost.fit(shape, entry["rows"], entry["active"], ms)
+        else:
+            layer = BandwidthCost(shape, entry["expert_ms"], entry["slot_ms"])
+        layers.append((layer, tuple(entry["layers"])))
+    return MoeCost(tuple(layers), source=told["source"])
 
 
 def save_cost(path: Path, model: CostModel, cost: MoeCost) -> None:

@@ -1,4 +1,4 @@
-"""What one rank measured and all ranks know: the only road from a clock to a decision."""
+"""What one rank found out and all ranks know: the only road from a clock to a decision."""
 
 from __future__ import annotations
 
@@ -27,3 +27,10 @@ NO_FEEDBACK = Feedback()
 def first_feedback(cost: MoeCost) -> Feedback:
     """Before anything was measured."""
     return NO_FEEDBACK if cost.step is None else Feedback(step=cost.step)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Travels like `Feedback`: every rank goes exact at the same step. reason: for people."""
+
+    reason: str

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sere_sglang.errors import SereError
+from sere_sglang.errors import SereError, shown
 
 KEY = "sere"
 QUALITIES = ("balanced", "exact", "fast")
@@ -25,11 +25,23 @@ class QualityRules:
 
     def check(self, custom_params: Any) -> None:
         """Raise `SereError` with the reason when a request may not have what it asks for."""
-        asked = custom_params.get(KEY) if isinstance(custom_params, dict) else None
+        if custom_params is None:
+            return
+        if not isinstance(custom_params, dict):
+            raise SereError(
+                f'custom_params must be an object, for instance {{"{KEY}": "exact"}}, got '
+                f"{shown(custom_params)}"
+            )
+        for key in custom_params:
+            if key != KEY and str(key).strip().lower() == KEY:
+                raise SereError(f'custom_params {shown(key)}: write "{KEY}"')
+        asked = custom_params.get(KEY)
         if asked is None:
             return
-        if asked not in QUALITIES:
-            raise SereError(f'custom_params "{KEY}" must be one of {_listed(QUALITIES)}: {asked!r}')
+        if not isinstance(asked, str) or asked not in QUALITIES:
+            raise SereError(
+                f'custom_params "{KEY}" must be one of {_listed(QUALITIES)}: {shown(asked)}'
+            )
         if asked not in self.allowed:
             raise SereError(
                 f'custom_params "{KEY}": {asked!r} is not allowed on this server '

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sere_sglang.errors import SereError
+from sere_sglang.errors import SereError, shown
 
 COMMANDS = ("reset_counters",)
+MOST_ROWS = (1 << 31) - 1  # of a batch
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,13 @@ class Settings:
         naming the key; nothing is applied then."""
         for command in COMMANDS:
             if not isinstance(changes.get(command, True), bool):
-                raise SereError(f"{command} must be true or false, got {changes[command]!r}")
+                raise SereError(f"{command} must be true or false, got {shown(changes[command])}")
         changes = {key: value for key, value in changes.items() if key not in COMMANDS}
         known = {f.name for f in dataclasses.fields(self)}
         for key in changes:
             if key not in known:
-                raise SereError(f"unknown key {key!r}; known: {', '.join(sorted(known))}")
+                every = ", ".join(sorted(known | set(COMMANDS)))
+                raise SereError(f"unknown key {shown(key)}; known: {every}")
         new = dataclasses.replace(self, **changes)
         new.check(top_k=top_k)
         return new
@@ -60,16 +62,16 @@ class Settings:
         from sere_sglang.schedule.policy import policy_names
 
         if not isinstance(self.enabled, bool):
-            raise SereError(f"enabled must be true or false, got {self.enabled!r}")
+            raise SereError(f"enabled must be true or false, got {shown(self.enabled)}")
         if self.policy not in policy_names():
             raise SereError(
-                f"policy must be one of {', '.join(policy_names())}, got {self.policy!r}"
+                f"policy must be one of {', '.join(policy_names())}, got {shown(self.policy)}"
             )
         _check_int("primary_k", self.primary_k, 1, top_k - 1)
         _check_int("fast_primary_k", self.fast_primary_k, 1, top_k - 1)
-        _check_int("min_batch", self.min_batch, 1, None)
+        _check_int("min_batch", self.min_batch, 1, MOST_ROWS)
         if self.max_batch is not None:
-            _check_int("max_batch", self.max_batch, self.min_batch, None)
+            _check_int("max_batch", self.max_batch, self.min_batch, MOST_ROWS)
         for name in ("threshold", "fast_threshold", "quality_budget", "min_gain"):
             _check_number(name, getattr(self, name), 0.0, 1.0)
         if self.tpot_slo_ms is not None:
@@ -78,16 +80,16 @@ class Settings:
             raise SereError("policy slo needs tpot_slo_ms, its target in milliseconds")
 
 
-def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
+def _check_int(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise SereError(f"{name} must be a whole number, got {value!r}")
-    if value < low or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        raise SereError(f"{name} must be {bounds}, got {value}")
+        raise SereError(f"{name} must be a whole number, got {shown(value)}")
+    if not low <= value <= high:
+        bounds = f"at least {low}" if high == MOST_ROWS and value < low else f"in [{low}, {high}]"
+        raise SereError(f"{name} must be {bounds}, got {shown(value)}")
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise SereError(f"{name} must be a number, got {value!r}")
+        raise SereError(f"{name} must be a number, got {shown(value)}")
     if not low <= value <= high:
-        raise SereError(f"{name} must lie in [{low:g}, {high:g}], got {value!r}")
+        raise SereError(f"{name} must lie in [{low:g}, {high:g}], got {shown(value)}")

@@ -31,6 +31,7 @@ class SereMetrics:
             )
 
         self._primary_k = gauge("primary_k", "S of the last decode step, mean of layers; 0: exact.")
+        self._failed = gauge("failed", "1 when re-routing has stopped after an error of SERE's.")
         self._threshold = gauge("threshold", "rho of the last decode step.")
         self._budget = gauge("quality_budget", "Expected loss that the policy may spend.")
         self._policy = gauge("policy", "1 for the policy that decides; none when off.", "policy")
@@ -64,6 +65,10 @@ class SereMetrics:
             labelnames=names,
             buckets=_STEP_MS_BUCKETS,
         )
+        self.set_failed(False)
+
+    def set_failed(self, failed: bool) -> None:
+        self._failed.labels(**self._labels).set(failed)
 
     def count_forward(self, mode: str, rows: int, rerouted: bool) -> None:
         self._forwards.labels(**self._labels, mode=mode, rerouted=str(rerouted).lower()).inc()

@@ -115,9 +115,9 @@ def test_processes_that_start_together_build_one_library(workshop: Path) -> None
     ]
     for child in children:
         child.start()
-    assert [results.get(timeout=120) for _ in children] == [42] * 3
+    assert [results.get(timeout=600) for _ in children] == [42] * 3
     for child in children:
-        child.join(timeout=60)
+        child.join(timeout=600)
         assert child.exitcode == 0
     assert len(built(workshop)) == 1
     assert list((workshop / "cache").glob("*.tmp")) == []

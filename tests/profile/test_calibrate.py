@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -65,14 +66,14 @@ def runs(folder: Path) -> Iterator[dict[str, Run]]:
     children = [_start(folder, "qwen3_moe", "qwen3_moe.log")]
     try:
         children.append(_start(folder, "deepseek_v2", "interrupted.log", interrupt_at=256))
-        assert children[1].wait(timeout=300) == 130, _tail(folder / "interrupted.log")
+        assert children[1].wait(timeout=6000) == 130, _tail(folder / "interrupted.log")
         assert not (folder / "deepseek_v2.out").exists()
         children.append(_start(folder, "deepseek_v2", "deepseek_v2.log", "--resume"))
-        assert children[0].wait(timeout=300) == 0, _tail(folder / "qwen3_moe.log")
+        assert children[0].wait(timeout=6000) == 0, _tail(folder / "qwen3_moe.log")
         children.append(_start(folder, "deepseek_v2", "straight.log", out="straight.out"))
         finished = {}
         for name, child in zip(("deepseek_v2", "straight"), children[2:], strict=True):
-            assert child.wait(timeout=400) == 0, _tail(folder / f"{name}.log")
+            assert child.wait(timeout=6000) == 0, _tail(folder / f"{name}.log")
         for name in ARCHITECTURES:
             kept = load_file(folder / f"{name}.kept")
             layers = moe_layer_ids(name)
@@ -169,21 +170,23 @@ def test_a_killed_worker_is_told_with_the_flags_that_help(folder: Path) -> None:
     child = _start(folder, "qwen3_moe", "killed.log", "--cka-tokens=600", out="killed.out")
     try:
         log = folder / "killed.log"
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 900
         while "running all experts" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.05)
-        (worker,) = (
-            process
-            for process in psutil.Process(child.pid).children(recursive=True)
-            if "scheduler" in process.name() or "scheduler" in " ".join(process.cmdline())
-        )
+        (worker,) = (p for p in psutil.Process(child.pid).children(recursive=True) if _schedules(p))
         worker.kill()
-        assert child.wait(timeout=60) == 2, _tail(log)
+        assert child.wait(timeout=600) == 2, _tail(log)
     finally:
         _end(child)
     assert "sere-sglang: error: SGLang stopped while it ran" in log.read_text()
     assert "lower --memory (now 1024MiB) or --layer-by-layer" in log.read_text()
     assert "Traceback" not in log.read_text()
+
+
+def _schedules(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # a compiler that has just ended
+        return "scheduler" in process.name() or "scheduler" in " ".join(process.cmdline())
+    return False
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -192,7 +195,7 @@ def test_layer_by_layer_agrees(runs: dict[str, Run], name: str, tmp_path: Path) 
     folder = runs[name].model.parent
     command = [*_command(folder, name, tmp_path / "p.out"), "--layer-by-layer"]
     command[2:5] = ["sere_sglang.cli.main"]
-    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=120, capture_output=True)
+    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=600, capture_output=True)
     ours, theirs = load_profile(tmp_path / "p.out"), load_profile(runs[name].profile)
     assert ours.similarity.keys() == theirs.similarity.keys()
     for layer, matrix in ours.similarity.items():

@@ -63,7 +63,7 @@ def test_help_names_the_server_flags_and_where_they_are_described() -> None:
 
 def test_the_command_is_installed() -> None:
     command = Path(sys.executable).with_name("sere-sglang")
-    done = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "calibrate" in done.stdout
 
 

@@ -142,7 +142,7 @@ def test_wrong_settings_are_named(changes: dict[str, Any], named: str) -> None:
 
 
 def test_settings_survive_the_trip_through_numbers() -> None:
-    from sere_sglang.patches.http_server import flatten, unflatten
+    from sere_sglang.patches.number_keys import flatten, unflatten
 
     changes = {
         "enabled": False,

@@ -104,13 +104,13 @@ def _run(
         if box[0] is not None:
             made.set_feedback(box[0])
         if step in CHANGES:
-            made.update(CHANGES[step])
+            made.prepared(CHANGES[step])()
         made.begin_forward(composition, classes)
         words.append(made.binding.control.words.tolist())
         # Counters reach the ranks at moments of their own.
         made.binding.counters += 1 + rank
         made.end_forward()
-    made.update({})  # writes out the trace
+    made.prepared({})()  # writes out the trace
     Path(out, f"{rank}.words").write_text(json.dumps(words))
     dist.destroy_process_group()
 

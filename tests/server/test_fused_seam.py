@@ -23,7 +23,7 @@ def run(*arguments: str, **env: str) -> dict[str, Any]:
         env={**os.environ, **CPU_ENGINE, "TORCHDYNAMO_DISABLE": "0", **env},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=6000,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]

@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cost_files import write_cost
+from faults import Faults, install
 from harness import Server, refusal_of, serve
+
+from sere_sglang.schedule.cost import StepModel
 
 PROMPTS = [f"request number {i} " * (1 + i % 3) for i in range(10)]
 CORES = sorted(os.sched_getaffinity(0))
@@ -33,18 +37,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
-def _serve(model: Path, folder: Path, name: str, *flags: str) -> Any:
+def _serve(model: Path, folder: Path, name: str, *flags: str, **env: str) -> Any:
+    cost = write_cost(model, folder / f"{name}.cost.json", step=StepModel())
     flags = (
         "--moe-backend=sere",
+        f"--sere-cost={cost}",
         f"--sere-trace={folder / name}.jsonl",
         *flags,
     )
-    return serve(model, folder / f"{name}.log", *flags, env=TWO_RANKS)
+    return serve(model, folder / f"{name}.log", *flags, env=TWO_RANKS | env)
 
 
 @pytest.fixture
 def tensor_parallel(checkpoint: Callable[[str], Path], folder: Path) -> Iterator[Server]:
-    with _serve(checkpoint("qwen3_moe"), folder, "tp", "--tp-size=2") as server:
+    faults = install(folder / "faults")
+    with _serve(checkpoint("qwen3_moe"), folder, "tp", "--tp-size=2", **faults) as server:
         yield server
 
 
@@ -65,6 +72,7 @@ def test_tensor_parallel(tensor_parallel: Server, folder: Path) -> None:
     assert first == second
     _assert_worth_comparing(first)
     assert any(s["exact_rows"] for s in first) and any(s["fast_rows"] for s in first)
+    _assert_a_failing_rank_stops_both(server, folder)
 
 
 def test_replicas_decide_for_themselves(checkpoint: Callable[[str], Path], folder: Path) -> None:
@@ -148,6 +156,31 @@ def test_what_dp_attention_rules_out(
     assert named in result.stderr and "--enable-dp-attention" in result.stderr
 
 
+def _assert_a_failing_rank_stops_both(server: Server, folder: Path) -> None:
+    """At the same step; and both go on from the same one when they are told to."""
+    faults = Faults(folder / "faults")
+    server.set_sere(policy="static", primary_k=1, threshold=0.0, min_batch=1, tpot_slo_ms=None)
+    before, _ = _traces(server, folder / "tp.jsonl")
+    for rank, hook in (
+        (1, "topk._post_process_topk_ids (before)"),
+        (0, "ModelRunner.forward (around)"),
+    ):
+        faults.start(hook, rank=rank)
+        server.generate(PROMPTS, 8)
+        assert faults.fired and hook in server.sere()["failed"]
+        faults.stop()
+        told = [line for line in server.log.read_text().splitlines() if "SERE stops" in line]
+        assert hook in told[-1] and f"TP{1 - rank}" in told[-1], "the other rank"
+        if rank == 1:  # whose decisions are whole, so that both have traced the same
+            first, second = _traces(server, folder / "tp.jsonl")
+            assert first == second
+            assert len(first) <= len(before) + 4, "steps until both knew"
+        server.set_sere(enabled=True, reset_counters=True)
+        server.generate(PROMPTS, 8)
+        state = server.sere()
+        assert state["failed"] is None and state["counters"]["0"]["rerouted"] > 0
+
+
 def _load_under_every_policy(server: Server) -> None:
     """Policies change while requests run; slo is given a target it has to move for."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -173,7 +206,7 @@ def _assert_worth_comparing(steps: list[Step]) -> None:
 def _traces(server: Server, path: Path) -> tuple[list[Step], list[Step]]:
     """Of both ranks, without what may differ, once both have written everything out."""
     files = (path, path.with_name(path.name + ".rank1"))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while True:
         server.set_sere(reset_counters=False)
         seen = [

@@ -1,0 +1,200 @@
+"""The guard around every hook, without a server: whose error it is, and what runs instead."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.plugins.hook_registry import HookType
+
+from sere_sglang import runtime
+from sere_sglang.config import SereConfig
+from sere_sglang.errors import SereError
+from sere_sglang.patches.cpu_moe import distinct
+from sere_sglang.patches.guard import HOOKS, Guarded
+from sere_sglang.patches.number_keys import unflatten
+from sere_sglang.runtime import SereRuntime
+from sere_sglang.schedule.composition import BatchComposition
+
+
+@pytest.fixture
+def active(monkeypatch: pytest.MonkeyPatch) -> Iterator[SereRuntime]:
+    """The runtime of a scheduler that serves, without a model."""
+    config = SereConfig(moe_backend="sere").resolve_defaults(top_k=4)
+    made = SereRuntime(config)
+    monkeypatch.setattr(runtime, "_current", made)
+    made.start_serving(queue=lambda: (0, 0), measures=False, metrics=None)
+    known = len(HOOKS)
+    yield made
+    del HOOKS[known:]
+
+
+def hooked(function: Callable[..., Any], kind: HookType, **options: Any) -> Guarded:
+    return Guarded("a hook", function, kind, **options)
+
+
+class Original:
+    def __init__(self, error: Exception | None = None) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.error = error
+
+    def __call__(self, *args: Any) -> str:
+        self.calls.append(args)
+        if self.error is not None:
+            raise self.error
+        return "SGLang's"
+
+
+def before_it(original: Original, value: int) -> str:
+    raise ZeroDivisionError
+
+
+def after_it(original: Original, value: int) -> str:
+    original(value + 1)
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(("hook", "given"), [(before_it, 1), (after_it, 2)])
+def test_sglangs_function_runs_once(
+    active: SereRuntime, hook: Callable[..., Any], given: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    original, guarded = Original(), hooked(hook, HookType.AROUND)
+    with caplog.at_level(logging.WARNING):
+        assert guarded(original, 1) == "SGLang's"
+    assert original.calls == [(given,)]
+    assert active.failed == "a hook: ZeroDivisionError: "
+    (told,) = caplog.records
+    assert told.exc_info is not None and '{"enabled": true}' in told.getMessage()
+    # From now on as if the hook were not there.
+    assert guarded(original, 1) == "SGLang's" and original.calls[1:] == [(1,)]
+    assert len(caplog.records) == 1
+
+
+def test_sglangs_own_errors_pass_untouched(active: SereRuntime) -> None:
+    error = KeyError("theirs")
+
+    def cleans_up(original: Original) -> str:
+        try:
+            return original()
+        finally:
+            raise ZeroDivisionError
+
+    passes = hooked(lambda original: original(), HookType.AROUND)
+    for hook, failed in ((passes, False), (hooked(cleans_up, HookType.AROUND), True)):
+        original = Original(error)
+        with pytest.raises(KeyError) as seen:
+            hook(original)
+        assert seen.value is error and len(original.calls) == 1
+        assert (active.failed is not None) == failed
+
+
+def test_before_and_after_count_as_absent(active: SereRuntime) -> None:
+    def fails(*_args: Any) -> None:
+        raise ZeroDivisionError
+
+    assert hooked(fails, HookType.BEFORE)(1) is None
+    assert active.failed is not None
+    otherwise = hooked(fails, HookType.AFTER, runs="always", otherwise=lambda result: result + 1)
+    assert otherwise(1) == 2
+
+
+def test_a_refusal_is_no_failure(active: SereRuntime) -> None:
+    def refuses(*_args: Any) -> None:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        hooked(refuses, HookType.BEFORE, deliberate=(LookupError,))()
+    assert active.failed is None
+
+
+class Silent:
+    """A model whose layers never pass SGLang's top-k."""
+
+    class switch:
+        launch = True
+
+    def check_all_ran(self) -> None:
+        raise SereError("layer 1 ran without")
+
+
+@pytest.mark.parametrize("warms_up", [True, False])
+def test_a_model_that_cannot_be_re_routed(active: SereRuntime, warms_up: bool) -> None:
+    """Noticed by the first forward: the warm-up's stops the start, a request's does not."""
+    active.start_serving(queue=lambda: (0, 0), measures=False, metrics=None, warms_up=warms_up)
+    active.binding = Silent()  # type: ignore[assignment]
+    active.last = BatchComposition("decode", decode_tokens=1)
+
+    def forward(original: Original) -> str:
+        try:
+            return original()
+        finally:
+            active.end_forward()
+
+    guarded, original = hooked(forward, HookType.AROUND), Original()
+    if warms_up:
+        with pytest.raises(SereError):
+            guarded(original)
+        assert active.failed is None
+    else:
+        assert guarded(original) == "SGLang's" and len(original.calls) == 1
+        assert "layer 1 ran without" in str(active.failed)
+
+
+def test_one_of_several_ranks_waits_for_the_others(active: SereRuntime) -> None:
+    told: list[str] = []
+    active.start_serving(queue=lambda: (0, 0), measures=False, metrics=None, tells=told.append)
+    guarded, original = hooked(before_it, HookType.AROUND), Original()
+    for _ in range(3):
+        assert guarded(original, 1) == "SGLang's"
+    assert told == ["a hook: ZeroDivisionError: "] and active.failed is None
+    active.stop(told[0])
+    assert active.failed == active.essential_state()["failed"] == told[0]
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"sere.policy": 99},
+        {"sere.policy": 1e300},
+        {"sere.policy": 1.5},
+        {"sere.policy": -1},
+        {"sere.policy": float("nan")},
+        {"sere.enabled": 2},
+        {"sere.enabled": -1.0},
+        {"sere.primary_k": float("inf")},
+        {"sere.bogus": 1},
+        {"sere.": 1},
+        {"sere.min_batch": None},
+        {"sere.min_batch": "3"},
+    ],
+)
+def test_a_scheduler_takes_nothing_that_we_do_not_write(numbers: dict[str, Any]) -> None:
+    with pytest.raises(SereError, match=next(iter(numbers)).replace(".", r"\.")):
+        unflatten(numbers)
+
+
+@pytest.mark.parametrize("numbers", [{"sere.min_batch": 1e300}, {"sere.primary_k": 99.5}])
+def test_what_can_be_decoded_is_checked_like_the_nested_form(
+    active: SereRuntime, numbers: dict[str, Any]
+) -> None:
+    changes, _ = unflatten(numbers)
+    with pytest.raises(SereError, match=r"min_batch|primary_k"):
+        active.prepared(changes)
+
+
+def test_a_row_without_repetitions_sums_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 6, (50, 4), generator=generator, dtype=torch.int32)
+    ids[3] = -1
+    weights = torch.rand(50, 4, generator=generator)
+    found, own = distinct(ids, weights, 6)
+    assert torch.equal(found[3], ids[3])
+
+    def per_expert(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(50, 7).scatter_add(1, ids.long() % 7, weights)
+
+    torch.testing.assert_close(per_expert(found, own), per_expert(ids, weights))
+    assert all(len(set(row)) == 4 for i, row in enumerate(found.tolist()) if i != 3)
