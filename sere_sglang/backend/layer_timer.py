@@ -156,7 +156,13 @@ class GraphTimer:
             return None
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # Other threads of SGLang may use the GPU meanwhile.
+            with torch.cuda.graph(
+                graph,
+                pool=self._pool,
+                stream=self._stream,
+                capture_error_mode="thread_local",
+            ):
                 chain.run_all()
         except torch.OutOfMemoryError:
             raise

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -105,8 +106,8 @@ def _report_model(model: str, out: Path | None, device: str, server_args: tuple[
         print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
         raise typer.Exit(2) from None
     except doctor_model.Interrupted:
-        print("stopped", file=sys.stderr)
-        raise typer.Exit(130) from None
+        print("stopped", file=sys.stderr, flush=True)
+        os._exit(130)  # at a usual exit SGLang's sockets wait for processes that have ended
 
 
 def _report_versions() -> list[str]:

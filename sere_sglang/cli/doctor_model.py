@@ -57,10 +57,13 @@ def run(model: str, out: Path | None, device: str, server_args: tuple[str, ...])
     Raises `SereError`, `Interrupted`.
     """
     from sere_sglang.calibration.job import choose_device
+    from sere_sglang.profile import MoeModelInfo
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # SGLang's imports warn in every process
     warnings.simplefilter("ignore")
     _check_out(out)
+    if Path(model).is_dir():
+        _moe(lambda: MoeModelInfo.from_folder(model))  # before SGLang is even imported
     device = choose_device(device)
     _say("starting SGLang")
     info, cost = _time_layers(model, device, server_args)
@@ -174,15 +177,20 @@ def _model_info(record: Any, model: str) -> MoeModelInfo:
 
     from sere_sglang.profile import MoeModelInfo
 
-    try:
+    def read() -> MoeModelInfo:
         config = model_config_of(record).hf_config.to_dict()
         return MoeModelInfo.from_config(config, name=model, revision=record.revision)
+
+    return _moe(read)
+
+
+def _moe(read: Callable[[], MoeModelInfo]) -> MoeModelInfo:
+    """What `read` returns; its refusal is worded for the server's flag."""
+    try:
+        return read()
     except SereError as error:
-        # Worded for the server's flag.
         text = str(error).replace("--moe-backend sere: ", "--model: ")
         raise SereError(text.split("; drop --moe-backend")[0]) from None
-    except (OSError, ValueError) as error:
-        raise SereError(_unreadable(model, error)) from None
 
 
 def _unreadable(model: str, error: Exception) -> str:

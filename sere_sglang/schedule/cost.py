@@ -16,7 +16,13 @@ Source = Literal["measured", "file", "bandwidth model"]
 
 _FORGET = 0.97
 _PRIOR_SAMPLES = 0.3
-_SCALES = (0.7, 4.0)
+_SCALES: dict[Source, tuple[float, float]] = {
+    # Alone, a layer may find a quieter or a busier machine than a step does.
+    "measured": (0.5, 2.0),
+    "file": (0.5, 2.0),
+    # Kernels do not reach the bandwidth that a sum does, seldom more.
+    "bandwidth model": (0.7, 4.0),
+}
 _MAX_KEPT = 1024
 
 
@@ -115,7 +121,8 @@ class StepFit:
     within what a layer in a step can differ from one that is timed alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, source: Source) -> None:
+        self._scales = _SCALES[source]
         self._gram = np.zeros((3, 3))
         self._target = np.zeros(3)
         self.model = StepModel()
@@ -129,7 +136,7 @@ class StepFit:
         prior = np.diag([1e-9, _PRIOR_SAMPLES * rows**2, _PRIOR_SAMPLES * moe_ms**2])
         gram = self._gram + prior
         target = self._target + prior @ np.array([0.0, 0.0, 1.0])
-        scale = float(np.clip(np.linalg.solve(gram, target)[2], *_SCALES))
+        scale = float(np.clip(np.linalg.solve(gram, target)[2], *self._scales))
         fixed, per_row = np.linalg.solve(gram[:2, :2], target[:2] - scale * gram[:2, 2])
         if fixed < 0.0:
             fixed, per_row = 0.0, (target[1] - scale * gram[1, 2]) / gram[1, 1]

@@ -160,7 +160,9 @@ def check_cost_fits(
         ("config fingerprint", file.model.fingerprint, model.fingerprint),
     ]
     wrong = [
-        f"{what}: file {_short(f)}, model {_short(m)}" for what, f, m in sides if f and m and f != m
+        f"{what}: file {_plain(held)}, model {_plain(own)}"
+        for what, held, own in sides
+        if held and own and held != own
     ]
     if wrong:
         raise SereError(
@@ -174,8 +176,12 @@ def _fix(model: str = "MODEL") -> str:
 
 
 def _short(value: Any) -> str:
-    text = str(value) if isinstance(value, str) else repr(value)
+    text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _plain(value: Any) -> str:
+    return value[:80] if isinstance(value, str) else _short(value)
 
 
 class _Reader:
@@ -188,21 +194,24 @@ class _Reader:
         raise SereError(f"{self.name}: {what}; write one with '{_fix()}'")
 
     def json(self, path: Path) -> Any:
+        if not path.is_file():
+            self.refuse("is not a file" if path.exists() else "no such file")
         try:
-            if not path.is_file():
-                self.refuse("no such file" if not path.exists() else "is not a file")
-            if path.stat().st_size > _MAX_BYTES:
-                self.refuse(f"is larger than {_MAX_BYTES >> 20} MiB, no cost file is")
-            return json.loads(path.read_text(encoding="utf-8"))
+            with path.open("rb") as file:
+                content = file.read(_MAX_BYTES + 1)
         except OSError as error:
             self.refuse(f"cannot be read ({error.strerror or error})")
+        if len(content) > _MAX_BYTES:
+            self.refuse(f"is larger than {_MAX_BYTES >> 20} MiB, no cost file is")
+        try:
+            return json.loads(content)
         except (ValueError, RecursionError) as error:
             self.refuse(f"is not JSON ({str(error)[:80]})")
 
     def entry(self, holder: Any, key: str, kind: type, where: str = "") -> Any:
         value = holder.get(key) if isinstance(holder, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
-            what = "is missing" if value is None else f"must be a {_KINDS.get(kind, kind.__name__)}"
+            what = "is missing" if value is None else f"must be {_KINDS[kind]}"
             self.refuse(f"{where}{key} {what}")
         return value
 
@@ -308,4 +317,4 @@ class _Reader:
         return tuple(values)
 
 
-_KINDS = {dict: "object", list: "list", str: "text", int: "whole number"}
+_KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -47,7 +48,7 @@ class LayerCost(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MeasuredCost:
     """A table of measured times.
 
@@ -82,31 +83,31 @@ class MeasuredCost:
         )
 
     def curve(self, rows: float) -> tuple[np.ndarray, np.ndarray]:
-        """Straight between rows of the table and on beyond the last one; constant before the
-        first. Below the first column straight on too, but no cheaper than in proportion."""
-        ms = self._row(rows)
-        x, y = np.array(self.active, dtype=np.float64), ms
-        slope = (y[1] - y[0]) / (x[1] - x[0]) if len(x) > 1 else 0.0
-        zero = max(float(y[0] - slope * x[0]), 0.0)
-        x, y = np.concatenate([[0.0], x]), np.concatenate([[zero], y])
+        """Straight between the table's lines and on beyond the last ones; constant before the
+        first row."""
+        x, ms = self._whole
+        y = _between(np.array(self.rows), ms, rows)
         most = self.shape.most_active(rows)
-        if most > x[-1]:  # a table that ends before the layer's experts do
-            slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
-            return np.append(x, most), np.append(y, y[-1] + slope * (most - x[-1]))
         inside = x < most
         return np.append(x[inside], most), np.append(y[inside], np.interp(most, x, y))
 
-    def _row(self, rows: float) -> np.ndarray:
-        last = len(self.rows) - 1
-        if last == 0 or rows <= self.rows[0]:
-            return self.ms[0]
-        after = min(int(np.searchsorted(self.rows, rows)), last)
-        low, high = self.rows[after - 1], self.rows[after]
-        step = (self.ms[after] - self.ms[after - 1]) / (high - low)
-        if rows <= high:
-            return self.ms[after - 1] + step * (rows - low)
-        # More experts must not become cheaper than fewer, far beyond the table.
-        return self.ms[after] + np.maximum.accumulate(step) * (rows - high)
+    @functools.cached_property
+    def _whole(self) -> tuple[np.ndarray, np.ndarray]:
+        """Active experts ``[n]``, milliseconds ``[rows, n]``: the table from none to all experts.
+
+        Towards none it goes on as straight as it begins, but is no cheaper than in proportion.
+        """
+        x, ms = np.array(self.active, dtype=np.float64), self.ms
+        if len(x) == 1:
+            return np.array([0.0, *x]), np.repeat(ms, 2, axis=1)
+        first, last = ((ms[:, i + 1] - ms[:, i]) / (x[i + 1] - x[i]) for i in (0, -2))
+        none = np.maximum.accumulate(np.maximum(ms[:, 0] - first * x[0], 0.0))
+        x, ms = np.array([0.0, *x]), np.column_stack([none, ms])
+        if x[-1] < self.shape.num_experts:
+            every = ms[:, -1] + last * (self.shape.num_experts - x[-1])
+            x = np.append(x, self.shape.num_experts)
+            ms = np.column_stack([ms, np.maximum.accumulate(every)])
+        return x, ms
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,20 @@ def isotonic(ms: np.ndarray) -> np.ndarray:
         if np.nanmax(np.abs(fitted - before)) < _CONVERGED:
             break
     return np.exp(fitted)
+
+
+def _between(grid: np.ndarray, ms: np.ndarray, rows: float) -> np.ndarray:
+    """The line at `rows` of a table ``[grid, n]``."""
+    if len(grid) == 1 or rows <= grid[0]:
+        line: np.ndarray = ms[0]
+        return line
+    after = min(int(np.searchsorted(grid, rows)), len(grid) - 1)
+    low, high = grid[after - 1], grid[after]
+    step = (ms[after] - ms[after - 1]) / (high - low)
+    if rows <= high:
+        return ms[after - 1] + step * (rows - low)
+    # Few experts may overtake many there: their rows take long to multiply already.
+    return np.maximum.accumulate(ms[after] + step * (rows - high))
 
 
 def _pool(line: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ class Observer:
 
     def __init__(self, policy: object, cost: MoeCost) -> None:
         self._cost = cost
-        self._fit = StepFit()
+        self._fit = StepFit(cost.source)
         self._controller = SloController(policy) if isinstance(policy, SloPolicy) else None
         self._steps: list[tuple[float, BatchComposition]] = []
         self._active: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -10,15 +11,21 @@ from pathlib import Path
 
 import pytest
 from toy_model import COST, expectation, settings
+from typer.testing import CliRunner
 
+from sere_sglang.cli import simulate
+from sere_sglang.cli.main import app
+from sere_sglang.config import DEFAULT_MIN_GAIN, DEFAULT_QUALITY_BUDGET
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import StepModel
 from sere_sglang.schedule.feedback import Feedback
 from sere_sglang.schedule.policy import OFF
 from sere_sglang.schedule.simulate import Simulator, Traffic
 from sere_sglang.schedule.trace import TraceWriter
+from tests.server.cost_files import write_cost
 
-PROFILE = Path(__file__).resolve().parents[2] / "demo_model" / "sere_profile.safetensors"
+MODEL = Path(__file__).resolve().parents[2] / "demo_model"
+PROFILE = MODEL / "sere_profile.safetensors"
 TRAFFIC = Traffic(rate=1.0, peak=12.0, period_s=20.0, tokens=60, max_running=96, prefill_ms=1.0)
 SIMULATOR = Simulator(expectation(), COST, StepModel(5.0, 0.05, 1.0), noise=0.02)
 
@@ -49,15 +56,21 @@ def test_slo_holds_its_target_where_it_can() -> None:
     assert 0.0 < run.summary()["rerouted_steps"] < 0.9, "exact whenever that is fast enough"
 
 
-def test_command_on_a_trace(tmp_path: Path) -> None:
+@pytest.fixture
+def cost(tmp_path: Path) -> Path:
+    """An expert of the demo model takes 10 us."""
+    return write_cost(MODEL, tmp_path / "cost.json", expert_ms=0.01)
+
+
+def test_command_on_a_trace(tmp_path: Path, cost: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     writer = TraceWriter(trace)
     for rows in [1, 8, 48] * 40:
         writer.write(BatchComposition("decode", decode_tokens=rows), OFF, Feedback())
     writer.flush()
     result = _command(
-        f"--profile={PROFILE}", f"--trace={trace}", "--fixed-ms=0.1", f"--out={tmp_path}",
-        "--tpot-slo-ms=0.3",
+        f"--profile={PROFILE}", f"--cost={cost}", f"--trace={trace}", "--fixed-ms=0.1",
+        f"--out={tmp_path}", "--tpot-slo-ms=0.3", "--quality-budget=0.08",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "simulate.json").read_text())["rows"]
@@ -67,6 +80,36 @@ def test_command_on_a_trace(tmp_path: Path) -> None:
     assert "TPOT" in result.stdout
 
 
+def test_the_step_is_the_files_where_no_flag_says_otherwise(tmp_path: Path) -> None:
+    """One row: 6 experts of 10 us in each of 4 layers, and what the step adds; steps differ by
+    noise of 2 %."""
+    trace = tmp_path / "trace.jsonl"
+    writer = TraceWriter(trace)
+    for _ in range(20):
+        writer.write(BatchComposition("decode", decode_tokens=1), OFF, Feedback())
+    writer.flush()
+    step = StepModel(fixed_ms=1.0, row_ms=0.5, scale=2.0)
+    bare = write_cost(MODEL, tmp_path / "bare.json", expert_ms=0.01)
+    file = write_cost(MODEL, tmp_path / "step.json", expert_ms=0.01, step=step)
+    for given, expected in (
+        ([f"--cost={bare}"], 0.24),
+        ([f"--cost={bare}", "--fixed-ms=1", "--row-us=200"], 1.44),
+        ([f"--cost={file}"], 1.98),
+        ([f"--cost={file}", "--fixed-ms=0"], 0.98),
+    ):
+        command = ["simulate", f"--profile={PROFILE}", f"--trace={trace}", f"--out={tmp_path}"]
+        result = CliRunner().invoke(app, [*command, *given])
+        assert result.exit_code == 0, result.output
+        (exact, *_) = json.loads((tmp_path / "simulate.json").read_text())["rows"]
+        assert exact["tpot_p50_ms"] == pytest.approx(expected, rel=0.05)
+
+
+def test_the_simulated_budget_is_the_served_one() -> None:
+    defaults = inspect.signature(simulate.command).parameters
+    assert defaults["quality_budget"].default == DEFAULT_QUALITY_BUDGET
+    assert defaults["min_gain"].default == DEFAULT_MIN_GAIN
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -74,12 +117,21 @@ def test_command_on_a_trace(tmp_path: Path) -> None:
         ([f"--profile={PROFILE}", "--trace=/absent"], "--trace /absent: cannot be read"),
         ([f"--profile={PROFILE}", "--primary-k=6"], "primary_k must be in [1, 5]"),
         ([f"--profile={PROFILE}", "--quality-budget=3"], "quality_budget must lie in [0, 1]"),
+        ([f"--profile={PROFILE}", "--cost=/absent"], "--cost /absent: no such file"),
     ],
 )
-def test_command_names_what_is_wrong(arguments: list[str], named: str) -> None:
-    result = _command(*arguments)
+def test_command_names_what_is_wrong(arguments: list[str], named: str, cost: Path) -> None:
+    result = _command(f"--cost={cost}", *arguments)
     assert result.returncode == 1
     assert named in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_cost_of_another_model_is_refused(cost: Path) -> None:
+    body = json.loads(cost.read_text())
+    body["model"] |= {"name": "another", "fingerprint": "0" * 16}
+    cost.write_text(json.dumps(body))
+    result = _command(f"--profile={PROFILE}", f"--cost={cost}")
+    assert result.returncode == 1 and f"--cost {cost} (of another) does not fit" in result.stderr
 
 
 def test_traffic_is_reproducible() -> None:
