@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,7 +160,7 @@ def _rows(
 ) -> list[Row]:
     streams = len(batch)
     reference, (active_off, _) = found[PLAIN]
-    step_ms = 1000 * streams / statistics.median(speeds[OFF].tok_s)
+    step_ms = 1000 * streams / speeds[OFF].median
     moe_ms = _moe_ms(sere, streams, active_off)
     rows = []
     for routing, speed in speeds.items():
@@ -173,7 +172,7 @@ def _rows(
                 routing=routing.name,
                 active_before=before,
                 active_after=after,
-                tok_s=statistics.median(speed.tok_s),
+                tok_s=speed.median,
                 over_plain=speed.over(speeds[PLAIN])[0],
                 over_off=over_off,
                 over_off_interval=interval,
