@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+LONGEST_PATH = 240  # in a message; Linux has names of 255 at most
 _SHOWN = 60
 
 

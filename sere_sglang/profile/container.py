@@ -20,7 +20,7 @@ import safetensors
 import torch
 from safetensors import SafetensorError
 
-from sere_sglang.errors import ProfileError, cut
+from sere_sglang.errors import LONGEST_PATH, ProfileError, cut
 
 CHECKSUM = "checksum"
 """Name of the metadata entry."""
@@ -28,7 +28,6 @@ CHECKSUM = "checksum"
 LARGEST_FILE = 2 << 30
 LARGEST_HEADER = 4 << 20  # 400 layers of 20 tables take one
 
-_PATH = 240  # of a path in a message; Linux has names of 255 at most
 
 _MARK = b"sere-sha256:"
 _DIGITS = 64
@@ -184,5 +183,5 @@ def _unreadable(path: object, reason: object) -> ProfileError:
 
 def _no_profile(path: object, what: str) -> ProfileError:
     return ProfileError(
-        f"{cut(str(path), _PATH)}: {what}; name a profile that 'sere-sglang calibrate' wrote"
+        f"{cut(str(path), LONGEST_PATH)}: {what}; name a profile that 'sere-sglang calibrate' wrote"
     )

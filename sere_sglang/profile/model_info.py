@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sere_sglang.errors import ProfileError, SereError, cut
+from sere_sglang.errors import LONGEST_PATH, ProfileError, SereError, cut
 from sere_sglang.profile.file import SereProfile
 from sere_sglang.profile.model_files import (
     DEFAULT_FILE_NAME,
@@ -104,8 +104,8 @@ def find_profile(model_path: str, given: str | None, revision: str | None = None
         path = Path(given)
         if not _exists(path):
             raise ProfileError(
-                f"--sere-profile {cut(given)}: no such file; write one with "
-                f"'sere-sglang calibrate --model {model_path} --out {cut(given)}'"
+                f"--sere-profile {cut(given, LONGEST_PATH)}: no such file; write one with "
+                f"'sere-sglang calibrate --model {model_path} --out {cut(given, LONGEST_PATH)}'"
             )
         return path
     found = model_file(model_path, DEFAULT_FILE_NAME, revision)
