@@ -7,6 +7,7 @@ import types
 from collections.abc import Iterator
 
 import cases
+import hypothesis
 import pytest
 import torch
 from cases import Spec
@@ -104,6 +105,7 @@ def test_neighbors_are_by_similarity_then_lowest_id() -> None:
     assert table.similarity.dtype == torch.float32
 
 
+@hypothesis.settings(deadline=None)
 @given(
     st.booleans(),
     st.integers(-1, 2**31 - 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,6 +95,7 @@ def test_exact_rows_leave_less_to_gain() -> None:
     assert ADAPTIVE.decide(decode(32, exact_rows=32), now, NO_FEEDBACK) == OFF
 
 
+@hypothesis.settings(deadline=None)
 @given(
     rows=st.integers(1, 5000),
     exact=st.floats(0, 1),
