@@ -46,7 +46,9 @@ def runtime(**options: object) -> SereRuntime:
     for stage in stages:
         stage.calls = 1
     made = SereRuntime(config)
-    cost = MoeCost(expert_ms=0.01, slot_ms=1e-5, num_layers=LAYERS, top_k=TOP_K)
+    cost = MoeCost.from_bandwidth(
+        expert_ms=0.01, slot_ms=1e-5, num_layers=LAYERS, num_experts=48, top_k=TOP_K
+    )
     made.attach(Binding("none", stages, control, counters, switch, "none"), profile, cost)
     made.start_serving(queue=lambda: (64, 0), measures=True, metrics=None)
     return made

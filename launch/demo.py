@@ -1,15 +1,17 @@
 """The demo: one trained model, served plain and with SERE, measured side by side.
 
-Both servers stay up and take turns, so that a slow minute of the machine hits both. Run it
-through ``bash launch/demo.sh``.
+The model's experts are padded to a size at which reading them decides a step's time, as in real
+models (launch.padded_model). Two servers stay up and take turns, so that a slow minute of the
+machine hits both. Run it through ``bash launch/demo.sh``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,180 +22,219 @@ from rich.table import Table
 from benchmarks._common import hardware_info
 from launch import quality
 from launch.experiment import (
+    ADAPTIVE,
+    OFF,
     PLAIN,
     ROOT,
-    Point,
-    Row,
+    Routing,
+    Speed,
     both_servers,
     count_active,
     decode_speeds,
     heldout_prompts,
-    set_point,
+    static,
+    use,
 )
+from launch.floor_model import FloorModel
 from launch.local_server import Server
 from launch.padded_model import write_padded_model
+from sere_sglang.profile import load_profile
+from sere_sglang.schedule.expectation import expect, statistics_of
 
 MODEL = ROOT / "demo_model"
-FLAGS = ("--chunked-prefill-size=16384", "--served-model-name=default")
+FLAGS = ("--chunked-prefill-size=16384", "--served-model-name=default", quality.SERVER_FLAG)
 
 console = Console(width=None if sys.stdout.isatty() else 110)
+
+
+@dataclass
+class Row:
+    """One line of the table and of demo.json.
+
+    active_*: mean distinct experts per MoE layer and decode step, before and after re-routing.
+    over_off_interval: of the median over rounds, 95 %. limit: what `FloorModel.limit` allows over
+    off; moe_share: the MoE layers' part of a step with exact routing. kl: nats per token to plain
+    SGLang over held-out text, teacher-forced in the same batch; perplexity over the same text.
+    """
+
+    streams: int
+    routing: str
+    active_before: float
+    active_after: float
+    tok_s: float
+    over_plain: float
+    over_off: float
+    over_off_interval: tuple[float, float]
+    limit: float
+    moe_share: float
+    kl: float
+    perplexity: float
 
 
 def main() -> None:
     args = _arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    top_k = _top_k(args.model)
-    points = [PLAIN, Point(top_k, 0.0)]
-    points += [Point(s, 0.0) for s in sorted(args.primary_k) if s < top_k]
-    points += [Point(min(args.primary_k), rho) for rho in args.threshold]
+    with console.status("writing the demo model with experts of a real model's size"):
+        model, profile = write_padded_model(args.out / "padded_model", args.model, args.profile)
+    config = json.loads((model / "config.json").read_text())
+    floor = FloorModel.of(config, hardware_info())
+    expectation = expect(statistics_of(load_profile(profile)))
+    console.print(floor.told(expectation, args.streams), highlight=False)
+    routings = [PLAIN, OFF, *(static(s) for s in sorted(args.primary_k)), ADAPTIVE]
     texts = heldout_prompts(args.model)
     rows: list[Row] = []
-    padded: list[Row] = []
+    samples: dict[Routing, str] = {}
     try:
-        with both_servers(
-            args.model, args.profile, args.out, *FLAGS, quality.SERVER_FLAG, told=console.print
-        ) as servers:
-            samples = _measure(servers, points, texts, args, args.concurrency, top_k, rows)
-        _print_trained(rows, samples, points, texts, top_k)
-        if not args.no_padded:
-            _padded(args, points, top_k, padded)
+        with both_servers(model, profile, args.out, *FLAGS, told=console.print) as servers:
+            samples = _measure(servers, routings, texts, args, floor, rows)
     except KeyboardInterrupt:
         console.print("\nstopped; the servers are down")
-        rows = rows[: len(rows) // len(points) * len(points)]
         if not rows:
             sys.exit(130)
-    _write(args.out, rows, padded, points, top_k)
+    _print_table(rows, len(routings))
+    if samples:
+        for routing in (PLAIN, ADAPTIVE):
+            console.print(f"[bold]{routing.name}[/] continues {texts[0]['prompt'][-60:]!r} with")
+            console.print(f"  {samples[routing]!r}\n", markup=False)
+    _write(args.out, rows)
     _farewell(args)
-
-
-def _print_trained(
-    rows: list[Row],
-    samples: dict[Point, str],
-    points: list[Point],
-    texts: list[dict[str, Any]],
-    top_k: int,
-) -> None:
-    _print_table("The demo model (trained)", rows, points, top_k)
-    console.print(
-        "S, rho: --sere-primary-k, --sere-threshold. active, after: distinct experts per MoE\n"
-        "layer and decode step, before and after re-routing. x plain: median over interleaved\n"
-        "rounds. KL, perplexity: per token of held-out text, teacher-forced in the same batch.\n"
-        "'SERE off' routes exactly and differs from plain only in the CPU MoE runner.\n"
-    )
-    for point in (PLAIN, points[2]):
-        console.print(f"[bold]{point.label(top_k)}[/] continues {texts[0]['prompt'][-60:]!r} with")
-        console.print(f"  {samples[point]!r}\n", markup=False)
 
 
 def _measure(
     servers: dict[str, Server],
-    points: list[Point],
+    routings: list[Routing],
     texts: list[dict[str, Any]],
     args: argparse.Namespace,
-    levels: list[int],
-    top_k: int,
+    floor: FloorModel,
     rows: list[Row],
-) -> dict[Point, str]:
-    samples: dict[Point, str] = {}
+) -> dict[Routing, str]:
+    """Appends each level's rows once they are complete; returns what the first stream wrote."""
     with _progress() as progress:
-        total = len(levels) * len(points) * (args.rounds + 1)
+        total = len(args.streams) * len(routings) * (args.rounds + 2)
         task = progress.add_task("measuring", total=total)
-        for concurrency in levels:
-            batch = [texts[i % len(texts)] for i in range(concurrency)]
-            progress.update(task, description=f"speed, {concurrency} streams")
+        for streams in args.streams:
+            batch = [texts[i % len(texts)] for i in range(streams)]
+            progress.update(task, description=f"speed, {streams} streams")
             speeds = decode_speeds(
                 servers,
-                points,
+                routings,
                 [t["prompt"] for t in batch],
-                top_k=top_k,
                 rounds=args.rounds,
                 tokens=args.tokens,
                 advance=lambda: progress.advance(task),
             )
-            progress.update(task, description=f"quality, {concurrency} streams")
-            reference = None
-            for point in points:
-                tok_s, ratio, samples[point] = speeds[point]
-                found, active = _quality(servers, point, batch, top_k)
-                reference = found if reference is None else reference
-                rows.append(
-                    Row(
-                        concurrency,
-                        point.primary_k,
-                        point.threshold,
-                        *active,
-                        tok_s,
-                        ratio,
-                        quality.mean_kl(reference, found),
-                        quality.perplexity(found, [t["continuation_ids"] for t in batch]),
-                    )
-                )
+            progress.update(task, description=f"quality, {streams} streams")
+            found = {}
+            for routing in routings:
+                found[routing] = _quality(servers, routing, batch)
                 progress.advance(task)
-    return samples
+            rows += _rows(servers["sere"], speeds, found, batch, floor)
+    return {routing: speed.text for routing, speed in speeds.items()}
 
 
 def _quality(
-    servers: dict[str, Server], point: Point, batch: list[dict[str, Any]], top_k: int
+    servers: dict[str, Server], routing: Routing, batch: list[dict[str, Any]]
 ) -> tuple[Any, tuple[float, float]]:
     """Log-probabilities along the held-out text, and active experts while walking it."""
     prompts = [t["prompt_ids"] for t in batch]
     continuations = [t["continuation_ids"] for t in batch]
-
-    def walk(name: str) -> Any:
-        return quality.forced_log_probs(servers[name], prompts, continuations)
-
-    set_point(servers, point, top_k)
-    if point.primary_k in (None, top_k):
-        found = walk(point.server)
-        return found, count_active(servers, point, top_k, lambda: walk("sere"))
+    server = use(servers, routing)
     kept: list[Any] = []
-    active = count_active(servers, point, top_k, lambda: kept.append(walk("sere")))
+
+    def walk() -> None:
+        kept.append(quality.forced_log_probs(server, prompts, continuations))
+
+    if not routing.reroutes:
+        walk()
+    server = servers["sere"]
+    active = count_active(server, routing, walk)
     return kept[0], active
 
 
-def _padded(args: argparse.Namespace, points: list[Point], top_k: int, rows: list[Row]) -> None:
-    """The same with experts of a real model's size, at the least and the most streams."""
-    console.rule()
-    with console.status("writing the demo model with its experts padded to a real model's size"):
-        model, profile = write_padded_model(args.out / "padded_model", args.model, args.profile)
-    logs = args.out / "padded"
-    logs.mkdir(exist_ok=True)
-    flags = (*FLAGS, quality.SERVER_FLAG)
-    levels = sorted({min(args.concurrency), max(args.concurrency)})
-    with both_servers(model, profile, logs, *flags, told=console.print) as servers:
-        _measure(servers, points, heldout_prompts(args.model), args, levels, top_k, rows)
-    _print_table("The same model, experts padded to 3 MB each", rows, points, top_k)
+def _rows(
+    sere: Server,
+    speeds: dict[Routing, Speed],
+    found: dict[Routing, tuple[Any, tuple[float, float]]],
+    batch: list[dict[str, Any]],
+    floor: FloorModel,
+) -> list[Row]:
+    streams = len(batch)
+    reference, (active_off, _) = found[PLAIN]
+    step_ms = 1000 * streams / statistics.median(speeds[OFF].tok_s)
+    moe_ms = _moe_ms(sere, streams, active_off)
+    rows = []
+    for routing, speed in speeds.items():
+        log_probs, (before, after) = found[routing]
+        over_off, interval = speed.over(speeds[OFF])
+        rows.append(
+            Row(
+                streams=streams,
+                routing=routing.name,
+                active_before=before,
+                active_after=after,
+                tok_s=statistics.median(speed.tok_s),
+                over_plain=speed.over(speeds[PLAIN])[0],
+                over_off=over_off,
+                over_off_interval=interval,
+                limit=floor.limit(streams, active_off, after, step_ms, moe_ms),
+                moe_share=min(moe_ms / step_ms, 1.0),
+                kl=quality.mean_kl(reference, log_probs),
+                perplexity=quality.perplexity(log_probs, [t["continuation_ids"] for t in batch]),
+            )
+        )
+    return rows
 
 
-def _print_table(title: str, rows: list[Row], points: list[Point], top_k: int) -> None:
-    table = Table(title=title)
-    for column in ("streams", "routing", "active", "after", "tok/s", "x plain", "KL", "perplexity"):
+def _moe_ms(sere: Server, streams: int, active: float) -> float:
+    """Of the MoE layers of a step, as the server timed them at its start."""
+    from sere_sglang.schedule.cost_file import read_described
+
+    cost = read_described(sere.get("/server_info")["sere"]["cost"])
+    return float(cost.moe_ms(streams, active * cost.num_layers))
+
+
+def _print_table(rows: list[Row], per_level: int) -> None:
+    table = Table(title="The demo model, experts padded to a real model's size")
+    for column in (
+        "streams", "routing", "active", "after", "tok/s", "x off", "95 %", "limit", "KL",
+        "perplexity",
+    ):  # fmt: skip
         table.add_column(column, justify="left" if column == "routing" else "right")
     for i, row in enumerate(rows):
+        low, high = row.over_off_interval
+        compared = row.routing not in (PLAIN.name, OFF.name)
         table.add_row(
-            str(row.concurrency),
-            points[i % len(points)].label(top_k),
+            str(row.streams),
+            {"plain": "plain SGLang", "off": "SERE off"}.get(row.routing, row.routing),
             f"{row.active_before:.1f}",
             f"{row.active_after:.1f}",
             f"{row.tok_s:.0f}",
-            f"{row.ratio:.2f}",
-            "" if row.kl is None else f"{row.kl:.4f}",
-            "" if row.perplexity is None else f"{row.perplexity:.2f}",
-            end_section=(i + 1) % len(points) == 0,
+            f"{row.over_off:.2f}",
+            f"{low:.2f}-{high:.2f}" + (" no gain" if compared and low <= 1.0 else ""),
+            f"{row.limit:.2f}" if compared else "",
+            f"{row.kl:.4f}",
+            f"{row.perplexity:.2f}",
+            end_section=(i + 1) % per_level == 0,
         )
     console.print(table)
+    shares = {row.streams: row.moe_share for row in rows}
+    shares = {row.streams: row.moe_share for row in rows}
+    told = ", ".join(f"{share:.0%} of a step at {n} streams" for n, share in shares.items())
+    console.print(
+        "SERE off routes exactly, on our CPU MoE runner: it is the baseline of re-routing. x off:\n"
+        "median over interleaved rounds, and its interval. limit: what x off could be at most if\n"
+        f"MoE layers, {told},\n"
+        "were bound by memory and arithmetic alone. S=1, 2, 3: --sere-policy static. adaptive:\n"
+        "the default, by batch and layer. KL to plain, perplexity: per held-out token\n"
+    )
 
 
-def _write(out: Path, rows: list[Row], padded: list[Row], points: list[Point], top_k: int) -> None:
+def _write(out: Path, rows: list[Row]) -> None:
     from launch.demo_plot import draw
 
-    payload = {
-        "hardware": hardware_info(),
-        "rows": [asdict(row) for row in rows],
-        "padded_rows": [asdict(row) for row in padded],
-    }
+    payload = {"hardware": hardware_info(), "rows": [asdict(row) for row in rows]}
     (out / "demo.json").write_text(json.dumps(payload, indent=2) + "\n")
-    draw(rows, padded, points, top_k, out / "demo.png")
+    draw(rows, out / "demo.png")
     console.print(f"wrote {out / 'demo.json'} and {out / 'demo.png'}\n")
 
 
@@ -202,14 +243,12 @@ def _farewell(args: argparse.Namespace) -> None:
         path = path.resolve()
         return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
-    python = Path(sys.executable)
-    sglang = python.with_name("sglang")
+    sglang = Path(sys.executable).with_name("sglang")
     console.print("[bold]Keep a server running:[/]")
     command = (
         f"  SGLANG_USE_CPU_ENGINE=1 {short(sglang) if sglang.is_relative_to(ROOT) else sglang} "
         f"serve --model-path {short(args.model)} --device cpu --attention-backend torch_native "
-        f"--disable-radix-cache --port 30000 --moe-backend sere "
-        f"--sere-profile {short(args.profile)} --sere-primary-k {max(args.primary_k)}"
+        "--disable-radix-cache --max-total-tokens 16384 --port 30000 --moe-backend sere"
     )
     curl = (
         "  curl http://127.0.0.1:30000/v1/completions -H 'Content-Type: application/json' -d "
@@ -218,10 +257,6 @@ def _farewell(args: argparse.Namespace) -> None:
     console.print(command, soft_wrap=True, markup=False, highlight=False)
     console.print("[bold]and ask it:[/]")
     console.print(curl, soft_wrap=True, markup=False, highlight=False)
-
-
-def _top_k(model: Path) -> int:
-    return int(json.loads((model / "config.json").read_text())["num_experts_per_tok"])
 
 
 def _progress() -> Progress:
@@ -237,21 +272,17 @@ def _progress() -> Progress:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, prog="bash launch/demo.sh")
     parser.add_argument("--model", type=Path, default=MODEL, help="model folder")
-    parser.add_argument("--profile", type=Path, required=True, help="similarity profile")
+    parser.add_argument("--profile", type=Path, help="similarity profile (default: the model's)")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo", help="result folder")
     parser.add_argument(
-        "--concurrency", type=int, nargs="+", default=[4, 16, 32], help="streams at once"
+        "--streams", type=int, nargs="+", default=[4, 16, 32], help="requests at once"
     )
     parser.add_argument("--primary-k", type=int, nargs="+", default=[1, 2, 3], help="S to try")
-    parser.add_argument(
-        "--threshold", type=float, nargs="+", default=[0.3], help="rho to try at the lowest S"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
+    parser.add_argument("--rounds", type=int, default=6, help="interleaved repetitions")
     parser.add_argument("--tokens", type=int, default=32, help="decode steps per stream")
-    parser.add_argument(
-        "--no-padded", action="store_true", help="leave out the model with padded experts"
-    )
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.profile = args.profile or args.model / "sere_profile.safetensors"
+    return args
 
 
 if __name__ == "__main__":

@@ -10,77 +10,81 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from launch.experiment import Point
-
 if TYPE_CHECKING:
-    from launch.experiment import Row
+    from launch.demo import Row
+
+_MARKERS = {"off": "o", "S=1": "v", "S=2": "s", "S=3": "D", "adaptive": "*"}
 
 
-def draw(rows: list[Row], padded: list[Row], points: list[Point], top_k: int, path: Path) -> None:
-    """Left: speed against KL. Middle: active experts. Right: speed against KL, padded experts."""
-    width = 17 if padded else 12
-    figure, panels = plt.subplots(
-        1, 3 if padded else 2, figsize=(width, 4.8), layout="constrained", squeeze=False
+def draw(rows: list[Row], path: Path) -> None:
+    """Left: speed over exact routing against KL. Right: active experts per layer."""
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 4.8), layout="constrained", width_ratios=(1.25, 1)
     )
-    _speed_against_quality(panels[0][0], rows, points, top_k)
-    _active_experts(panels[0][1], rows, points, top_k)
-    if padded:
-        _speed_against_quality(panels[0][2], padded, points, top_k)
-        panels[0][2].set_title("The same, experts padded to 3 MB each")
+    _speed_against_quality(left, [row for row in rows if row.routing != "plain"])
+    _active_experts(right, [row for row in rows if row.routing != "plain"])
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
 
 def _levels(rows: list[Row]) -> list[tuple[int, Any]]:
-    levels = sorted({row.concurrency for row in rows})
-    colors = plt.get_cmap("viridis")([0.9 * i / max(1, len(levels)) for i in range(len(levels))])
+    levels = sorted({row.streams for row in rows})
+    colors = plt.get_cmap("viridis")(
+        [0.85 * i / max(1, len(levels) - 1) for i in range(len(levels))]
+    )
     return list(zip(levels, colors, strict=True))
 
 
-def _speed_against_quality(panel: Any, rows: list[Row], points: list[Point], top_k: int) -> None:
-    markers = dict(zip(points[1:], "oDs^xP*vd", strict=False))
+def _speed_against_quality(panel: Any, rows: list[Row]) -> None:
     for level, color in _levels(rows):
-        mine = {Point(r.primary_k, r.threshold): r for r in rows if r.concurrency == level}
-        along_s = [p for p in markers if p.primary_k == top_k or not p.threshold]
-        line = sorted((mine[p].kl or 0.0, mine[p].ratio) for p in along_s)
-        panel.plot(*zip(*line, strict=True), color=color, lw=1.2, label=f"{level} streams")
-        for point, marker in markers.items():
-            panel.plot(mine[point].kl or 0.0, mine[point].ratio, marker, color=color)
-    for point, marker in markers.items():
-        panel.plot([], [], marker, color="grey", label=point.label(top_k).removesuffix(", rho=0"))
+        mine = sorted((row for row in rows if row.streams == level), key=lambda row: row.kl)
+        static = [row for row in mine if row.routing != "adaptive"]
+        panel.plot(
+            [row.kl for row in static], [row.over_off for row in static], color=color, lw=1.2,
+            label=f"{level} streams",
+        )  # fmt: skip
+        for row in mine:
+            low, high = row.over_off_interval
+            panel.errorbar(
+                row.kl, row.over_off, [[row.over_off - low], [high - row.over_off]], color=color,
+                marker=_MARKERS.get(row.routing, "P"), ms=15 if row.routing == "adaptive" else 6,
+                mec="black" if row.routing == "adaptive" else color, capsize=2, lw=1,
+                zorder=3 if row.routing == "adaptive" else 2,
+            )  # fmt: skip
+    for routing in dict.fromkeys(row.routing for row in rows):
+        name = "SERE off" if routing == "off" else routing
+        panel.plot([], [], _MARKERS.get(routing, "P"), color="grey", label=name)
     panel.axhline(1.0, color="grey", lw=1, ls="--")
-    panel.text(
-        0.99, 1.0, "plain SGLang", color="grey", ha="right", va="bottom",
-        transform=panel.get_yaxis_transform(),
-    )  # fmt: skip
     panel.set(
         xlabel="KL to plain SGLang, nats per token (held-out text)",
-        ylabel="decode tokens/s over plain",
-        title="Demo model: speed against quality",
-        ylim=(0.9, 1.35 * max(row.ratio for row in rows)),
+        ylabel="decode tokens/s over exact routing (SERE off)",
+        title="Speed against quality",
+        ylim=(0.85, 1.3 * max(row.over_off for row in rows)),
     )
     panel.set_xscale("symlog", linthresh=0.01, linscale=0.5)
     panel.xaxis.set_major_formatter("{x:g}")
-    panel.set_xlim(-0.001, 1.4 * max(row.kl or 0.0 for row in rows) + 0.01)
+    panel.set_xlim(-0.001, 1.4 * max(row.kl for row in rows) + 0.01)
+    panel.grid(alpha=0.3)
     panel.legend(ncols=3, fontsize=8, loc="upper left")
 
 
-def _active_experts(panel: Any, rows: list[Row], points: list[Point], top_k: int) -> None:
+def _active_experts(panel: Any, rows: list[Row]) -> None:
     levels = _levels(rows)
-    labels = [
-        p.label(top_k).replace(", ", "\n") for p in points[1:]
-    ]  # plain loads what 'SERE off' loads
+    routings = list(dict.fromkeys(row.routing for row in rows))
     width = 0.8 / len(levels)
     for i, (level, color) in enumerate(levels):
-        mine = [row for row in rows if row.concurrency == level and row.primary_k is not None]
-        xs = [x + (i - (len(levels) - 1) / 2) * width for x in range(len(labels))]
-        panel.bar(xs, [row.active_before for row in mine], width, color=color, alpha=0.25)
-        after = [row.active_after for row in mine]
+        mine = {row.routing: row for row in rows if row.streams == level}
+        shift = (i - (len(levels) - 1) / 2) * width
+        xs = [x + shift for x, routing in enumerate(routings) if routing in mine]
+        found = [mine[routing] for routing in routings if routing in mine]
+        panel.bar(xs, [row.active_before for row in found], width, color=color, alpha=0.25)
+        after = [row.active_after for row in found]
         panel.bar(xs, after, width, color=color, label=f"{level} streams")
-    panel.set_xticks(range(len(labels)), labels, fontsize=8)
+    names = ["SERE off" if routing == "off" else routing for routing in routings]
+    panel.set_xticks(range(len(routings)), names)
     panel.set(
         ylabel="active experts per MoE layer",
-        title="Demo model: experts loaded per decode step (pale: before)",
-        ylim=(0, 1.25 * max(row.active_before for row in rows)),
+        title="Experts loaded per decode step (pale: before)",
+        ylim=(0, 1.2 * max(row.active_before for row in rows)),
     )
     panel.legend(loc="upper left", ncols=len(levels))

@@ -8,9 +8,11 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from launch.load import run_load
 from launch.local_server import Server, serve
@@ -19,41 +21,51 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
-class Point:
-    """What one measurement runs at. primary_k None: plain SGLang; S == top-k: exact routing."""
+class Routing:
+    """One way to route: its name in tables, and the live settings that make it (None: plain)."""
 
-    primary_k: int | None = None
-    threshold: float | None = None
+    name: str
+    settings: dict[str, Any] | None = field(default=None, hash=False)
 
     @property
     def server(self) -> str:
-        return "plain" if self.primary_k is None else "sere"
+        return "plain" if self.settings is None else "sere"
 
-    def label(self, top_k: int) -> str:
-        if self.primary_k is None:
-            return "plain SGLang"
-        if self.primary_k >= top_k:
-            return "SERE off"
-        return f"S={self.primary_k}, rho={self.threshold:g}"
+    @property
+    def reroutes(self) -> bool:
+        return self.settings is not None and self.settings["enabled"]
 
 
-PLAIN = Point()
+PLAIN = Routing("plain")
+OFF = Routing("off", {"enabled": False})
+ADAPTIVE = Routing("adaptive", {"enabled": True, "policy": "adaptive", "min_batch": 3})
 
 
-@dataclass
-class Row:
-    """One line of a table and of demo.json. active_*: mean distinct experts per MoE layer; kl:
-    nats per token to plain SGLang, None where quality is not measured."""
+def static(primary_k: int) -> Routing:
+    """The published method at this S, with rho = 0."""
+    settings = {"policy": "static", "primary_k": primary_k, "threshold": 0.0, "min_batch": 1}
+    return Routing(f"S={primary_k}", {"enabled": True, **settings})
 
-    concurrency: int
-    primary_k: int | None
-    threshold: float | None
-    active_before: float
-    active_after: float
-    tok_s: float
-    ratio: float
-    kl: float | None = None
-    perplexity: float | None = None
+
+@dataclass(frozen=True)
+class Speed:
+    """tok_s: decode tokens per second of each round; text: what the first stream wrote."""
+
+    tok_s: list[float]
+    text: str
+
+    def over(self, other: Speed) -> tuple[float, tuple[float, float]]:
+        """Median ratio to the same rounds of `other`, and its interval (`median_interval`)."""
+        ratios = [ours / theirs for ours, theirs in zip(self.tok_s, other.tok_s, strict=True)]
+        return statistics.median(ratios), median_interval(ratios)
+
+
+def median_interval(samples: list[float], level: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of the median, by resampling."""
+    draws = np.random.default_rng(0).choice(samples, (4000, len(samples)))
+    tail = 50 * (1 - level)
+    low, high = np.percentile(np.median(draws, axis=1), [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def heldout_prompts(
@@ -93,7 +105,7 @@ def both_servers(
         servers: dict[str, Server] = {}
         for name, extra in (
             ("plain", []),
-            ("sere", ["--moe-backend=sere", "--sere-policy=static", f"--sere-profile={profile}"]),
+            ("sere", ["--moe-backend=sere", f"--sere-profile={profile}"]),
         ):
             log = logs / f"{name}.log"
             servers[name] = stack.enter_context(serve(model, log, *flags, *extra, env=env))
@@ -101,61 +113,53 @@ def both_servers(
         yield servers
 
 
-def set_point(servers: dict[str, Server], point: Point, top_k: int) -> None:
-    """Bring the server of `point` to it; the plain one has nothing to set."""
-    if point == PLAIN:
-        return
-    if point.primary_k == top_k:
-        servers["sere"].set_sere(enabled=False)
-    else:
-        servers["sere"].set_sere(enabled=True, primary_k=point.primary_k, threshold=point.threshold)
+def use(servers: dict[str, Server], routing: Routing) -> Server:
+    """The server of `routing`, brought to it."""
+    server = servers[routing.server]
+    if routing.settings is not None:
+        server.set_sere(**routing.settings)
+    return server
 
 
-def count_active(
-    servers: dict[str, Server], point: Point, top_k: int, run: Callable[[], Any]
-) -> tuple[float, float]:
-    """Mean active experts per layer before and after re-routing over the decode steps of `run`."""
-    server = servers["sere"]
-    if point.primary_k in (None, top_k):
+def count_active(server: Server, routing: Routing, run: Callable[[], Any]) -> tuple[float, float]:
+    """Mean active experts per layer before and after re-routing over the decode steps of `run`.
+
+    Steps that a policy leaves exact are not counted, so they are left out of the mean: every
+    step of one batch size gets the same decision, but for the few before the first feedback.
+    """
+    if not routing.reroutes:
         # Exact routing, counted: a threshold of 1 moves nothing but exact twins.
-        server.set_sere(enabled=True, primary_k=top_k - 1, threshold=1.0)
+        top_k = server.sere()["top_k"]
+        server.set_sere(**static(top_k - 1).settings | {"threshold": 1.0})
     server.set_sere(reset_counters=True)
     run()
     layers = list(server.sere()["counters"].values())
     forwards = sum(layer["forwards"] for layer in layers)
+    if not forwards:  # the policy left every step exact
+        return count_active(server, OFF, run)
     before = sum(layer["active_before"] for layer in layers) / forwards
     return before, sum(layer["active_after"] for layer in layers) / forwards
 
 
 def decode_speeds(
     servers: dict[str, Server],
-    points: list[Point],
+    routings: list[Routing],
     prompts: list[str],
     *,
-    top_k: int,
     rounds: int,
     tokens: int,
     advance: Callable[[], None],
-) -> dict[Point, tuple[float, float, str]]:
-    """Per point: median tokens per second, median ratio to the same round's plain run, a text.
+) -> dict[Routing, Speed]:
+    """Every round measures every routing once, so that a slow minute of the machine hits all.
 
-    Every round measures every point once, so that a slow minute of the machine hits all.
+    One more round before them warms up.
     """
-    speeds: dict[Point, list[float]] = {point: [] for point in points}
-    texts: dict[Point, str] = {}
-    for _ in range(rounds):
-        for point in points:
-            set_point(servers, point, top_k)
-            result = run_load(servers[point.server].url, prompts, tokens)
-            speeds[point].append(result.decode_tok_s)
-            texts[point] = result.text
+    speeds: dict[Routing, Speed] = {routing: Speed([], "") for routing in routings}
+    for at in range(-1, rounds):
+        for routing in routings:
+            result = run_load(use(servers, routing).url, prompts, tokens)
+            if at >= 0:
+                speeds[routing].tok_s.append(result.decode_tok_s)
+            speeds[routing] = Speed(speeds[routing].tok_s, result.text)
             advance()
-    plain = speeds[PLAIN]
-    return {
-        point: (
-            statistics.median(found),
-            statistics.median(s / p for s, p in zip(found, plain, strict=True)),
-            texts[point],
-        )
-        for point, found in speeds.items()
-    }
+    return speeds

@@ -12,9 +12,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 SGLANG = str(Path(sys.executable).with_name("sglang"))
 CPU_ENGINE = {"SGLANG_USE_CPU_ENGINE": "1"}
@@ -29,6 +29,28 @@ CPU_FLAGS = [
     "--random-seed=0",
     "--sleep-on-idle",
 ]
+
+
+class Process(Protocol):
+    """A server's first process, the leader of its process group; as ``subprocess.Popen``."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+def start_process(command: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
+    """Run `command` with `env` added to the environment and both outputs in `log`."""
+    with log.open("w") as out:
+        return subprocess.Popen(
+            command,
+            env={**os.environ, **env},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 class Server:
@@ -75,28 +97,19 @@ def serve(
     *flags: str,
     env: dict[str, str] | None = None,
     launcher: Sequence[str] = (SGLANG, "serve"),
+    start: Callable[[Sequence[str], Mapping[str, str], Path], Process] = start_process,
 ) -> Iterator[Server]:
     """Start ``sglang serve`` on `model`, wait until it answers, and stop it at the end."""
     port = free_port()
     command = [*launcher, f"--model-path={model}", f"--port={port}", *CPU_FLAGS, *flags]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **CPU_ENGINE, **(env or {})},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    process = start(command, {**CPU_ENGINE, **(env or {})}, log)
     server = Server(port, log)
     try:
         _wait_until_healthy(server, process)
         yield server
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=15)
+        # At once: SGLang's own shutdown takes seconds, and there is nothing to lose.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -114,7 +127,7 @@ def free_port() -> int:
     raise RuntimeError("no free port")
 
 
-def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
+def _wait_until_healthy(server: Server, process: Process) -> None:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -123,7 +136,7 @@ def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> Non
             urllib.request.urlopen(server.url + "/model_info", timeout=5).close()
             return
         except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
+            time.sleep(0.2)
     raise RuntimeError(f"server not up in time:\n{tail(server.log)}")
 
 

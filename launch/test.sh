@@ -20,7 +20,7 @@ step "format" "$PYTHON" -m ruff format --check .
 step "types" "$PYTHON" -m mypy
 # The one test that holds step times against each other has the machine to itself.
 alone=tests/server/test_slo_target.py
-step "tests" "$PYTHON" -m pytest tests -n 2 --dist loadfile --durations=8 --ignore=$alone
+step "tests" "$PYTHON" -m pytest tests -n 3 --durations=8 --ignore=$alone
 step "time per output token" "$PYTHON" -m pytest $alone
 step "kernels compile" bash launch/compile_check.sh
 

@@ -7,21 +7,23 @@ graph or eager, before it runs and before padding. Draft models are left alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang import runtime
-from sere_sglang.backend.bind import bind_model
-from sere_sglang.backend.hardware import moe_cost
+from sere_sglang.backend.bind import Binding, bind_model
 from sere_sglang.backend.moe_layers import moe_layers
+from sere_sglang.backend.probe import moe_cost
 from sere_sglang.patches import moe_rows
 from sere_sglang.patches.forward_batch import noted
 from sere_sglang.patches.seam import hook
 from sere_sglang.profile import load_profile
 from sere_sglang.schedule.composition import BatchComposition, Mode, MoeRows
+from sere_sglang.schedule.cost import MoeCost
+from sere_sglang.schedule.cost_file import load_cost
 
 _TARGET = "sglang.srt.model_executor.model_runner.ModelRunner"
 
@@ -42,22 +44,39 @@ def _bind(_result: Any, runner: Any) -> None:
     active = runtime.current()
     if active is None or runner.is_draft_worker:
         return
-    from sglang.srt.runtime_context import get_parallel
-
     active.moe_rows = moe_rows.moe_rows()
     moe_rows.require_no_quality(active.quality_rules.allowed)
     assert active.config.sere_profile is not None
     profile = load_profile(active.config.sere_profile)
     binding = bind_model(runner.model, profile, active.config, device=runner.device)
-    cost = moe_cost(
-        next(iter(moe_layers(runner.model).values())),
-        num_layers=len(profile.similarity),
-        top_k=binding.stages[0].top_k,
-        device=torch.device(runner.device),
-    )
-    # Measured, so it differs between ranks, which must decide alike.
-    cost = get_parallel().world_group.broadcast_object(cost, src=0)
+    cost = _cost(runner, binding, active.config.sere_cost).covering(profile.similarity)
     active.attach(binding, profile, cost)
+
+
+def _cost(runner: Any, binding: Binding, file: str | None) -> MoeCost:
+    """From the file, or timed: of this rank's layers, by the first rank."""
+    from sglang.srt.runtime_context import get_parallel
+
+    if file is not None:
+        return load_cost(file).cost
+    top_k = {stage.layer_id: stage.top_k for stage in binding.stages}
+    cost = time_layers(runner, top_k)
+    # Measured, so it differs between ranks, which must decide alike.
+    shared: MoeCost = get_parallel().world_group.broadcast_object(cost, src=0)
+    return shared
+
+
+def time_layers(runner: Any, top_k: Mapping[int, int]) -> MoeCost:
+    """What the MoE layers of this rank cost. `top_k`: layer id -> routed experts per token."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return moe_cost(
+        moe_layers(runner.model),
+        top_k,
+        device=torch.device(runner.device),
+        warns=get_parallel().world_group.rank_in_group == 0,
+        deferred_weights=runner.startup_weight_load is not None,
+    )
 
 
 def _forward(

@@ -9,7 +9,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang import config
-from sere_sglang.patches import calibration, cpu_engine, weight_files
+from sere_sglang.patches import calibration, cpu_engine, doctor, weight_files
 from sere_sglang.patches.seam import declare
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,9 @@ def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any)
     spec = calibration.spec_of(server_args)
     if spec is not None:
         calibration.install(spec, device=server_args.device)
+        return
+    if doctor.is_asked(server_args):
+        doctor.install(device=server_args.device)
         return
     asked = config.config_of(server_args)
     if not asked.enabled:
@@ -100,7 +103,9 @@ def _trace_suffix(parallel: Any) -> str:
 
 
 def _report(result: dict[str, Any], scheduler: Any) -> None:
-    if config.config_of(scheduler.server_args).enabled:
+    if doctor.is_asked(scheduler.server_args):
+        doctor.report(result)
+    elif config.config_of(scheduler.server_args).enabled:
         from sere_sglang import runtime
 
         active = runtime.current()

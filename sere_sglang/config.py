@@ -126,6 +126,14 @@ class SereConfig:
         type=int,
         metavar="N",
     )
+    sere_cost: str | None = _option(
+        None,
+        "What this model's MoE layers cost, written by 'sere-sglang doctor --model MODEL --out "
+        'FILE\', instead of timing them at start. With a "step" in the file, adaptive decides by '
+        "composition and settings alone, whatever steps take "
+        "(default: time the layers at start, within 2 s on a CPU, 0.5 s on a GPU).",
+        metavar="FILE",
+    )
     sere_trace: str | None = _option(
         None,
         "Write one JSON line per forward to this file: composition, operating point, step time. "

@@ -10,6 +10,7 @@ from typing import Any
 from sere_sglang.config import SereConfig
 from sere_sglang.errors import SereError
 from sere_sglang.profile import MoeModelInfo, check_profile_fits, find_profile, load_profile
+from sere_sglang.schedule.cost_file import CostModel, check_cost_fits, load_cost
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ def prepare(
         resolved = restrict(asked).resolve_defaults(top_k=model.top_k)
         path = find_profile(model_path, asked.sere_profile, revision)
         check_profile_fits(load_profile(path), model, path)
+        if asked.sere_cost is not None:
+            cost = load_cost(asked.sere_cost)
+            check_cost_fits(cost, CostModel.of(model), asked.sere_cost)
     except SereError as error:
         if asked.sere_on_error != "fallback":
             raise

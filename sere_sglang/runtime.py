@@ -13,8 +13,9 @@ from sere_sglang.profile import SereProfile
 from sere_sglang.schedule.composition import BatchComposition, MoeRows
 from sere_sglang.schedule.control import ClassTable
 from sere_sglang.schedule.cost import MoeCost
+from sere_sglang.schedule.cost_file import describe as describe_cost
 from sere_sglang.schedule.expectation import expect, statistics_of
-from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback
+from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback, first_feedback
 from sere_sglang.schedule.observer import Observer
 from sere_sglang.schedule.policy import (
     OFF,
@@ -77,13 +78,14 @@ class SereRuntime:
         self._reader = CounterReader(binding.counters)
         self._build_policy()
         logger.info(
-            "SERE on: %d MoE layers, %s kernel, policy %s, S=%d, rho=%g, profile %s",
+            "SERE on: %d MoE layers, %s kernel, policy %s, S=%d, rho=%g, profile %s, %s",
             len(binding.stages),
             binding.impl,
             self.settings.policy,
             self.settings.primary_k,
             self.settings.threshold,
             self.config.sere_profile,
+            cost,
         )
 
     def start_serving(
@@ -177,9 +179,10 @@ class SereRuntime:
 
     def describe(self) -> dict[str, Any]:
         """What does not change while the server runs; shown in ``/server_info``."""
-        assert self.binding is not None
+        assert self.binding is not None and self.context is not None
         return {
             "profile": self.config.sere_profile,
+            "cost": describe_cost(self.context.cost),
             "layers": self.binding.layer_ids,
             "kernel": self.binding.impl,
             "quality": self.quality_rules.default,
@@ -215,7 +218,7 @@ class SereRuntime:
     def _build_policy(self) -> None:
         assert self.context is not None
         self.policy = make_policy(self.settings.policy, self.context)
-        self.feedback = NO_FEEDBACK
+        self.feedback = first_feedback(self.context.cost)
         self._observer = Observer(self.policy, self.context.cost)
 
     def _class_table(self) -> ClassTable:

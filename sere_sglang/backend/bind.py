@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 
-from sere_sglang.backend.moe_layers import moe_layers, require_standard_format, routers_of
+from sere_sglang.backend.moe_layers import (
+    moe_layers,
+    require_standard_format,
+    routed_top_k,
+    routers_of,
+)
 from sere_sglang.backend.stage import RerouteStage, Switch, bind_stage
 from sere_sglang.config import SereConfig
 from sere_sglang.errors import SereError
@@ -84,7 +89,7 @@ def bind_model(
         topk_config = router.topk_config
         stage = RerouteStage(
             layer_id=layer_id,
-            top_k=topk_config.top_k - topk_config.num_shared_topk_slots,
+            top_k=routed_top_k(router),
             table=LayerTable.build(profile.similarity[layer_id], device=target),
             control=control.words[row],
             row_class=control.row_class,

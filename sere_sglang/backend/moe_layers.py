@@ -31,6 +31,12 @@ def routers_of(model: torch.nn.Module) -> dict[int, Any]:
     }
 
 
+def routed_top_k(router: Any) -> int:
+    """Experts per token that its ``TopK`` chooses, without fused shared experts."""
+    topk_config = router.topk_config
+    return int(topk_config.top_k - topk_config.num_shared_topk_slots)
+
+
 def require_standard_format(
     router: Any, model_name: str, *, asked: str = "--moe-backend sere"
 ) -> None:

@@ -1,4 +1,5 @@
-"""``sere-sglang doctor``: does this environment have what SERE needs, and what would it use."""
+"""``sere-sglang doctor``: does this environment have what SERE needs, and what would it use; with
+``--model``, what that model's layers take."""
 
 from __future__ import annotations
 
@@ -7,9 +8,12 @@ import re
 import shutil
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from sere_sglang.errors import SereError
 
 _ENTRY_POINTS = {
     "sglang.srt.plugins": "sere_sglang.plugin",
@@ -31,11 +35,45 @@ def command(
             "when building an image.",
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Start this model in SGLang, time its MoE layers and print what they take, "
+            "instead of the report. Needs no profile.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --model: write the table, for --sere-cost and for simulate --cost.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="With --model: auto, cpu or cuda.")] = "auto",
+    server_args: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- SGLANG FLAGS]",
+            help="With --model: as the server will get them, for instance: -- --tp 2",
+        ),
+    ] = None,
 ) -> None:
     """Report versions, plugin entry points, compilers and the re-routing kernels at hand.
 
-    Exits with status 1 when something that serving needs is missing, or does not build.
+    Exits with status 1 when something that serving needs is missing, or does not build. With
+    --model: what a MoE layer of that model takes, by rows and active experts, beside the least
+    that this machine could take.
     """
+    if model is not None:
+        if build or cuda_arch is not None:
+            raise typer.BadParameter("reports on kernels, not on a model", param_hint="--build")
+        _report_model(model, out, device, tuple(server_args or ()))
+        return
+    if out is not None or server_args or device != "auto":
+        raise typer.BadParameter(
+            "goes with --model MODEL", param_hint="--out, --device or SGLang's flags"
+        )
     if cuda_arch is not None and not (build and re.fullmatch(r"sm_\d{2,3}[af]?", cuda_arch)):
         raise typer.BadParameter(
             "goes with --build and names an architecture: sm_80 (A100), sm_90a (H100, H200), "
@@ -54,6 +92,21 @@ def command(
     if problems:
         raise typer.Exit(1)
     print("everything that serving needs is here")
+
+
+def _report_model(model: str, out: Path | None, device: str, server_args: tuple[str, ...]) -> None:
+    from sere_sglang.cli import doctor_model
+
+    try:
+        if device not in ("auto", "cpu", "cuda"):
+            raise SereError(f"--device {device}: choose from auto, cpu, cuda")
+        doctor_model.run(model, out, device, server_args)
+    except SereError as error:
+        print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
+        raise typer.Exit(2) from None
+    except doctor_model.Interrupted:
+        print("stopped", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _report_versions() -> list[str]:

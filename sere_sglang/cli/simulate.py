@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sere_sglang.config import DEFAULT_MIN_GAIN, DEFAULT_QUALITY_BUDGET
 from sere_sglang.errors import SereError
 
 if TYPE_CHECKING:
@@ -19,6 +21,14 @@ if TYPE_CHECKING:
 
 def command(
     profile: Annotated[Path, typer.Option(help="Profile of the model, with its popularity.")],
+    cost: Annotated[
+        Path,
+        typer.Option(
+            help="What the model's layers cost, written by sere-sglang doctor --model MODEL "
+            "--out FILE on the machine that serves.",
+            metavar="FILE",
+        ),
+    ],
     trace: Annotated[
         Path | None, typer.Option(help="Replay this file, written by a server's --sere-trace.")
     ] = None,
@@ -28,15 +38,27 @@ def command(
     tokens: Annotated[float, typer.Option(help="... mean tokens that a request decodes.")] = 200.0,
     max_running: Annotated[int, typer.Option(help="... most requests in a batch.")] = 256,
     steps: Annotated[int, typer.Option(help="... decode steps to simulate.")] = 20_000,
-    expert_mb: Annotated[float, typer.Option(help="Megabytes of one expert.")] = 9.4,
-    bandwidth: Annotated[float, typer.Option(help="Memory bandwidth, GB/s.")] = 3500.0,
-    tflops: Annotated[float, typer.Option(help="Matrix multiplication, TFLOP/s.")] = 600.0,
     fixed_ms: Annotated[
-        float, typer.Option(help="Part of a step that is not its experts, milliseconds.")
-    ] = 4.0,
-    row_us: Annotated[float, typer.Option(help="... and that grows with each row.")] = 10.0,
-    quality_budget: Annotated[float, typer.Option(help="Of adaptive and slo.")] = 0.08,
-    min_gain: Annotated[float, typer.Option(help="Of adaptive and slo.")] = 0.03,
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Part of a step that is not its experts, milliseconds.  [default: of the cost "
+            "file's step, else 0: gains are then what they are of the experts alone]",
+            show_default=False,
+        ),
+    ] = None,
+    row_us: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="... and that grows with each row, microseconds.  [default: as --fixed-ms]",
+            show_default=False,
+        ),
+    ] = None,
+    quality_budget: Annotated[
+        float, typer.Option(help="Of adaptive and slo.")
+    ] = DEFAULT_QUALITY_BUDGET,
+    min_gain: Annotated[float, typer.Option(help="Of adaptive and slo.")] = DEFAULT_MIN_GAIN,
     tpot_slo_ms: Annotated[
         float | None, typer.Option(help="Simulate slo too, with this target.")
     ] = None,
@@ -54,30 +76,34 @@ def command(
     the profile's popularity makes a batch of that size activate. Nothing is served.
     """
     from sere_sglang.profile import load_profile
-    from sere_sglang.schedule.cost import MoeCost, StepModel
+    from sere_sglang.schedule.cost import StepModel
+    from sere_sglang.schedule.cost_file import CostModel, check_cost_fits, load_cost
     from sere_sglang.schedule.expectation import expect, statistics_of
     from sere_sglang.schedule.simulate import Simulator, Traffic
     from sere_sglang.schedule.trace import read_trace
     from sere_sglang.telemetry.simulation_plot import draw
 
     try:
-        expectation = expect(statistics_of(load_profile(profile)))
+        loaded = load_profile(profile)
+        file = load_cost(cost, "--cost")
+        check_cost_fits(file, CostModel.of_profile(loaded), cost, "--cost")
+        expectation = expect(statistics_of(loaded))
         compositions = [s.composition for s in read_trace(trace)] if trace is not None else []
         policies = _policies(expectation.top_k, primary_k, quality_budget, min_gain, tpot_slo_ms)
     except SereError as error:
         raise SystemExit(f"sere-sglang: error: {error}") from None
     if trace is not None and not any(c.is_decode_like for c in compositions):
         raise SystemExit(f"sere-sglang: error: --trace {trace}: holds no decode step")
-    bytes_per_ms = bandwidth * 1e6
-    cost = MoeCost(
-        expert_ms=expert_mb * 1e6 / bytes_per_ms,
-        slot_ms=expert_mb * 1e6 / (tflops * 1e9),  # two operations per two-byte weight
-        num_layers=expectation.num_layers,
-        top_k=expectation.top_k,
+    costs = file.cost
+    step = costs.step or StepModel()
+    step = dataclasses.replace(
+        step,
+        fixed_ms=step.fixed_ms if fixed_ms is None else fixed_ms,
+        row_ms=step.row_ms if row_us is None else row_us / 1000,
     )
-    simulator = Simulator(
-        expectation, cost, StepModel(fixed_ms, row_us / 1000), noise=0.02, seed=seed
-    )
+    if costs.step is not None:
+        costs = dataclasses.replace(costs, step=step)
+    simulator = Simulator(expectation, costs, step, noise=0.02, seed=seed)
     traffic = Traffic(rate, peak, period, tokens, max_running, prefill_ms=2.0, seed=seed)
     runs: list[Run] = []
     for name, settings in policies.items():

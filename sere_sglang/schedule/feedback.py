@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sere_sglang.schedule.cost import StepModel
+from sere_sglang.schedule.cost import MoeCost, StepModel
 
 
 @dataclass(frozen=True)
 class Feedback:
     """Sent by the rank that receives requests, applied by every rank at the same step.
 
-    step: what decode steps take; the hardware's own numbers until some were measured.
+    step: what decode steps take; what the MoE layers were timed to take until some were measured.
     step_ms: smoothed time of the last steps; None before there is one.
     budget: expected loss that ``slo`` allows at present; None before it has decided.
     """
@@ -22,3 +22,8 @@ class Feedback:
 
 
 NO_FEEDBACK = Feedback()
+
+
+def first_feedback(cost: MoeCost) -> Feedback:
+    """Before anything was measured."""
+    return NO_FEEDBACK if cost.step is None else Feedback(step=cost.step)

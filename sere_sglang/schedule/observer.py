@@ -6,7 +6,7 @@ import statistics
 
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost, StepFit
-from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback
+from sere_sglang.schedule.feedback import Feedback, first_feedback
 from sere_sglang.schedule.settings import Settings
 from sere_sglang.schedule.slo import SloController, SloPolicy
 
@@ -15,7 +15,10 @@ WINDOW = 8
 
 
 class Observer:
-    """Collects decode steps into windows; `feedback` is what it last concluded."""
+    """Collects decode steps into windows; `feedback` is what it last concluded.
+
+    A cost that has a step model of its own keeps it: nothing is fitted then.
+    """
 
     def __init__(self, policy: object, cost: MoeCost) -> None:
         self._cost = cost
@@ -23,7 +26,7 @@ class Observer:
         self._controller = SloController(policy) if isinstance(policy, SloPolicy) else None
         self._steps: list[tuple[float, BatchComposition]] = []
         self._active: float | None = None
-        self.feedback: Feedback = NO_FEEDBACK
+        self.feedback = first_feedback(cost)
 
     def note_active(self, experts: float) -> None:
         """Experts executed per forward, summed over the layers, when counters were read."""
@@ -51,7 +54,9 @@ class Observer:
         rows = statistics.fmean(c.num_tokens for _, c in steps)
         active = expected_active if self._active is None else self._active
         self._active = None
-        model = self._fit.observe(rows, float(self._cost.moe_ms(rows, active)), step_ms)
+        model = self._cost.step or self._fit.observe(
+            rows, float(self._cost.moe_ms(rows, active)), step_ms
+        )
         budget = None
         if self._controller is not None:
             seen = Feedback(step=model, step_ms=step_ms, budget=self._controller.budget)

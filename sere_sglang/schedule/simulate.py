@@ -10,7 +10,7 @@ import numpy as np
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost, StepModel
 from sere_sglang.schedule.expectation import Expectation
-from sere_sglang.schedule.feedback import NO_FEEDBACK
+from sere_sglang.schedule.feedback import first_feedback
 from sere_sglang.schedule.observer import Observer
 from sere_sglang.schedule.policy import OperatingPoint, PolicyContext, choose, make_policy
 from sere_sglang.schedule.settings import Settings
@@ -110,7 +110,7 @@ class Simulator:
         policy = make_policy(settings.policy, self._context)
         observer = Observer(policy, self.cost)
         random = np.random.default_rng(self._seed)
-        feedback = NO_FEEDBACK
+        feedback = first_feedback(self.cost)
         now = 0.0
         for done, composition in enumerate(source(run)):
             if done % 1000 == 0:

@@ -7,7 +7,7 @@ import pytest
 
 from sere_sglang.schedule.cost import MoeCost, StepFit, StepModel
 
-COST = MoeCost(expert_ms=0.1, slot_ms=0.002, num_layers=4, top_k=8)
+COST = MoeCost.from_bandwidth(expert_ms=0.1, slot_ms=0.002, num_layers=4, num_experts=64, top_k=8)
 
 
 def test_a_layer_loads_or_multiplies_whichever_takes_longer() -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_model import COST, TOP_K, expectation, settings
+from toy_model import COST, EXPERTS, LAYERS, TOP_K, expectation, settings
 
 from sere_sglang.errors import SereError
 from sere_sglang.schedule.adaptive import AdaptivePolicy
 from sere_sglang.schedule.composition import BatchComposition
-from sere_sglang.schedule.cost import StepModel
+from sere_sglang.schedule.cost import MoeCost, StepModel
 from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback
 from sere_sglang.schedule.policy import (
     OFF,
@@ -80,7 +79,9 @@ def test_off_when_there_is_nothing_to_gain() -> None:
     elsewhere = Feedback(step=StepModel(fixed_ms=2000.0))
     assert ADAPTIVE.decide(decode(32), generous, elsewhere) == OFF
     # Compute-bound: the rows take longer to multiply than the experts to load.
-    heavy = dataclasses.replace(COST, slot_ms=0.05)
+    heavy = MoeCost.from_bandwidth(
+        expert_ms=0.1, slot_ms=0.05, num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K
+    )
     assert AdaptivePolicy(expectation(), heavy).decide(decode(512), generous, NO_FEEDBACK) == OFF
     assert ADAPTIVE.decide(decode(32), settings(quality_budget=0.0), NO_FEEDBACK) == OFF
 

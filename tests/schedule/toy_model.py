@@ -13,7 +13,9 @@ from sere_sglang.schedule.settings import Settings
 
 EXPERTS, TOP_K, LAYERS = 64, 8, 4
 ENERGY = np.arange(TOP_K, 0, -1) ** 2 / np.sum(np.arange(TOP_K, 0, -1) ** 2)
-COST = MoeCost(expert_ms=0.1, slot_ms=0.001, num_layers=LAYERS, top_k=TOP_K)
+COST = MoeCost.from_bandwidth(
+    expert_ms=0.1, slot_ms=0.001, num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K
+)
 
 
 @functools.cache

@@ -8,17 +8,24 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from launch.local_server import CPU_ENGINE, CPU_FLAGS, SGLANG, Server, free_port, serve, tail
+from launch import local_server
+from launch.local_server import CPU_ENGINE, CPU_FLAGS, SGLANG, Server, free_port, tail
 
 __all__ = ["CPU_ENGINE", "Server", "free_port", "refusal_of", "run_to_exit", "serve", "tail"]
+
+serve = functools.partial(local_server.serve, start=lambda *started: _Forked.start(*started))
+"""As `launch.local_server.serve`; the launcher is forked from one that has imported SGLang."""
 
 
 def run_to_exit(
     *flags: str, env: dict[str, str] | None = None, warm_up: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``sglang serve`` with flags that must make it stop by itself.
+    """Run ``sglang serve``, in a process of its own, with flags that must make it stop by itself.
 
     With `warm_up`, SGLang's first forward, which the other tests do without, happens.
     """
@@ -33,22 +40,60 @@ def run_to_exit(
     )
 
 
-def refusal_of(*flags: str) -> subprocess.CompletedProcess[str]:
-    """The same for flags refused before any process starts, without importing SGLang again."""
-    command = _command(*flags)
+def refusal_of(
+    *flags: str, env: Mapping[str, str] | None = None, warm_up: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """The same without importing SGLang again."""
+    command = [f for f in _command(*flags) if not (warm_up and f == "--skip-server-warmup")]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        request = {"argv": command, "stdout": str(out), "stderr": str(err)}
-        stdin, stdout = _forking().stdin, _forking().stdout
-        assert stdin is not None and stdout is not None
-        stdin.write(json.dumps(request) + "\n")
-        stdin.flush()
-        status = int(stdout.readline())
+        status = _Forked.start(command, env or {}, out, err).wait(timeout=300)
         return subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
 
 
 def _command(*flags: str) -> list[str]:
     return [SGLANG, "serve", f"--port={free_port()}", *CPU_FLAGS, *flags]
+
+
+class _Forked:
+    """A command line that `forked_cli` runs; as ``subprocess.Popen``."""
+
+    def __init__(self, pid: int, status: Path) -> None:
+        self.pid = pid
+        self._status = status
+
+    @classmethod
+    def start(
+        cls, command: Sequence[str], env: Mapping[str, str], log: Path, errors: Path | None = None
+    ) -> _Forked | subprocess.Popen[bytes]:
+        """Both outputs go to `log`, or standard error to `errors`."""
+        if command[0] != SGLANG:
+            return local_server.start_process(command, env, log)  # type: ignore[return-value]
+        log.unlink(missing_ok=True)
+        status = Path(_statuses().name, f"{time.monotonic_ns()}")
+        request = {"argv": list(command), "env": dict(env), "status": str(status)}
+        request |= {"stdout": str(log), "stderr": str(errors or log)}
+        stdin, stdout = _forking().stdin, _forking().stdout
+        assert stdin is not None and stdout is not None
+        stdin.write(json.dumps(request) + "\n")
+        stdin.flush()
+        return cls(int(stdout.readline()), status)
+
+    def poll(self) -> int | None:
+        return int(self._status.read_text()) if self._status.exists() else None
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = time.monotonic() + (timeout or float("inf"))
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
+            time.sleep(0.05)
+        return status
+
+
+@functools.cache
+def _statuses() -> Any:
+    return tempfile.TemporaryDirectory()
 
 
 @functools.cache

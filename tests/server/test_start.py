@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import SERE
-from harness import CPU_ENGINE, Server, refusal_of, run_to_exit, serve
+from harness import CPU_ENGINE, Server, refusal_of, serve
 
 Checkpoint = Callable[[str], Path]
 HERE = Path(__file__).parent
@@ -115,7 +115,7 @@ def test_router_of_its_own_is_refused_by_name(
     architecture: str, where: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     model = _renamed(checkpoint("qwen3_moe"), tmp_path / "model", architecture)
-    result = run_to_exit(
+    result = refusal_of(
         f"--model-path={model}",
         *SERE,
         warm_up=True,
@@ -142,7 +142,7 @@ def test_worker_without_the_plugin_stops_the_launch(checkpoint: Checkpoint, tmp_
         "    os.environ['SGLANG_PLUGINS'] = 'sere-cpu-engine'\n"
     )
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    result = run_to_exit(f"--model-path={checkpoint('qwen3_moe')}", *SERE, env={"PYTHONPATH": path})
+    result = refusal_of(f"--model-path={checkpoint('qwen3_moe')}", *SERE, env={"PYTHONPATH": path})
     assert result.returncode != 0
     assert "the scheduler process started without it" in result.stderr
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import Server, run_to_exit, serve
-
-PROMPTS = ["hello world", "the quick brown fox", "a", "jumps over the lazy dog, twice"]
+from checks import PROMPTS, assert_same, exact_then_rerouted, top
+from harness import Server, free_port, refusal_of, serve
 
 
 def test_bit_for_bit(plain: Server, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     # Without the package the CPU engine cannot start on a machine without libcuda, so the
     # other side keeps the stand-in for sgl_kernel and leaves out everything else of ours.
     env = {"SGLANG_PLUGINS": "sere-cpu-engine"}
-    unknown = run_to_exit("--model-path=any", "--moe-backend=sere", env=env)
+    unknown = refusal_of("--model-path=any", "--moe-backend=sere", env=env)
     assert "unrecognized arguments: --moe-backend=sere" in unknown.stderr
     with serve(checkpoint("qwen3_moe"), tmp_path / "without.log", env=env) as without:
         for prompts in (PROMPTS, PROMPTS[:1]):
@@ -28,3 +27,15 @@ def test_bit_for_bit(plain: Server, checkpoint: Callable[[str], Path], tmp_path:
             assert ours == theirs
     info = plain.get("/server_info")
     assert "sere" not in info["internal_states"][0]
+
+
+def test_exact_routing_is_plain_sglang(sere: Server, plain: Server) -> None:
+    assert_same(plain, exact_then_rerouted(sere, "qwen3_moe"))
+
+
+def test_top_names_a_server_that_is_not_there(plain: Server) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+    gone = top(nobody, "--looks=1")
+    assert gone.returncode != 0 and f"no SGLang server answers at {nobody}" in gone.stderr
+    without = top(plain.url, "--looks=1")
+    assert without.returncode != 0 and "runs without --moe-backend sere" in without.stderr
