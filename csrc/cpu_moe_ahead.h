@@ -17,12 +17,19 @@ struct Ahead {
   Rows next;
   int64_t row_bytes;  // of the weights at hand
   int panel, num_panels;
+  int64_t column_bytes = 0;  // before the columns at hand
+
+  Ahead from(int64_t bytes) const {
+    Ahead moved = *this;
+    moved.column_bytes = bytes;
+    return moved;
+  }
 
   // Where to request while `weights`, which begin at row w, are multiplied: their own place, which
   // costs nothing, if it is another panel's turn.
   const char* of(const void* weights, int64_t w) const {
     const bool turn = w / kRowsPerTurn % num_panels == panel;
-    const int64_t offset = w * row_bytes;
+    const int64_t offset = w * row_bytes + column_bytes;
     return turn && offset < next.bytes ? next.begin + offset : static_cast<const char*>(weights);
   }
 

@@ -8,8 +8,13 @@ namespace sere::moe {
 // Rows at a time, and for so many of them, weight rows at a time: with 16 registers, up to twelve
 // sums, and at least the eight that hide the latency of two FMA units.
 inline constexpr int kTileRows = 6;
-inline constexpr int tile_weights(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
-inline constexpr int kWidenPanels = 0;  // widening a weight leaves the FMA units alone
+inline constexpr int tile_weights(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : rows <= 4 ? 3 : 2; }
+inline constexpr bool kWidenOnce = false;  // widening leaves the ports of the FMA units alone
+
+template <typename Vector>
+inline void keep_in_register(Vector& value) {
+  asm("" : "+x"(value));
+}
 
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 

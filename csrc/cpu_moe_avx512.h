@@ -6,9 +6,14 @@
 namespace sere::moe {
 
 // Rows at a time, and for so many of them, weight rows at a time: up to 24 sums in 32 registers.
-inline constexpr int kTileRows = 6;
-inline constexpr int tile_weights(int rows) { return rows <= 3 ? 8 : 4; }
-inline constexpr int kWidenPanels = 3;  // from so many on, a weight is widened once for all of them
+inline constexpr int kTileRows = 8;
+inline constexpr int tile_weights(int rows) { return rows <= 2 ? 8 : rows == 3 ? 6 : rows <= 6 ? 4 : 3; }
+inline constexpr bool kWidenOnce = true;  // widening takes the ports of the FMA units
+
+template <typename Vector>
+inline void keep_in_register(Vector& value) {
+  asm("" : "+v"(value));
+}
 
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 

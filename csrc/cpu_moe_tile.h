@@ -24,6 +24,7 @@ struct Float32 {
   using Row = float;
   static constexpr int kParts = 2;
   static constexpr int kStep = kParts * kLanes;
+  static constexpr int kSourceBytes = sizeof(T);  // of a weight in memory
 
   template <int kPart>
   static Floats weight(const T* from) {
@@ -57,6 +58,11 @@ struct Float32 {
   }
 };
 
+// Weights that are bfloat16 in memory, from where an earlier multiplication left them in float32.
+struct Widened : Float32<float> {
+  static constexpr int kSourceBytes = sizeof(bf16);
+};
+
 #ifdef __AVX512BF16__
 // Pairs of bfloat16 products, added to float32 sums.
 struct NativeBf16 {
@@ -64,6 +70,7 @@ struct NativeBf16 {
   using Row = bf16;
   static constexpr int kParts = 1;
   static constexpr int kStep = 2 * kLanes;
+  static constexpr int kSourceBytes = sizeof(bf16);
 
   template <int kPart>
   static __m512bh weight(const bf16* from) {
@@ -85,90 +92,127 @@ struct NativeBf16 {
 };
 #endif
 
-// out[r * out_stride + w] = weight row w times token row r, for kWeights consecutive weight rows.
-// Token rows are zero from `depth` to the next step. Meanwhile as many bytes are requested, where
-// `ahead` points.
-template <typename Math, int kWeights, int kRows>
-inline void multiply_tile(const typename Math::Weight* weights, int64_t depth,
-                          const typename Math::Row* const* rows, const void* ahead, float* out,
-                          int64_t out_stride) {
+// Columns that are multiplied before the next ones: a panel of token rows stays in the first-level
+// cache. Its sums are added up block by block.
+template <typename Math>
+inline int64_t depth_block(int64_t depth) {
+  constexpr int64_t kMost = 4096 / sizeof(typename Math::Row);
+  const int64_t blocks = std::max<int64_t>(1, (depth + kMost - 1) / kMost);
+  return ((depth + blocks - 1) / blocks + Math::kStep - 1) / Math::kStep * Math::kStep;
+}
+
+// The operands of a multiplication: out[r * out_stride + w] = weight row w times token row r.
+// Weight rows are `depth` apart, `columns` of them are multiplied, and are added to `out` unless
+// they are the first. Token rows are zero from there to the next step.
+template <typename Math>
+struct Operands {
+  const typename Math::Weight* weights;
+  int64_t num_weights, depth, columns;
+  const typename Math::Row* const* rows;
+  bool first;
+  float* out;
+  int64_t out_stride;
+  float* widened = nullptr;  // where to keep the weights in float32, one row behind the other
+  int64_t widened_stride = 0;
+};
+
+// kWeights weight rows from row `w` on, kRows token rows. Meanwhile weights that come next are
+// requested, as many as are multiplied.
+template <typename Math, int kWeights, int kRows, bool kWiden>
+inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& requested) {
   using T = typename Math::Weight;
   constexpr int kSums = (kWeights * kRows + 3) / 4 * 4;
-  const int64_t whole = depth / Math::kStep * Math::kStep;
-  const int64_t to_ahead = (const char*)ahead - (const char*)weights;
+  constexpr int kStepsPerLine = std::max(1, 64 / (Math::kStep * Math::kSourceBytes));
+  constexpr int kLine = Math::kStep * kStepsPerLine;
   const T* w_row[kWeights];
   const typename Math::Row* x_row[kRows];
-  for (int w = 0; w < kWeights; ++w) w_row[w] = weights + w * depth;
-  for (int r = 0; r < kRows; ++r) x_row[r] = rows[r];
+  for (int i = 0; i < kWeights; ++i) w_row[i] = o.weights + (w + i) * o.depth;
+  for (int r = 0; r < kRows; ++r) x_row[r] = o.rows[r];
+  const char* const ahead = requested.of(w_row[0], w);
+  const int64_t to_ahead = ahead - (const char*)w_row[0];
+  float* const widened = o.widened + w * o.widened_stride;
 
   Floats sums[kSums] = {};
-  const auto part = [&]<int kPart>(const T* const* from, int64_t k_from, int64_t k) {
+  // Inlined whatever it costs, and unrolled: only then are sums in registers.
+  const auto part = [&]<int kPart>(const T* const* from, int64_t k_from, int64_t k)
+                        __attribute__((always_inline)) {
     decltype(Math::template weight<kPart>(from[0])) values[kWeights];
 #pragma GCC unroll 8
-    for (int w = 0; w < kWeights; ++w) {
-      values[w] = Math::template weight<kPart>(from[w] + k_from);
+    for (int i = 0; i < kWeights; ++i) {
+      values[i] = Math::template weight<kPart>(from[i] + k_from);
+      if constexpr (kWiden) store(widened + i * o.widened_stride + k + kPart * kLanes, values[i]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const auto x = Math::template row<kPart>(x_row[r] + k);
+      auto x = Math::template row<kPart>(x_row[r] + k);
+      keep_in_register(x);  // else a compiler may load it again for every weight
 #pragma GCC unroll 8
-      for (int w = 0; w < kWeights; ++w) {
-        sums[r * kWeights + w] = Math::multiply_add(sums[r * kWeights + w], values[w], x);
+      for (int i = 0; i < kWeights; ++i) {
+        sums[r * kWeights + i] = Math::multiply_add(sums[r * kWeights + i], values[i], x);
       }
     }
   };
-  const auto step = [&](const T* const* from, int64_t k_from, int64_t k) {
+  const auto step = [&](const T* const* from, int64_t k_from, int64_t k)
+                        __attribute__((always_inline)) {
     part.template operator()<0>(from, k_from, k);
-    if constexpr (Math::kParts == 2) part.template operator()<1>(from, k_from, k);
+    if constexpr (Math::kParts == 2) {
+      // The registers are for sums: weights are read twice, not kept from one part to the next.
+      asm volatile("" : "+r"(k_from));
+      part.template operator()<1>(from, k_from, k);
+    }
   };
-  for (int64_t k = 0; k < whole; k += Math::kStep) {
-    step(w_row, k, k);
+  int64_t k = 0;
+  for (; k + kLine <= o.columns; k += kLine) {
 #pragma GCC unroll 8
-    for (int w = 0; w < kWeights; ++w) {
-      __builtin_prefetch((const char*)(w_row[w] + k) + to_ahead, 0, 2);
+    for (int i = 0; i < kStepsPerLine; ++i) {
+      step(w_row, k + i * Math::kStep, k + i * Math::kStep);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kWeights; ++i) {
+      if constexpr (Math::kSourceBytes == sizeof(T)) {
+        __builtin_prefetch((const char*)(w_row[i] + k) + to_ahead, 0, 2);
+      } else {
+        __builtin_prefetch(ahead + i * requested.row_bytes + k * Math::kSourceBytes, 0, 2);
+      }
     }
   }
-  if (whole < depth) {
+  for (; k + Math::kStep <= o.columns; k += Math::kStep) step(w_row, k, k);
+  if (k < o.columns) {
     T rest[kWeights][Math::kStep] = {};
     const T* rest_row[kWeights];
-    for (int w = 0; w < kWeights; ++w) {
-      std::copy_n(w_row[w] + whole, depth - whole, rest[w]);
-      rest_row[w] = rest[w];
+    for (int i = 0; i < kWeights; ++i) {
+      std::copy_n(w_row[i] + k, o.columns - k, rest[i]);
+      rest_row[i] = rest[i];
     }
-    step(rest_row, 0, whole);
+    step(rest_row, 0, k);
   }
 
   float totals[kSums];
+#pragma GCC unroll 8
   for (int i = 0; i < kSums; i += 4) sum4(sums + i, totals + i);
   for (int r = 0; r < kRows; ++r) {
-    for (int w = 0; w < kWeights; ++w) out[r * out_stride + w] = totals[r * kWeights + w];
+    float* out = o.out + r * o.out_stride + w;
+    for (int i = 0; i < kWeights; ++i) {
+      out[i] = o.first ? totals[r * kWeights + i] : out[i] + totals[r * kWeights + i];
+    }
   }
 }
 
-// The same for any number of weight rows.
-template <typename Math, int kRows>
-inline void multiply_rows(const typename Math::Weight* weights, int64_t num_weights, int64_t depth,
-                          const typename Math::Row* const* rows, const Ahead& ahead, float* out,
-                          int64_t out_stride) {
-  constexpr int kWeights = tile_weights(kRows);
-  int64_t w = 0;
-  for (; w + kWeights <= num_weights; w += kWeights) {
-    const auto* from = weights + w * depth;
-    multiply_tile<Math, kWeights, kRows>(from, depth, rows, ahead.of(from, w), out + w, out_stride);
+// All weight rows from row `w` on, kWeights at a time and the rest in smaller tiles.
+template <typename Math, int kWeights, int kRows, bool kWiden>
+inline void multiply_rows(const Operands<Math>& o, int64_t w, const Ahead& ahead) {
+  for (; w + kWeights <= o.num_weights; w += kWeights) {
+    multiply_tile<Math, kWeights, kRows, kWiden>(o, w, ahead);
   }
-  for (; w < num_weights; ++w) {
-    const auto* from = weights + w * depth;
-    multiply_tile<Math, 1, kRows>(from, depth, rows, ahead.of(from, w), out + w, out_stride);
-  }
+  if constexpr (kWeights > 1) multiply_rows<Math, kWeights / 2, kRows, kWiden>(o, w, ahead);
 }
 
-template <typename Math>
-inline void multiply_panel(const typename Math::Weight* weights, int64_t num_weights, int64_t depth,
-                           const typename Math::Row* const* rows, int num_rows, const Ahead& ahead,
-                           float* out, int64_t out_stride) {
-  static_assert(kTileRows == 6);
+template <typename Math, bool kWiden = false>
+inline void multiply_panel(const Operands<Math>& o, int num_rows, const Ahead& ahead) {
   const auto run = [&]<int kRows>() {
-    multiply_rows<Math, kRows>(weights, num_weights, depth, rows, ahead, out, out_stride);
+    if constexpr (kRows <= kTileRows) {
+      multiply_rows<Math, tile_weights(kRows), kRows, kWiden>(o, 0, ahead);
+    }
   };
   switch (num_rows) {
     case 1: return run.template operator()<1>();
@@ -176,7 +220,9 @@ inline void multiply_panel(const typename Math::Weight* weights, int64_t num_wei
     case 3: return run.template operator()<3>();
     case 4: return run.template operator()<4>();
     case 5: return run.template operator()<5>();
-    default: return run.template operator()<6>();
+    case 6: return run.template operator()<6>();
+    case 7: return run.template operator()<7>();
+    case 8: return run.template operator()<8>();
   }
 }
 

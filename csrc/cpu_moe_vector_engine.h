@@ -19,7 +19,7 @@ class VectorEngine {
   using Weight = typename Math::Weight;
   static constexpr int kPanelRows = kTileRows;
   static constexpr int kPanelUnit = 1;
-  static constexpr int kWeightUnit = 8;  // weight rows at a time: a multiple of every tile's
+  static constexpr int kWeightUnit = 24;  // weight rows at a time: a multiple of every tile's
 
   struct Memory {
     Scratch hidden, inter;
@@ -36,7 +36,7 @@ class VectorEngine {
 
   // What a thread keeps between multiplications, and during a call.
   struct Thread {
-    Scratch widened;
+    Scratch widened[2];  // of the two matrices that take turns
   };
   struct Session {};
 
@@ -49,14 +49,14 @@ class VectorEngine {
   }
 
   // out[r * stride + w] = weight row w times the panel's row r, over the hidden size.
-  void multiply_hidden(const Weight* weights, int64_t num_weights, int64_t index,
+  void multiply_hidden(int matrix, const Weight* weights, int64_t num_weights, int64_t index,
                        const Ahead& ahead, Thread& thread, float* out, int64_t stride) const {
     const Panel& panel = routing_.panels[index];
     const Row* rows[kPanelRows];
     for (int r = 0; r < panel.count; ++r) {
       rows[r] = hidden_ + (routing_.token[panel.first + r] - first_token_) * hidden_stride_;
     }
-    multiply(weights, num_weights, p_.hidden_size, rows, panel.count, ahead, thread, out, stride);
+    multiply(weights, num_weights, p_.hidden_size, rows, panel.count, ahead, thread, matrix, out, stride);
   }
 
   void multiply_inter(const Weight* weights, int64_t num_weights, int64_t index,
@@ -64,7 +64,7 @@ class VectorEngine {
     const Panel& panel = routing_.panels[index];
     const Row* rows[kPanelRows];
     for (int r = 0; r < panel.count; ++r) rows[r] = inter_ + (panel.first + r) * inter_stride_;
-    multiply(weights, num_weights, p_.inter_size, rows, panel.count, ahead, thread, out, stride);
+    multiply(weights, num_weights, p_.inter_size, rows, panel.count, ahead, thread, 0, out, stride);
   }
 
   // Takes columns [begin, begin + count) of the intermediate rows of a panel.
@@ -80,24 +80,52 @@ class VectorEngine {
 
  private:
   using Row = typename Math::Row;
+  static constexpr bool kWidens = kWidenOnce && std::is_same_v<Math, Float32<bf16>>;
 
+  static int64_t whole_steps(int64_t depth) {
+    return (depth + Math::kStep - 1) / Math::kStep * Math::kStep;
+  }
   // Rows a power of two apart would share the same few places of a cache.
   static int64_t stride_of(int64_t depth) {
     constexpr int64_t kLine = 64 / sizeof(Row), kPage = 4096 / sizeof(Row);
-    const int64_t steps = (depth + Math::kStep - 1) / Math::kStep * Math::kStep;
+    const int64_t steps = whole_steps(depth);
     const int64_t lines = (steps + kLine - 1) / kLine * kLine;
     return lines % (kPage / 4) == 0 ? lines + kLine : lines;
   }
 
   // Padding holds no column, so this may come before or after the columns.
   static void clear_padding(Row* row, int64_t depth) {
-    const int64_t steps = (depth + Math::kStep - 1) / Math::kStep * Math::kStep;
-    for (int64_t k = depth; k < steps; ++k) row[Math::position(k)] = Row{};
+    for (int64_t k = depth; k < whole_steps(depth); ++k) row[Math::position(k)] = Row{};
   }
 
+  // Over blocks of columns. Several panels share the weights: where widening them costs time, the
+  // first panel keeps what the others take.
   void multiply(const Weight* weights, int64_t num_weights, int64_t depth, const Row* const* rows,
-                int count, const Ahead& ahead, Thread& thread, float* out, int64_t stride) const {
-    multiply_panel<Math>(weights, num_weights, depth, rows, count, ahead, out, stride);
+                int count, const Ahead& ahead, Thread& thread, int matrix, float* out, int64_t stride) const {
+    const int64_t block = depth_block<Math>(depth);
+    for (int64_t k = 0; k < depth; k += block) {
+      const int64_t columns = std::min(block, depth - k);
+      const Row* rows_here[kPanelRows];
+      for (int r = 0; r < count; ++r) rows_here[r] = rows[r] + k;
+      Operands<Math> o{weights + k, num_weights, depth, columns, rows_here, k == 0, out, stride};
+      const Ahead ahead_here = ahead.from(k * sizeof(Weight));
+      if constexpr (kWidens) {
+        if (ahead.num_panels > 1) {
+          const int64_t steps = whole_steps(columns), widened_stride = whole_steps(depth);
+          float* widened = thread.widened[matrix].template get<float>(num_weights * widened_stride) + k;
+          if (ahead.panel == 0) {
+            o.widened = widened, o.widened_stride = widened_stride;
+            multiply_panel<Math, true>(o, count, ahead_here);
+          } else {
+            multiply_panel<Widened>({widened, num_weights, widened_stride, steps, rows_here, k == 0,
+                                     out, stride},
+                                    count, ahead_here);
+          }
+          continue;
+        }
+      }
+      multiply_panel<Math>(o, count, ahead_here);
+    }
   }
 
   const Problem<Weight>& p_;
