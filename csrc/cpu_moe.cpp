@@ -9,10 +9,15 @@
 #include <mutex>
 #include <string>
 
-#include "cpu_moe_amx.h"
 #include "cpu_moe_common.h"
-#include "cpu_moe_dot.h"
 #include "cpu_moe_floor.h"
+#include "cpu_moe_run.h"
+#include "cpu_moe_tile.h"
+#include "cpu_moe_vector_engine.h"
+
+#ifdef __AMX_BF16__
+#include "cpu_moe_amx_engine.h"
+#endif
 
 namespace sere::moe {
 
@@ -45,32 +50,48 @@ const float* bias_pointer(const Optional<TensorView>& bias, const char* name, in
   return static_cast<const float*>(bias.value().data_ptr());
 }
 
+// AMD multiplies pairs of bfloat16 twice as fast as float32, Intel half as fast. The choice is the
+// machine's, not a measurement's, so that equal servers give equal results.
+bool multiplies_bf16_fast() {
+#ifdef __AVX512BF16__
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
+template <typename Engine, Activation kActivation>
+void run_with(const Problem<typename Engine::Weight>& p) {
+  static Workspace<Engine> workspace;
+  for (int64_t first = 0; first < p.tokens; first += kTokensAtOnce) {
+    const int64_t count = std::min(kTokensAtOnce, p.tokens - first);
+    run<Engine, kActivation>(p, first, count, workspace);
+  }
+}
+
 template <typename T, Activation kActivation>
-void run(const Problem<T>& p, bool use_amx) {
+void run_best(const Problem<T>& p) {
   // One call at a time: the workspace is shared, and OpenMP uses every core anyway.
   static std::mutex one_call;
   std::lock_guard<std::mutex> lock(one_call);
-  for (int64_t first = 0; first < p.tokens; first += kTokensAtOnce) {
-    const int64_t count = std::min(kTokensAtOnce, p.tokens - first);
-#ifdef SERE_MOE_AMX
-    if constexpr (std::is_same_v<T, bf16>) {
-      if (use_amx) {
-        static amx::Workspace amx_workspace;
-        amx::run<kActivation>(p, first, count, amx_workspace);
-        continue;
-      }
+  if constexpr (std::is_same_v<T, bf16>) {
+#ifdef __AMX_BF16__
+    if (p.hidden_size % amx::kTileDepth == 0 && p.inter_size % amx::kTileDepth == 0) {
+      return run_with<amx::Engine, kActivation>(p);
     }
 #endif
-    static dot::Workspace dot_workspace;
-    dot::run<T, kActivation>(p, first, count, dot_workspace);
+#ifdef __AVX512BF16__
+    if (multiplies_bf16_fast()) return run_with<VectorEngine<NativeBf16>, kActivation>(p);
+#endif
   }
+  run_with<VectorEngine<Float32<T>>, kActivation>(p);
 }
 
 template <typename T>
 void dispatch(const TensorView& hidden, const TensorView& w13, const TensorView& w2,
               const Optional<TensorView>& w13_bias, const Optional<TensorView>& w2_bias,
               const TensorView& ids, const TensorView& weights, const TensorView& out,
-              int64_t activation, bool use_amx, DLDataType dtype) {
+              int64_t activation, DLDataType dtype) {
   check(hidden.ndim() == 2 && ids.ndim() == 2 && w2.ndim() == 3, "wrong number of dimensions");
   const int64_t tokens = hidden.size(0), hidden_size = hidden.size(1);
   const int64_t experts = w2.size(0), inter_size = w2.size(2), top_k = ids.size(1);
@@ -96,35 +117,29 @@ void dispatch(const TensorView& hidden, const TensorView& w13, const TensorView&
       .inter_size = inter_size,
   };
   switch (Activation{activation}) {
-    case Activation::kSilu: return run<T, Activation::kSilu>(problem, use_amx);
-    case Activation::kGeluTanh: return run<T, Activation::kGeluTanh>(problem, use_amx);
+    case Activation::kSilu: return run_best<T, Activation::kSilu>(problem);
+    case Activation::kGeluTanh: return run_best<T, Activation::kGeluTanh>(problem);
   }
   check(false, "unknown activation");
 }
 
-bool has_amx() {
-#ifdef SERE_MOE_AMX
+// The system must allow a process the tile registers once.
+bool prepare_process() {
+#ifdef __AMX_BF16__
   return amx::available();
 #else
-  return false;
+  return true;
 #endif
 }
 
 void fused_moe(TensorView hidden, TensorView w13, TensorView w2, Optional<TensorView> w13_bias,
                Optional<TensorView> w2_bias, TensorView ids, TensorView weights, TensorView out,
-               int64_t activation, bool use_amx) {
+               int64_t activation) {
   const DLDataType dtype = hidden.dtype();
-  if (use_amx) {
-    check(has_amx(), "this machine has no AMX");
-    check(dtype.code == kDLBfloat && hidden.size(1) % 32 == 0 && w2.size(2) % 32 == 0,
-          "AMX needs bfloat16 and sizes that are multiples of 32");
-  }
   if (dtype.code == kDLBfloat && dtype.bits == 16) {
-    dispatch<bf16>(hidden, w13, w2, w13_bias, w2_bias, ids, weights, out, activation, use_amx,
-                   dtype);
+    dispatch<bf16>(hidden, w13, w2, w13_bias, w2_bias, ids, weights, out, activation, dtype);
   } else if (dtype.code == kDLFloat && dtype.bits == 32) {
-    dispatch<float>(hidden, w13, w2, w13_bias, w2_bias, ids, weights, out, activation, use_amx,
-                    dtype);
+    dispatch<float>(hidden, w13, w2, w13_bias, w2_bias, ids, weights, out, activation, dtype);
   } else {
     check(false, "hidden must be bfloat16 or float32");
   }
@@ -147,7 +162,7 @@ int64_t read_experts(TensorView w13, TensorView w2, TensorView ids) {
 
 }  // namespace sere::moe
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(has_amx, sere::moe::has_amx);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare_process, sere::moe::prepare_process);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fused_moe, sere::moe::fused_moe);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(read_experts, sere::moe::read_experts);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(multiply_add, sere::moe::multiply_add);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(multiply_add, sere::moe::multiply_add_registers);

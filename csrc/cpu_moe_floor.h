@@ -58,7 +58,7 @@ inline uint32_t read_spans(const std::vector<Span>& spans) {
 
 // Every thread multiplies and adds float32 registers, `steps` times each of its chains. Returns the
 // number of operations: two per lane, chain, step and thread.
-inline int64_t multiply_add(int64_t steps) {
+inline int64_t multiply_add_registers(int64_t steps) {
   const int threads = omp_get_max_threads();
   volatile float kept = 0.5f;
 #pragma omp parallel num_threads(threads)
@@ -67,7 +67,7 @@ inline int64_t multiply_add(int64_t steps) {
     Floats chains[kMultiplyChains];
     for (int i = 0; i < kMultiplyChains; ++i) chains[i] = summand + float(i);
     for (int64_t step = 0; step < steps; ++step) {
-      for (int i = 0; i < kMultiplyChains; ++i) chains[i] = chains[i] * factor + summand;
+      for (int i = 0; i < kMultiplyChains; ++i) chains[i] = multiply_add(chains[i], factor, summand);
     }
     for (int i = 1; i < kMultiplyChains; ++i) chains[0] += chains[i];
     if (chains[0][0] < 0.0f) kept = chains[0][0];

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu_moe_common.h"
+
 namespace sere::moe {
 
 #if defined(__AVX512F__)
@@ -31,3 +33,11 @@ inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof(va
 inline Floats broadcast(float value) { return Floats{} + value; }
 
 }  // namespace sere::moe
+
+#if defined(__AVX512F__)
+#include "cpu_moe_avx512.h"
+#elif defined(__AVX2__)
+#include "cpu_moe_avx2.h"
+#else
+#include "cpu_moe_portable.h"
+#endif

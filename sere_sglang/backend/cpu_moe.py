@@ -24,7 +24,7 @@ __all__ = ["fused_moe", "isa", "native_module"]
 ACTIVATIONS = {"silu": 0, "gelu": 1}
 """Name -> code in ``csrc/cpu_moe_common.h``; gelu is the tanh form, as SGLang's experts use it."""
 
-IMPLEMENTATIONS = ("auto", "amx", "dot", "torch")
+IMPLEMENTATIONS = ("auto", "native", "torch")
 
 # Rows per expert from which, in float32, a matmul per expert beats the dot products. In bfloat16
 # without AMX it never does by much, and on machines without AVX-512 it is four times slower.
@@ -42,6 +42,7 @@ def fused_moe(
     w13_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
     impl: str = "auto",
+    isa: str | None = None,
 ) -> torch.Tensor:
     """Sum over each token's slots of weight * down(act(gate(x)) * up(x)).
 
@@ -54,8 +55,9 @@ def fused_moe(
         topk_weights: ``[T, K]``, applied in float32.
         activation: ``silu`` or ``gelu`` (tanh form).
         w13_bias, w2_bias: ``[E, 2I]``, ``[E, H]`` or None.
-        impl: ``amx`` and ``dot`` are native, ``torch`` is one matmul pair per active expert,
-            ``auto`` chooses by machine and sizes.
+        impl: ``native`` is compiled, ``torch`` is one matmul pair per active expert, ``auto``
+            is native where it compiles.
+        isa: a name of `cpu_isa.ISAS` for the native code, the one in use if None.
 
     Returns:
         ``[T, H]`` in the dtype of `hidden`; products accumulate in float32.
@@ -79,7 +81,7 @@ def fused_moe(
     if impl == "torch":
         return _fused_moe_torch(hidden, w13, w2, ids, weights, activation, w13_bias, w2_bias)
     out = torch.empty_like(hidden)
-    native_module().fused_moe(
+    native_module(isa).fused_moe(
         hidden,
         w13,
         w2,
@@ -89,26 +91,16 @@ def fused_moe(
         weights,
         out,
         ACTIVATIONS[activation],
-        impl == "amx",
     )
     return out
 
 
 def choose_impl(hidden: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor) -> str:
     """What ``impl="auto"`` uses for these sizes on this machine."""
-    module = _native_or_none()
-    if module is None:
+    if _native_or_none() is None:
         return "torch"
-    num_experts, hidden_size, inter_size = w2.shape
-    if (
-        hidden.dtype == torch.bfloat16
-        and hidden_size % 32 == 0
-        and inter_size % 32 == 0
-        and module.has_amx()
-    ):
-        return "amx"
-    many_rows = topk_ids.numel() >= _MATMUL_ROWS * num_experts
-    return "torch" if many_rows and hidden.dtype == torch.float32 else "dot"
+    many_rows = topk_ids.numel() >= _MATMUL_ROWS * w2.shape[0]
+    return "torch" if many_rows and hidden.dtype == torch.float32 else "native"
 
 
 def native_module(isa: str | None = None) -> Any:
@@ -116,8 +108,15 @@ def native_module(isa: str | None = None) -> Any:
 
     Raises `BuildError`, and `SereError` where ``SERE_CPU_ISA`` asks for what does not run here.
     """
-    name = isa or cpu_isa.isa()
-    return load_module(f"cpu_moe_{name}", ["cpu_moe.cpp"], tune=ISAS[name].cflags)
+    return _native_module(isa or cpu_isa.isa())
+
+
+@functools.cache
+def _native_module(isa: str) -> Any:
+    module = load_module(f"cpu_moe_{isa}", ["cpu_moe.cpp"], tune=ISAS[isa].cflags)
+    if not module.prepare_process():
+        raise BuildError(f"the system does not let this process use {isa}")
+    return module
 
 
 @functools.cache

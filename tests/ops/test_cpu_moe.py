@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sere_sglang.backend import cpu_moe
+from sere_sglang.backend import cpu_isa, cpu_moe
 from sere_sglang.backend.cpu_moe import fused_moe
 from sere_sglang.ops import BuildError
 
@@ -19,16 +20,18 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 2e-6}
 
 
 def implementations() -> list[str]:
+    """Every instruction set that runs here, and torch."""
     try:
-        module = cpu_moe.native_module()
+        cpu_moe.native_module()
     except BuildError:
         return ["torch"]
-    return ["amx", "dot", "torch"] if module.has_amx() else ["dot", "torch"]
+    return [*cpu_isa.executable(), "torch"]
 
 
-def usable(impl: str, dtype: torch.dtype, hidden: int, inter: int) -> bool:
-    """AMX wants bfloat16 and multiples of 32."""
-    return impl != "amx" or (dtype == torch.bfloat16 and hidden % 32 == 0 and inter % 32 == 0)
+def run(moe_impl: str, *arguments: torch.Tensor, **options: Any) -> torch.Tensor:
+    if moe_impl == "torch":
+        return fused_moe(*arguments, impl="torch", **options)
+    return fused_moe(*arguments, impl="native", isa=moe_impl, **options)
 
 
 def ref_fused_moe(
@@ -100,14 +103,13 @@ def make(
         for impl in implementations()
         for dtype in (torch.bfloat16, torch.float32)
         for hidden, inter in ((64, 32), (96, 160), (37, 21), (33, 1))
-        if usable(impl, dtype, hidden, inter)
     ],
 )
 def test_equals_the_reference(
     moe_impl: str, dtype: torch.dtype, activation: str, hidden: int, inter: int, tokens: int
 ) -> None:
     arguments = make(1, tokens, 5, 3, hidden, inter, dtype)
-    got = fused_moe(*arguments, activation=activation, impl=moe_impl)
+    got = run(moe_impl, *arguments, activation=activation)
     assert_close(got, ref_fused_moe(*arguments, activation), dtype)
 
 
@@ -124,7 +126,7 @@ def test_random_sizes(moe_impl: str) -> None:
         odd=st.booleans(),
         biased=st.booleans(),
     )
-    def run(
+    def check(
         seed: int,
         tokens: int,
         experts: int,
@@ -134,7 +136,7 @@ def test_random_sizes(moe_impl: str) -> None:
         odd: bool,
         biased: bool,
     ) -> None:
-        shrink = 5 if odd and moe_impl != "amx" else 0
+        shrink = 5 if odd else 0
         hidden, inter = 32 * hidden - shrink, 32 * inter - shrink
         arguments = make(seed, tokens, experts, top_k, hidden, inter, torch.bfloat16)
         biases: dict[str, torch.Tensor] = {}
@@ -143,19 +145,19 @@ def test_random_sizes(moe_impl: str) -> None:
             w13_bias = torch.randn(experts, 2 * inter, generator=generator)
             w2_bias = torch.randn(experts, hidden, generator=generator)
             biases = {"w13_bias": w13_bias.bfloat16(), "w2_bias": w2_bias.bfloat16()}
-        got = fused_moe(*arguments, impl=moe_impl, **biases)
+        got = run(moe_impl, *arguments, **biases)
         want = ref_fused_moe(*arguments, "silu", **biases)
         assert_close(got, want, torch.bfloat16)
 
-    run()
+    check()
 
 
 @pytest.mark.parametrize("moe_impl", implementations())
 def test_one_expert_in_every_slot_is_summed(moe_impl: str) -> None:
     hidden, w13, w2, ids, weights = make(2, 20, 4, 4, 64, 32, torch.bfloat16)
     ids.fill_(2)
-    got = fused_moe(hidden, w13, w2, ids, weights, impl=moe_impl)
-    once = fused_moe(hidden, w13, w2, ids[:, :1], weights.sum(1, keepdim=True), impl=moe_impl)
+    got = run(moe_impl, hidden, w13, w2, ids, weights)
+    once = run(moe_impl, hidden, w13, w2, ids[:, :1], weights.sum(1, keepdim=True))
     assert_close(got, ref_fused_moe(hidden, w13, w2, ids, weights, "silu"), torch.bfloat16)
     assert torch.allclose(got.float(), once.float(), rtol=2e-2, atol=1e-3)
 
@@ -164,24 +166,24 @@ def test_one_expert_in_every_slot_is_summed(moe_impl: str) -> None:
 def test_empty_slots_give_zero_rows(moe_impl: str) -> None:
     hidden, w13, w2, ids, weights = make(3, 6, 4, 2, 64, 32, torch.bfloat16)
     ids[::2] = -1
-    out = fused_moe(hidden, w13, w2, ids, weights, impl=moe_impl)
+    out = run(moe_impl, hidden, w13, w2, ids, weights)
     assert (out[::2] == 0).all()
-    assert (fused_moe(hidden, w13, w2, ids.fill_(-1), weights, impl=moe_impl) == 0).all()
+    assert (run(moe_impl, hidden, w13, w2, ids.fill_(-1), weights) == 0).all()
 
 
 @pytest.mark.parametrize("moe_impl", implementations())
 def test_weights_of_idle_experts_are_not_read(moe_impl: str) -> None:
     hidden, w13, w2, ids, weights = make(4, 20, 6, 2, 64, 32, torch.bfloat16)
     ids[ids == 3] = 1
-    want = fused_moe(hidden, w13, w2, ids, weights, impl=moe_impl)
+    want = run(moe_impl, hidden, w13, w2, ids, weights)
     w13[3], w2[3] = float("nan"), float("nan")
-    assert torch.equal(fused_moe(hidden, w13, w2, ids, weights, impl=moe_impl), want)
+    assert torch.equal(run(moe_impl, hidden, w13, w2, ids, weights), want)
 
 
 @pytest.mark.parametrize("moe_impl", implementations())
 def test_prefill_longer_than_one_pass(moe_impl: str) -> None:
     hidden, w13, w2, ids, weights = make(5, 2100, 4, 2, 64, 32, torch.bfloat16)
-    got = fused_moe(hidden, w13, w2, ids, weights, impl=moe_impl)
+    got = run(moe_impl, hidden, w13, w2, ids, weights)
     sample = [0, 1023, 1024, 1500, 2048, 2099]
     want = ref_fused_moe(hidden[sample], w13, w2, ids[sample], weights[sample], "silu")
     assert_close(got[sample], want, torch.bfloat16)
@@ -190,7 +192,7 @@ def test_prefill_longer_than_one_pass(moe_impl: str) -> None:
 def test_extreme_activations_stay_finite() -> None:
     hidden, w13, w2, ids, weights = make(6, 4, 2, 2, 64, 32, torch.bfloat16)
     for moe_impl in implementations():
-        out = fused_moe(hidden * 1e4, w13, w2, ids, weights, impl=moe_impl)
+        out = run(moe_impl, hidden * 1e4, w13, w2, ids, weights)
         want = ref_fused_moe(hidden * 1e4, w13, w2, ids, weights, "silu")
         assert_close(out, want, torch.bfloat16)
 
@@ -213,7 +215,7 @@ def test_strided_activations_are_accepted() -> None:
         ({"w13": torch.zeros(3, 8, 8).transpose(1, 2)}, "w13 must be contiguous"),
         ({"topk_weights": torch.zeros(2, 3)}, "topk_weights"),
         ({"activation": "relu"}, "choose one of: silu, gelu"),
-        ({"impl": "best"}, "choose one of: auto, amx, dot, torch"),
+        ({"impl": "best"}, "choose one of: auto, native, torch"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change: dict[str, object], message: str) -> None:

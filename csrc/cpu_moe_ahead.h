@@ -1,0 +1,40 @@
+// Weights that a thread reads next, requested while it multiplies what it has.
+#pragma once
+
+#include <cstdint>
+
+namespace sere::moe {
+
+// Consecutive weight rows in memory.
+struct Rows {
+  const char* begin = nullptr;
+  int64_t bytes = 0;
+};
+
+// Several panels of token rows pass over the same weights; each requests its part of what is next,
+// so that memory is busy all the time, and also where arithmetic takes longer than reading.
+struct Ahead {
+  Rows next;
+  int64_t row_bytes;  // of the weights at hand
+  int panel, num_panels;
+  int64_t column_bytes = 0;  // before the columns at hand
+
+  Ahead from(int64_t bytes) const {
+    Ahead moved = *this;
+    moved.column_bytes = bytes;
+    return moved;
+  }
+
+  // Where to request while `weights`, which begin at row w, are multiplied: their own place, which
+  // costs nothing, if it is another panel's turn.
+  const char* of(const void* weights, int64_t w) const {
+    const bool turn = w / kRowsPerTurn % num_panels == panel;
+    const int64_t offset = w * row_bytes + column_bytes;
+    return turn && offset < next.bytes ? next.begin + offset : static_cast<const char*>(weights);
+  }
+
+ private:
+  static constexpr int64_t kRowsPerTurn = 8;
+};
+
+}  // namespace sere::moe

@@ -1,0 +1,204 @@
+// The algorithm: gate and up projections of every active expert, their activation, then the down
+// projections, whose weighted sums are the output. Weights are read from memory once.
+//
+// A unit of work is some weight rows of one expert, small enough to stay in a core's second-level
+// cache while the expert's panels of token rows pass over them. Threads take the next unit as they
+// are done, and request its weights while they work on the one before.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "cpu_moe_activation.h"
+#include "cpu_moe_ahead.h"
+#include "cpu_moe_routing.h"
+
+namespace sere::moe {
+
+inline constexpr int64_t kUnitBytes = 64 << 10;  // of one matrix
+
+// Weight rows of a unit: `most_bytes` of them, fewer where threads would go without.
+inline int64_t rows_per_unit(int64_t size, int64_t row_bytes, int64_t unit, int64_t groups) {
+  const int64_t wanted = 8 * int64_t{omp_get_max_threads()};
+  int64_t rows = std::max(unit, std::min(kUnitBytes / row_bytes, size) / unit * unit);
+  while (rows > unit && groups * ((size + rows - 1) / rows) < wanted) {
+    rows = (rows / 2 + unit - 1) / unit * unit;
+  }
+  return rows;
+}
+
+template <typename Engine>
+struct Workspace {
+  Routing routing;
+  typename Engine::Memory memory;
+};
+
+template <typename Engine, Activation kActivation>
+class Run {
+ public:
+  using T = typename Engine::Weight;
+
+  Run(const Problem<T>& p, int64_t first_token, int64_t num_tokens, const Routing& routing,
+      Engine& engine)
+      : p_(p),
+        first_token_(first_token),
+        num_tokens_(num_tokens),
+        routing_(routing),
+        engine_(engine),
+        num_active_(routing.active.size()) {
+    const int64_t element = sizeof(T);
+    up_rows_ = rows_per_unit(p.inter_size, p.hidden_size * element, Engine::kWeightUnit,
+                             std::max<int64_t>(num_active_, 1));
+    up_units_ = (p.inter_size + up_rows_ - 1) / up_rows_;
+    down_rows_ = rows_per_unit(p.hidden_size, p.inter_size * element, Engine::kWeightUnit, 1);
+    down_units_ = (p.hidden_size + down_rows_ - 1) / down_rows_;
+  }
+
+  void operator()() {
+#pragma omp parallel
+    {
+      thread_local typename Engine::Thread thread;
+      [[maybe_unused]] const typename Engine::Session session;
+      thread_local Scratch values_scratch, sums_scratch;
+      float* values = values_scratch.get<float>(2 * Engine::kPanelRows * std::max(up_rows_, down_rows_));
+      float* sums = sums_scratch.get<float>(num_tokens_ * down_rows_);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < engine_.num_prepared(); ++i) engine_.prepare(i);
+
+      const int64_t first_down = next_down_++;
+      int64_t unit = next_up_++;
+      while (unit < num_active_ * up_units_) {
+        const int64_t following = next_up_++;
+        run_up(unit, following, first_down, thread, values);
+        unit = following;
+      }
+#pragma omp barrier
+      unit = first_down;
+      while (unit < down_units_) {
+        const int64_t following = next_down_++;
+        run_down(unit, following, thread, values, sums);
+        unit = following;
+      }
+    }
+  }
+
+ private:
+  const T* gate_of(int64_t unit) const {
+    return p_.w13 + (2 * expert_of(unit).id * p_.inter_size + unit % up_units_ * up_rows_) * p_.hidden_size;
+  }
+  const T* down_of(int64_t unit, int64_t active) const {
+    return p_.w2 + (routing_.active[active].id * p_.hidden_size + unit * down_rows_) * p_.inter_size;
+  }
+  const Routing::Expert& expert_of(int64_t up_unit) const {
+    return routing_.active[up_unit / up_units_];
+  }
+  Rows down_bytes(int64_t unit, int64_t active) const {
+    if (unit >= down_units_) return {};
+    const int64_t rows = std::min(down_rows_, p_.hidden_size - unit * down_rows_);
+    return {(const char*)down_of(unit, active), rows * p_.inter_size * int64_t{sizeof(T)}};
+  }
+
+  // Gate and up rows of one expert for all of its tokens.
+  void run_up(int64_t unit, int64_t following, int64_t first_down, typename Engine::Thread& thread,
+              float* values) {
+    const auto& expert = expert_of(unit);
+    const int64_t begin = unit % up_units_ * up_rows_;
+    const int64_t rows = std::min(up_rows_, p_.inter_size - begin);
+    const int64_t up_offset = p_.inter_size * p_.hidden_size;
+    const int64_t row_bytes = p_.hidden_size * sizeof(T);
+    Ahead gate_ahead{{}, row_bytes, 0, expert.num_panels}, up_ahead = gate_ahead;
+    if (following < num_active_ * up_units_) {
+      gate_ahead.next = {(const char*)gate_of(following), up_rows_ * row_bytes};
+      up_ahead.next = {(const char*)(gate_of(following) + up_offset), up_rows_ * row_bytes};
+    } else {
+      up_ahead.next = down_bytes(first_down, 0);
+    }
+    const T* gate = gate_of(unit);
+    const int64_t bias_at = 2 * expert.id * p_.inter_size + begin;
+    const float* bias = p_.w13_bias ? p_.w13_bias + bias_at : nullptr;
+    float* up_values = values + Engine::kPanelRows * up_rows_;
+    for (int b = 0; b < expert.num_panels; ++b) {
+      const int64_t panel = expert.first_panel + b;
+      gate_ahead.panel = up_ahead.panel = b;
+      engine_.multiply_hidden(0, gate, rows, panel, gate_ahead, thread, values, up_rows_);
+      engine_.multiply_hidden(1, gate + up_offset, rows, panel, up_ahead, thread, up_values, up_rows_);
+      for (int r = 0; r < routing_.panels[panel].count; ++r) {
+        float* of_row = values + r * up_rows_;
+        apply_activation(of_row, up_values + r * up_rows_, bias, rows);
+      }
+      engine_.store_inter(panel, begin, rows, values, up_rows_);
+    }
+  }
+
+  // gate = act(gate + bias) * (up + bias), whole registers: both buffers reach beyond `count`.
+  void apply_activation(float* gate, const float* up, const float* bias, int64_t count) const {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      Floats g{}, u{};
+      const int64_t lanes = std::min<int64_t>(kLanes, count - i);
+      if (lanes == kLanes) {
+        g = load(gate + i), u = load(up + i);
+        if (bias) g += load(bias + i), u += load(bias + p_.inter_size + i);
+        store(gate + i, activate<kActivation>(g) * u);
+        continue;
+      }
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        g[lane] = gate[i + lane] + (bias ? bias[i + lane] : 0.0f);
+        u[lane] = up[i + lane] + (bias ? bias[p_.inter_size + i + lane] : 0.0f);
+      }
+      g = activate<kActivation>(g) * u;
+      for (int64_t lane = 0; lane < lanes; ++lane) gate[i + lane] = g[lane];
+    }
+  }
+
+  // Some columns of the output, over all experts, so that they add up without locks.
+  void run_down(int64_t unit, int64_t following, typename Engine::Thread& thread, float* values,
+                float* sums) {
+    const int64_t begin = unit * down_rows_;
+    const int64_t rows = std::min(down_rows_, p_.hidden_size - begin);
+    std::fill_n(sums, num_tokens_ * down_rows_, 0.0f);
+    for (int64_t e = 0; e < num_active_; ++e) {
+      const auto& expert = routing_.active[e];
+      Ahead ahead{{}, p_.inter_size * int64_t{sizeof(T)}, 0, expert.num_panels};
+      ahead.next = e + 1 < num_active_ ? down_bytes(unit, e + 1) : down_bytes(following, 0);
+      const float* bias = p_.w2_bias ? p_.w2_bias + expert.id * p_.hidden_size + begin : nullptr;
+      for (int b = 0; b < expert.num_panels; ++b) {
+        const int64_t panel = expert.first_panel + b;
+        ahead.panel = b;
+        engine_.multiply_inter(down_of(unit, e), rows, panel, ahead, thread, values, down_rows_);
+        for (int r = 0; r < routing_.panels[panel].count; ++r) {
+          const int64_t position = routing_.panels[panel].first + r;
+          float* sum = sums + (routing_.token[position] - first_token_) * down_rows_;
+          const float* of_row = values + r * down_rows_;
+          const float weight = routing_.weight[position];
+          for (int64_t i = 0; i < rows; ++i) {
+            sum[i] += weight * (of_row[i] + (bias ? bias[i] : 0.0f));
+          }
+        }
+      }
+    }
+    for (int64_t t = 0; t < num_tokens_; ++t) {
+      T* out = p_.out + (first_token_ + t) * p_.hidden_size + begin;
+      for (int64_t i = 0; i < rows; ++i) out[i] = from_float<T>(sums[t * down_rows_ + i]);
+    }
+  }
+
+  const Problem<T>& p_;
+  const int64_t first_token_, num_tokens_;
+  const Routing& routing_;
+  Engine& engine_;
+  const int64_t num_active_;
+  int64_t up_rows_, up_units_;      // of an expert's intermediate columns
+  int64_t down_rows_, down_units_;  // of the hidden size
+  std::atomic<int64_t> next_up_{0}, next_down_{0};
+};
+
+template <typename Engine, Activation kActivation>
+void run(const Problem<typename Engine::Weight>& p, int64_t first_token, int64_t num_tokens,
+         Workspace<Engine>& workspace) {
+  workspace.routing.build(p, first_token, num_tokens, Engine::kPanelRows, Engine::kPanelUnit);
+  Engine engine(p, workspace.routing, first_token, num_tokens, workspace.memory);
+  Run<Engine, kActivation>(p, first_token, num_tokens, workspace.routing, engine)();
+}
+
+}  // namespace sere::moe

@@ -1,0 +1,229 @@
+// Dot products of weight rows with token rows: tiles whose sums stay in registers.
+//
+// A sum's lanes and order depend on the length of the rows alone, not on the tile it is part of, so
+// a token row's result does not depend on its company.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu_moe_ahead.h"
+#include "cpu_moe_vector.h"
+
+namespace sere::moe {
+
+// How a step along the rows is multiplied. `Row` is the element of a token row, packed once per
+// layer; a step is kParts registers of it.
+//
+// In float32, a bfloat16 row has the even columns of each step, then the odd ones, as the registers
+// of a weight come: two halves of a 32-bit word.
+template <typename T>
+struct Float32 {
+  using Weight = T;
+  using Row = float;
+  static constexpr int kParts = 2;
+  static constexpr int kStep = kParts * kLanes;
+  static constexpr int kSourceBytes = sizeof(T);  // of a weight in memory
+
+  template <int kPart>
+  static Floats weight(const T* from) {
+    if constexpr (std::is_same_v<T, float>) {
+      return load(from + kPart * kLanes);
+    } else {
+      return kPart == 0 ? even(from) : odd(from);
+    }
+  }
+  template <int kPart>
+  static Floats row(const float* from) {
+    return load(from + kPart * kLanes);
+  }
+  static Floats multiply_add(Floats sum, Floats w, Floats x) { return moe::multiply_add(w, x, sum); }
+
+  // Where column k of a row is.
+  static int64_t position(int64_t k) {
+    if constexpr (std::is_same_v<T, float>) return k;
+    return k / kStep * kStep + k % 2 * kLanes + k % kStep / 2;
+  }
+  static void pack(const T* from, int64_t depth, float* to) {
+    int64_t k = 0;
+    for (; k + kStep <= depth; k += kStep) {
+      store(to + k, weight<0>(from + k));
+      store(to + k + kLanes, weight<1>(from + k));
+    }
+    for (; k < depth; ++k) to[position(k)] = to_float(from[k]);
+  }
+  static void pack(const float* from, int64_t begin, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[position(begin + i)] = from[i];
+  }
+};
+
+// Weights that are bfloat16 in memory, from where an earlier multiplication left them in float32.
+struct Widened : Float32<float> {
+  static constexpr int kSourceBytes = sizeof(bf16);
+};
+
+#ifdef __AVX512BF16__
+// Pairs of bfloat16 products, added to float32 sums.
+struct NativeBf16 {
+  using Weight = bf16;
+  using Row = bf16;
+  static constexpr int kParts = 1;
+  static constexpr int kStep = 2 * kLanes;
+  static constexpr int kSourceBytes = sizeof(bf16);
+
+  template <int kPart>
+  static __m512bh weight(const bf16* from) {
+    return (__m512bh)_mm512_loadu_si512(from);
+  }
+  template <int kPart>
+  static __m512bh row(const bf16* from) {
+    return (__m512bh)_mm512_loadu_si512(from);
+  }
+  static Floats multiply_add(Floats sum, __m512bh w, __m512bh x) {
+    return _mm512_dpbf16_ps(sum, w, x);
+  }
+
+  static int64_t position(int64_t k) { return k; }
+  static void pack(const bf16* from, int64_t depth, bf16* to) { std::copy_n(from, depth, to); }
+  static void pack(const float* from, int64_t begin, int64_t count, bf16* to) {
+    for (int64_t i = 0; i < count; ++i) to[begin + i] = from_float<bf16>(from[i]);
+  }
+};
+#endif
+
+// Columns that are multiplied before the next ones: a panel of token rows stays in the first-level
+// cache. Its sums are added up block by block.
+template <typename Math>
+inline int64_t depth_block(int64_t depth) {
+  constexpr int64_t kMost = 4096 / sizeof(typename Math::Row);
+  const int64_t blocks = std::max<int64_t>(1, (depth + kMost - 1) / kMost);
+  return ((depth + blocks - 1) / blocks + Math::kStep - 1) / Math::kStep * Math::kStep;
+}
+
+// The operands of a multiplication: out[r * out_stride + w] = weight row w times token row r.
+// Weight rows are `depth` apart, `columns` of them are multiplied, and are added to `out` unless
+// they are the first. Token rows are zero from there to the next step.
+template <typename Math>
+struct Operands {
+  const typename Math::Weight* weights;
+  int64_t num_weights, depth, columns;
+  const typename Math::Row* const* rows;
+  bool first;
+  float* out;
+  int64_t out_stride;
+  float* widened = nullptr;  // where to keep the weights in float32, one row behind the other
+  int64_t widened_stride = 0;
+};
+
+// kWeights weight rows from row `w` on, kRows token rows. Meanwhile weights that come next are
+// requested, as many as are multiplied.
+template <typename Math, int kWeights, int kRows, bool kWiden>
+inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& requested) {
+  using T = typename Math::Weight;
+  constexpr int kSums = (kWeights * kRows + 3) / 4 * 4;
+  constexpr int kStepsPerLine = std::max(1, 64 / (Math::kStep * Math::kSourceBytes));
+  constexpr int kLine = Math::kStep * kStepsPerLine;
+  const T* w_row[kWeights];
+  const typename Math::Row* x_row[kRows];
+  for (int i = 0; i < kWeights; ++i) w_row[i] = o.weights + (w + i) * o.depth;
+  for (int r = 0; r < kRows; ++r) x_row[r] = o.rows[r];
+  const char* const ahead = requested.of(w_row[0], w);
+  const int64_t to_ahead = ahead - (const char*)w_row[0];
+  float* const widened = o.widened + w * o.widened_stride;
+
+  Floats sums[kSums] = {};
+  // Inlined whatever it costs, and unrolled: only then are sums in registers.
+  const auto part = [&]<int kPart>(const T* const* from, int64_t k_from, int64_t k)
+                        __attribute__((always_inline)) {
+    decltype(Math::template weight<kPart>(from[0])) values[kWeights];
+#pragma GCC unroll 8
+    for (int i = 0; i < kWeights; ++i) {
+      values[i] = Math::template weight<kPart>(from[i] + k_from);
+      if constexpr (kWiden) store(widened + i * o.widened_stride + k + kPart * kLanes, values[i]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      auto x = Math::template row<kPart>(x_row[r] + k);
+      keep_in_register(x);  // else a compiler may load it again for every weight
+#pragma GCC unroll 8
+      for (int i = 0; i < kWeights; ++i) {
+        sums[r * kWeights + i] = Math::multiply_add(sums[r * kWeights + i], values[i], x);
+      }
+    }
+  };
+  const auto step = [&](const T* const* from, int64_t k_from, int64_t k)
+                        __attribute__((always_inline)) {
+    part.template operator()<0>(from, k_from, k);
+    if constexpr (Math::kParts == 2) {
+      // The registers are for sums: weights are read twice, not kept from one part to the next.
+      asm volatile("" : "+r"(k_from));
+      part.template operator()<1>(from, k_from, k);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kLine <= o.columns; k += kLine) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kStepsPerLine; ++i) {
+      step(w_row, k + i * Math::kStep, k + i * Math::kStep);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kWeights; ++i) {
+      if constexpr (Math::kSourceBytes == sizeof(T)) {
+        __builtin_prefetch((const char*)(w_row[i] + k) + to_ahead, 0, 2);
+      } else {
+        __builtin_prefetch(ahead + i * requested.row_bytes + k * Math::kSourceBytes, 0, 2);
+      }
+    }
+  }
+  for (; k + Math::kStep <= o.columns; k += Math::kStep) step(w_row, k, k);
+  if (k < o.columns) {
+    T rest[kWeights][Math::kStep] = {};
+    const T* rest_row[kWeights];
+    for (int i = 0; i < kWeights; ++i) {
+      std::copy_n(w_row[i] + k, o.columns - k, rest[i]);
+      rest_row[i] = rest[i];
+    }
+    step(rest_row, 0, k);
+  }
+
+  float totals[kSums];
+#pragma GCC unroll 8
+  for (int i = 0; i < kSums; i += 4) sum4(sums + i, totals + i);
+  for (int r = 0; r < kRows; ++r) {
+    float* out = o.out + r * o.out_stride + w;
+    for (int i = 0; i < kWeights; ++i) {
+      out[i] = o.first ? totals[r * kWeights + i] : out[i] + totals[r * kWeights + i];
+    }
+  }
+}
+
+// All weight rows from row `w` on, kWeights at a time and the rest in smaller tiles.
+template <typename Math, int kWeights, int kRows, bool kWiden>
+inline void multiply_rows(const Operands<Math>& o, int64_t w, const Ahead& ahead) {
+  for (; w + kWeights <= o.num_weights; w += kWeights) {
+    multiply_tile<Math, kWeights, kRows, kWiden>(o, w, ahead);
+  }
+  if constexpr (kWeights > 1) multiply_rows<Math, kWeights / 2, kRows, kWiden>(o, w, ahead);
+}
+
+template <typename Math, bool kWiden = false>
+inline void multiply_panel(const Operands<Math>& o, int num_rows, const Ahead& ahead) {
+  const auto run = [&]<int kRows>() {
+    if constexpr (kRows <= kTileRows) {
+      multiply_rows<Math, tile_weights(kRows), kRows, kWiden>(o, 0, ahead);
+    }
+  };
+  switch (num_rows) {
+    case 1: return run.template operator()<1>();
+    case 2: return run.template operator()<2>();
+    case 3: return run.template operator()<3>();
+    case 4: return run.template operator()<4>();
+    case 5: return run.template operator()<5>();
+    case 6: return run.template operator()<6>();
+    case 7: return run.template operator()<7>();
+    case 8: return run.template operator()<8>();
+  }
+}
+
+}  // namespace sere::moe

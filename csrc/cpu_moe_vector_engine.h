@@ -1,0 +1,139 @@
+// The engine of vector instructions: any sizes, bfloat16 or float32.
+//
+// An engine knows how token rows are laid out for its multiplications, and multiplies a panel of
+// them with consecutive weight rows. cpu_moe_run.h has the algorithm around it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu_moe_routing.h"
+#include "cpu_moe_tile.h"
+
+namespace sere::moe {
+
+template <typename Math>
+class VectorEngine {
+ public:
+  using Weight = typename Math::Weight;
+  static constexpr int kPanelRows = kTileRows;
+  static constexpr int kPanelUnit = 1;
+  static constexpr int kWeightUnit = 24;  // weight rows at a time: a multiple of every tile's
+
+  struct Memory {
+    Scratch hidden, inter;
+  };
+
+  VectorEngine(const Problem<Weight>& p, const Routing& routing, int64_t first_token,
+               int64_t num_tokens, Memory& memory)
+      : p_(p), routing_(routing), first_token_(first_token), num_tokens_(num_tokens) {
+    hidden_stride_ = stride_of(p.hidden_size);
+    inter_stride_ = stride_of(p.inter_size);
+    hidden_ = memory.hidden.template get<Row>(num_tokens * hidden_stride_);
+    inter_ = memory.inter.template get<Row>(routing.token.size() * inter_stride_);
+  }
+
+  // What a thread keeps between multiplications, and during a call.
+  struct Thread {
+    Scratch widened[2];  // of the two matrices that take turns
+  };
+  struct Session {};
+
+  // Work items that must be done, by any threads, before the first multiplication.
+  int64_t num_prepared() const { return num_tokens_; }
+  void prepare(int64_t token) {
+    Row* to = hidden_ + token * hidden_stride_;
+    Math::pack(p_.hidden + (first_token_ + token) * p_.hidden_size, p_.hidden_size, to);
+    clear_padding(to, p_.hidden_size);
+  }
+
+  // out[r * stride + w] = weight row w times the panel's row r, over the hidden size.
+  void multiply_hidden(int matrix, const Weight* weights, int64_t num_weights, int64_t index,
+                       const Ahead& ahead, Thread& thread, float* out, int64_t stride) const {
+    const Panel& panel = routing_.panels[index];
+    const Row* rows[kPanelRows];
+    for (int r = 0; r < panel.count; ++r) {
+      rows[r] = hidden_ + (routing_.token[panel.first + r] - first_token_) * hidden_stride_;
+    }
+    multiply(weights, num_weights, p_.hidden_size, rows, panel.count, ahead, thread, matrix, out, stride);
+  }
+
+  void multiply_inter(const Weight* weights, int64_t num_weights, int64_t index,
+                      const Ahead& ahead, Thread& thread, float* out, int64_t stride) const {
+    const Panel& panel = routing_.panels[index];
+    const Row* rows[kPanelRows];
+    for (int r = 0; r < panel.count; ++r) rows[r] = inter_ + (panel.first + r) * inter_stride_;
+    multiply(weights, num_weights, p_.inter_size, rows, panel.count, ahead, thread, 0, out, stride);
+  }
+
+  // Takes columns [begin, begin + count) of the intermediate rows of a panel.
+  void store_inter(int64_t index, int64_t begin, int64_t count, const float* values,
+                   int64_t stride) {
+    const Panel& panel = routing_.panels[index];
+    for (int r = 0; r < panel.count; ++r) {
+      Row* to = inter_ + (panel.first + r) * inter_stride_;
+      Math::pack(values + r * stride, begin, count, to);
+      if (begin == 0) clear_padding(to, p_.inter_size);
+    }
+  }
+
+ private:
+  using Row = typename Math::Row;
+  static constexpr bool kWidens = kWidenOnce && std::is_same_v<Math, Float32<bf16>>;
+
+  static int64_t whole_steps(int64_t depth) {
+    return (depth + Math::kStep - 1) / Math::kStep * Math::kStep;
+  }
+  // Rows a power of two apart would share the same few places of a cache.
+  static int64_t stride_of(int64_t depth) {
+    constexpr int64_t kLine = 64 / sizeof(Row), kPage = 4096 / sizeof(Row);
+    const int64_t steps = whole_steps(depth);
+    const int64_t lines = (steps + kLine - 1) / kLine * kLine;
+    return lines % (kPage / 4) == 0 ? lines + kLine : lines;
+  }
+
+  // Padding holds no column, so this may come before or after the columns.
+  static void clear_padding(Row* row, int64_t depth) {
+    for (int64_t k = depth; k < whole_steps(depth); ++k) row[Math::position(k)] = Row{};
+  }
+
+  // Over blocks of columns. Several panels share the weights: where widening them costs time, the
+  // first panel keeps what the others take.
+  void multiply(const Weight* weights, int64_t num_weights, int64_t depth, const Row* const* rows,
+                int count, const Ahead& ahead, Thread& thread, int matrix, float* out, int64_t stride) const {
+    const int64_t block = depth_block<Math>(depth);
+    for (int64_t k = 0; k < depth; k += block) {
+      const int64_t columns = std::min(block, depth - k);
+      const Row* rows_here[kPanelRows];
+      for (int r = 0; r < count; ++r) rows_here[r] = rows[r] + k;
+      Operands<Math> o{weights + k, num_weights, depth, columns, rows_here, k == 0, out, stride};
+      const Ahead ahead_here = ahead.from(k * sizeof(Weight));
+      if constexpr (kWidens) {
+        if (ahead.num_panels > 1) {
+          const int64_t steps = whole_steps(columns), widened_stride = whole_steps(depth);
+          float* widened = thread.widened[matrix].template get<float>(num_weights * widened_stride) + k;
+          if (ahead.panel == 0) {
+            o.widened = widened, o.widened_stride = widened_stride;
+            multiply_panel<Math, true>(o, count, ahead_here);
+          } else {
+            multiply_panel<Widened>({widened, num_weights, widened_stride, steps, rows_here, k == 0,
+                                     out, stride},
+                                    count, ahead_here);
+          }
+          continue;
+        }
+      }
+      multiply_panel<Math>(o, count, ahead_here);
+    }
+  }
+
+  const Problem<Weight>& p_;
+  const Routing& routing_;
+  const int64_t first_token_, num_tokens_;
+  int64_t hidden_stride_, inter_stride_;
+  Row* hidden_;
+  Row* inter_;
+};
+
+}  // namespace sere::moe
