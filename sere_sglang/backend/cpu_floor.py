@@ -6,7 +6,6 @@ float32 peak of the instruction set in use (only AMX multiplies bfloat16 faster 
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ import torch
 from sere_sglang.backend.cpu_isa import isa as isa_in_use
 from sere_sglang.backend.cpu_moe import native_module
 
-_READ_SHAPE = (64, 1024, 1024)  # of uint8, twice: 128 MiB, more than caches hold
-_MULTIPLY_STEPS = 20_000  # one to three milliseconds
+_BLOCK = (1024, 1024)  # of uint8, in each of two tensors
+_WORKING_SET = (2 << 20, 512 << 20, 1 << 30)  # bytes: least, unless told otherwise, most
+_MULTIPLY_STEPS = 1_000_000  # a few milliseconds, more than a system leaves a thread waiting
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,26 @@ class Floor:
         return max(weight_bytes / memory, operations / arithmetic)
 
 
-def measure_floor(seconds: float = 0.3, isa: str | None = None) -> Floor:
+def measure_floor(
+    seconds: float = 0.3, isa: str | None = None, working_set: int = _WORKING_SET[1]
+) -> Floor:
     """Measure in about `seconds`, half for each rate, after the kernels are compiled.
 
     Args:
         isa: instruction set to multiply with, else the one in use.
+        working_set: bytes that are read in turn, of all layers: what fits into a cache, which on
+            servers may hold hundreds of megabytes, is read faster than what does not. At most 1 GiB
+            are looked at.
 
     Raises:
         BuildError: no compiler here. SereError: ``SERE_CPU_ISA`` names what does not run here.
     """
     name = isa or isa_in_use()
     module = native_module(name)
-    first, second = (torch.ones(_READ_SHAPE, dtype=torch.uint8) for _ in range(2))
-    blocks = torch.arange(_READ_SHAPE[0], dtype=torch.int32)
+    least, _, most = _WORKING_SET
+    num_blocks = min(max(working_set, least), most) // least
+    first, second = (torch.ones(num_blocks, *_BLOCK, dtype=torch.uint8) for _ in range(2))
+    blocks = torch.arange(num_blocks, dtype=torch.int32)
 
     def read() -> int:
         module.read_experts(first, second, blocks)
@@ -59,11 +66,14 @@ def measure_floor(seconds: float = 0.3, isa: str | None = None) -> Floor:
 
 
 def _rate(work: Callable[[], float], seconds: float) -> float:
-    """The median over repetitions of what `work` says it did, per second; the first warms up."""
+    """The best repetition of what `work` says it did, per second; the first warms up.
+
+    Not the median: a floor is what the machine can do, and whatever else it does only adds time.
+    """
     rates: list[float] = []
     began = time.perf_counter()
     while len(rates) < 4 or time.perf_counter() - began < seconds:
         started = time.perf_counter()
         done = work()
         rates.append(done / (time.perf_counter() - started))
-    return statistics.median(rates[1:])
+    return max(rates[1:])

@@ -68,7 +68,7 @@ def run(model: str, out: Path | None, device: str, server_args: tuple[str, ...])
     _say("starting SGLang")
     info, cost = _time_layers(model, device, server_args)
     _say("measuring what the machine can do at most")
-    print_table(info, cost, speed_of(device))
+    print_table(info, cost, speed_of(device, _weight_bytes(cost)))
     if out is not None:
         from sere_sglang.schedule.cost_file import CostModel, save_cost
 
@@ -89,6 +89,8 @@ def print_table(info: MoeModelInfo, cost: MoeCost, speed: Speed) -> None:
         f"multiplies {speed.gflop_s:.1f} GFLOP/s"
     )
     print(f"timed in {cost.seconds:.1f} s")
+    if speed.name.startswith(("amx", "avx512bf16")):
+        print("the floor's arithmetic is float32's; bfloat16 instructions can be faster than that")
     for layer, ids in cost.layers:
         assert isinstance(layer, MeasuredCost)
         shape = layer.shape
@@ -105,8 +107,15 @@ def print_table(info: MoeModelInfo, cost: MoeCost, speed: Speed) -> None:
                     print(f"{rows:5} {active:7} {ms:9.3f} {floor:9.3f} {floor / ms:15.0%}")
 
 
-def speed_of(device: str) -> Speed:
-    """Measured now, in less than a second."""
+def _weight_bytes(cost: MoeCost) -> int:
+    """Of all experts of all layers, which a server reads in turn."""
+    of_layers = (cost.shape.num_experts * cost.shape.expert_bytes * len(ids)
+                 for cost, ids in cost.layers)  # fmt: skip
+    return int(sum(of_layers))
+
+
+def speed_of(device: str, weight_bytes: int) -> Speed:
+    """Measured now, in about a second, reading as much memory as the weights take."""
     import torch
 
     from sere_sglang.backend.bandwidth import flops_per_ms, read_bytes_per_ms
@@ -116,7 +125,7 @@ def speed_of(device: str) -> Speed:
         from sere_sglang.backend.cpu_floor import measure_floor
 
         with contextlib.suppress(BuildError):
-            floor = measure_floor()
+            floor = measure_floor(working_set=weight_bytes)
             return Speed(f"{floor.isa}, float32", floor.read_gb_s, floor.float32_gflop_s)
     where = torch.device(device)
     name = "torch, float32" if device == "cpu" else "torch, bfloat16"
