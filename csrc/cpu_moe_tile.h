@@ -128,8 +128,8 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& reque
   const typename Math::Row* x_row[kRows];
   for (int i = 0; i < kWeights; ++i) w_row[i] = o.weights + (w + i) * o.depth;
   for (int r = 0; r < kRows; ++r) x_row[r] = o.rows[r];
-  const char* const ahead = requested.of(w_row[0], w);
-  const int64_t to_ahead = ahead - (const char*)w_row[0];
+  const char* next[kWeights];
+  for (int i = 0; i < kWeights; ++i) next[i] = requested.of(w_row[i], w + i);
   float* const widened = o.widened + w * o.widened_stride;
 
   Floats sums[kSums] = {};
@@ -169,11 +169,7 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& reque
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kWeights; ++i) {
-      if constexpr (Math::kSourceBytes == sizeof(T)) {
-        __builtin_prefetch((const char*)(w_row[i] + k) + to_ahead, 0, 2);
-      } else {
-        __builtin_prefetch(ahead + i * requested.row_bytes + k * Math::kSourceBytes, 0, 2);
-      }
+      __builtin_prefetch(next[i] + k * Math::kSourceBytes, 0, 2);
     }
   }
   for (; k + Math::kStep <= o.columns; k += Math::kStep) step(w_row, k, k);
