@@ -9,7 +9,6 @@ namespace sere::moe {
 // sums, and at least the eight that hide the latency of two FMA units.
 inline constexpr int kTileRows = 6;
 inline constexpr int tile_weights(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : rows <= 4 ? 3 : 2; }
-inline constexpr bool kWidenOnce = false;  // widening leaves the ports of the FMA units alone
 
 template <typename Vector>
 inline void keep_in_register(Vector& value) {

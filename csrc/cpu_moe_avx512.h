@@ -5,10 +5,12 @@
 
 namespace sere::moe {
 
-// Rows at a time, and for so many of them, weight rows at a time: up to 24 sums in 32 registers.
+// Rows at a time, and for so many of them, weight rows at a time: up to 24 sums in 32 registers. Many
+// rows, because widening a weight takes the ports of the FMA units.
 inline constexpr int kTileRows = 8;
-inline constexpr int tile_weights(int rows) { return rows <= 2 ? 8 : rows == 3 ? 6 : rows <= 6 ? 4 : 3; }
-inline constexpr bool kWidenOnce = true;  // widening takes the ports of the FMA units
+inline constexpr int tile_weights(int rows) {
+  return rows <= 2 ? 8 : rows == 3 ? 6 : rows <= 6 ? 4 : 3;
+}
 
 template <typename Vector>
 inline void keep_in_register(Vector& value) {

@@ -6,7 +6,6 @@ namespace sere::moe {
 // Rows at a time, and for so many of them, weight rows at a time: as for 16 registers.
 inline constexpr int kTileRows = 6;
 inline constexpr int tile_weights(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : rows <= 4 ? 3 : 2; }
-inline constexpr bool kWidenOnce = false;
 
 template <typename Vector>
 inline void keep_in_register(Vector&) {}

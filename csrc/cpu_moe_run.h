@@ -121,8 +121,8 @@ class Run {
     for (int b = 0; b < expert.num_panels; ++b) {
       const int64_t panel = expert.first_panel + b;
       gate_ahead.panel = up_ahead.panel = b;
-      engine_.multiply_hidden(0, gate, rows, panel, gate_ahead, thread, values, up_rows_);
-      engine_.multiply_hidden(1, gate + up_offset, rows, panel, up_ahead, thread, up_values, up_rows_);
+      engine_.multiply_hidden(gate, rows, panel, gate_ahead, thread, values, up_rows_);
+      engine_.multiply_hidden(gate + up_offset, rows, panel, up_ahead, thread, up_values, up_rows_);
       for (int r = 0; r < routing_.panels[panel].count; ++r) {
         float* of_row = values + r * up_rows_;
         apply_activation(of_row, up_values + r * up_rows_, bias, rows);

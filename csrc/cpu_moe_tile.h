@@ -24,7 +24,6 @@ struct Float32 {
   using Row = float;
   static constexpr int kParts = 2;
   static constexpr int kStep = kParts * kLanes;
-  static constexpr int kSourceBytes = sizeof(T);  // of a weight in memory
 
   template <int kPart>
   static Floats weight(const T* from) {
@@ -54,13 +53,19 @@ struct Float32 {
     for (; k < depth; ++k) to[position(k)] = to_float(from[k]);
   }
   static void pack(const float* from, int64_t begin, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; ++i) to[position(begin + i)] = from[i];
+    if constexpr (std::is_same_v<T, float>) {
+      std::copy_n(from, count, to + begin);
+    } else {
+      int64_t i = 0;
+      if (begin % 2 == 0) {
+        for (; i + 2 <= count; i += 2) {
+          float* pair = to + position(begin + i);
+          pair[0] = from[i], pair[kLanes] = from[i + 1];
+        }
+      }
+      for (; i < count; ++i) to[position(begin + i)] = from[i];
+    }
   }
-};
-
-// Weights that are bfloat16 in memory, from where an earlier multiplication left them in float32.
-struct Widened : Float32<float> {
-  static constexpr int kSourceBytes = sizeof(bf16);
 };
 
 #ifdef __AVX512BF16__
@@ -70,7 +75,6 @@ struct NativeBf16 {
   using Row = bf16;
   static constexpr int kParts = 1;
   static constexpr int kStep = 2 * kLanes;
-  static constexpr int kSourceBytes = sizeof(bf16);
 
   template <int kPart>
   static __m512bh weight(const bf16* from) {
@@ -112,25 +116,22 @@ struct Operands {
   bool first;
   float* out;
   int64_t out_stride;
-  float* widened = nullptr;  // where to keep the weights in float32, one row behind the other
-  int64_t widened_stride = 0;
 };
 
 // kWeights weight rows from row `w` on, kRows token rows. Meanwhile weights that come next are
 // requested, as many as are multiplied.
-template <typename Math, int kWeights, int kRows, bool kWiden>
-inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& requested) {
+template <typename Math, int kWeights, int kRows>
+inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead) {
   using T = typename Math::Weight;
   constexpr int kSums = (kWeights * kRows + 3) / 4 * 4;
-  constexpr int kStepsPerLine = std::max(1, 64 / (Math::kStep * Math::kSourceBytes));
+  constexpr int kStepsPerLine = std::max(1, 64 / (Math::kStep * int(sizeof(T))));
   constexpr int kLine = Math::kStep * kStepsPerLine;
   const T* w_row[kWeights];
   const typename Math::Row* x_row[kRows];
   for (int i = 0; i < kWeights; ++i) w_row[i] = o.weights + (w + i) * o.depth;
   for (int r = 0; r < kRows; ++r) x_row[r] = o.rows[r];
   const char* next[kWeights];
-  for (int i = 0; i < kWeights; ++i) next[i] = requested.of(w_row[i], w + i);
-  float* const widened = o.widened + w * o.widened_stride;
+  for (int i = 0; i < kWeights; ++i) next[i] = ahead.of(w_row[i], w + i);
 
   Floats sums[kSums] = {};
   // Inlined whatever it costs, and unrolled: only then are sums in registers.
@@ -140,7 +141,6 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& reque
 #pragma GCC unroll 8
     for (int i = 0; i < kWeights; ++i) {
       values[i] = Math::template weight<kPart>(from[i] + k_from);
-      if constexpr (kWiden) store(widened + i * o.widened_stride + k + kPart * kLanes, values[i]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -169,7 +169,7 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& reque
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kWeights; ++i) {
-      __builtin_prefetch(next[i] + k * Math::kSourceBytes, 0, 2);
+      __builtin_prefetch(next[i] + k * sizeof(T), 0, 2);
     }
   }
   for (; k + Math::kStep <= o.columns; k += Math::kStep) step(w_row, k, k);
@@ -195,19 +195,19 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& reque
 }
 
 // All weight rows from row `w` on, kWeights at a time and the rest in smaller tiles.
-template <typename Math, int kWeights, int kRows, bool kWiden>
+template <typename Math, int kWeights, int kRows>
 inline void multiply_rows(const Operands<Math>& o, int64_t w, const Ahead& ahead) {
   for (; w + kWeights <= o.num_weights; w += kWeights) {
-    multiply_tile<Math, kWeights, kRows, kWiden>(o, w, ahead);
+    multiply_tile<Math, kWeights, kRows>(o, w, ahead);
   }
-  if constexpr (kWeights > 1) multiply_rows<Math, kWeights / 2, kRows, kWiden>(o, w, ahead);
+  if constexpr (kWeights > 1) multiply_rows<Math, kWeights / 2, kRows>(o, w, ahead);
 }
 
-template <typename Math, bool kWiden = false>
+template <typename Math>
 inline void multiply_panel(const Operands<Math>& o, int num_rows, const Ahead& ahead) {
   const auto run = [&]<int kRows>() {
     if constexpr (kRows <= kTileRows) {
-      multiply_rows<Math, tile_weights(kRows), kRows, kWiden>(o, 0, ahead);
+      multiply_rows<Math, tile_weights(kRows), kRows>(o, 0, ahead);
     }
   };
   switch (num_rows) {
