@@ -107,7 +107,7 @@ inline int64_t depth_block(int64_t depth) {
 
 // The operands of a multiplication: out[r * out_stride + w] = weight row w times token row r.
 // Weight rows are `depth` apart, `columns` of them are multiplied, and are added to `out` unless
-// they are the first. Token rows are zero from there to the next step.
+// they are the first. Up to three more floats are written. Token rows are zero from there to the next step.
 template <typename Math>
 struct Operands {
   const typename Math::Weight* weights;
@@ -123,7 +123,7 @@ struct Operands {
 template <typename Math, int kWeights, int kRows>
 inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead) {
   using T = typename Math::Weight;
-  constexpr int kSums = (kWeights * kRows + 3) / 4 * 4;
+  constexpr int kQuads = (kWeights + 3) / 4;  // sums of a row are written four at a time
   constexpr int kStepsPerLine = std::max(1, 64 / (Math::kStep * int(sizeof(T))));
   constexpr int kLine = Math::kStep * kStepsPerLine;
   const T* w_row[kWeights];
@@ -133,7 +133,7 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead
   const char* next[kWeights];
   for (int i = 0; i < kWeights; ++i) next[i] = ahead.of(w_row[i], w + i);
 
-  Floats sums[kSums] = {};
+  Floats sums[kRows][4 * kQuads] = {};
   // Inlined whatever it costs, and unrolled: only then are sums in registers.
   const auto part = [&]<int kPart>(const T* const* from, int64_t k_from, int64_t k)
                         __attribute__((always_inline)) {
@@ -148,7 +148,7 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead
       keep_in_register(x);  // else a compiler may load it again for every weight
 #pragma GCC unroll 8
       for (int i = 0; i < kWeights; ++i) {
-        sums[r * kWeights + i] = Math::multiply_add(sums[r * kWeights + i], values[i], x);
+        sums[r][i] = Math::multiply_add(sums[r][i], values[i], x);
       }
     }
   };
@@ -183,13 +183,14 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead
     step(rest_row, 0, k);
   }
 
-  float totals[kSums];
 #pragma GCC unroll 8
-  for (int i = 0; i < kSums; i += 4) sum4(sums + i, totals + i);
   for (int r = 0; r < kRows; ++r) {
-    float* out = o.out + r * o.out_stride + w;
-    for (int i = 0; i < kWeights; ++i) {
-      out[i] = o.first ? totals[r * kWeights + i] : out[i] + totals[r * kWeights + i];
+#pragma GCC unroll 2
+    for (int q = 0; q < kQuads; ++q) {
+      float* out = o.out + r * o.out_stride + w + 4 * q;
+      Quad total = sum4(sums[r] + 4 * q);
+      if (!o.first) total += load_as<Quad>(out);
+      std::memcpy(out, &total, sizeof(total));
     }
   }
 }
