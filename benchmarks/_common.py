@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import json
 import os
 import re
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from sere_sglang.errors import SereError
 
 RESULTS_DIR = Path(__file__).resolve().parent / "results"
 
@@ -69,6 +73,16 @@ def write_result(
     path = out_dir / f"{name}.json"
     path.write_text(json.dumps(payload, indent=1) + "\n")
     return path
+
+
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """A `SereError` is one line on stderr and exit status 2."""
+    try:
+        yield
+    except SereError as error:
+        print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
 
 
 def interleaved_median(

@@ -1,23 +1,30 @@
-"""The CPU MoE runner against SGLang's ``moe_forward_native``, and its time by active experts.
+"""The CPU MoE runner against SGLang's ``moe_forward_native``, its time by active experts, and its
+share of what the machine could do at most, for every instruction set that runs here.
 
-    python -m benchmarks.cpu_moe [--quick]
+    python -m benchmarks.cpu_moe [--quick] [--table floor] [--isa avx2 avx512] [--mb 1 3 16]
 
 The routing has no expert twice in a row, as the native path breaks on those. Writes
-``cpu_moe.json``: rows ``{"table", "T", "E", "K", "H", "I", "active", "us", ...}``.
+``cpu_moe.json``: rows ``{"table", "T", "E", "K", "H", "I", "active", "us", ...}``; of the floor
+table also ``{"isa", "expert_mb", "us_interval", "floor_us", "share", "bound"}``.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from benchmarks._common import interleaved_median, write_result
-from sere_sglang.backend.cpu_moe import choose_impl, fused_moe
+from benchmarks._common import exit_on_error, interleaved_median, write_result
+from benchmarks._cpu_floor import HEADER, SIZES, floor_rows, line
+from sere_sglang.backend import cpu_isa
+from sere_sglang.backend.cpu_isa import ISAS
+from sere_sglang.backend.cpu_moe import fused_moe, native_module
 
 SHAPES = ((32, 4, 256, 96), (48, 6, 256, 64), (64, 8, 1024, 512), (128, 8, 512, 256))
+TABLES = ("native", "active", "floor")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -58,23 +65,19 @@ def native(layer: Layer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch
     return moe_forward_native(layer, hidden, (weights, ids, None), config)
 
 
-def against_native(layer: Layer, tokens: int, top_k: int, impls: list[str]) -> dict[str, Any]:
+def against_native(layer: Layer, tokens: int, top_k: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(tokens, layer.hidden_size, generator=generator).to(torch.bfloat16)
     ids, weights = route(tokens, layer.num_experts, top_k, layer.num_experts)
-
-    def run(impl: str) -> torch.Tensor:
-        return fused_moe(
-            hidden, layer.w13_weight, layer.w2_weight, ids, weights, activation="silu", impl=impl
-        )
-
-    functions = {impl: (lambda impl=impl: run(impl)) for impl in impls}
-    functions["native"] = lambda: native(layer, hidden, ids, weights)
-    seconds = interleaved_median(functions)
+    seconds = interleaved_median(
+        {
+            "ours": lambda: fused_moe(hidden, layer.w13_weight, layer.w2_weight, ids, weights),
+            "native": lambda: native(layer, hidden, ids, weights),
+        }
+    )
     row = shape_row("native", layer, tokens, top_k, int(ids.unique().numel()))
-    row |= {"chosen": choose_impl(hidden, layer.w2_weight, ids), "us": seconds["auto"] * 1e6}
-    row |= {f"us_{name}": value * 1e6 for name, value in seconds.items() if name != "auto"}
-    row["speedup"] = seconds["native"] / seconds["auto"]
+    row |= {"isa": cpu_isa.isa(), "us": seconds["ours"] * 1e6}
+    row |= {"us_native": seconds["native"] * 1e6, "speedup": seconds["native"] / seconds["ours"]}
     return row
 
 
@@ -104,29 +107,27 @@ def shape_row(table: str, layer: Layer, tokens: int, top_k: int, active: int) ->
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer sizes")
-    parser.add_argument("--impl", nargs="*", default=[], help="time these implementations too")
-    arguments = parser.parse_args()
-    tokens = TOKENS[::3] if arguments.quick else TOKENS
-    rows: list[dict[str, Any]] = []
-
+def native_table(quick: bool) -> list[dict[str, Any]]:
+    rows = []
     print(f"{'E,K,H,I':>18} {'T':>4} {'active':>6} {'ours us':>10} {'native us':>10} {'ratio':>6}")
     for experts, top_k, hidden_size, inter_size in SHAPES:
         layer = Layer(experts, hidden_size, inter_size)
         name = f"{experts},{top_k},{hidden_size},{inter_size}"
-        for t in tokens:
-            row = against_native(layer, t, top_k, ["auto", *arguments.impl])
+        for t in TOKENS[::3] if quick else TOKENS:
+            row = against_native(layer, t, top_k)
             rows.append(row)
-            others = " ".join(f"{i} {row[f'us_{i}']:.0f}" for i in arguments.impl)
             print(
                 f"{name:>18} {t:>4} {row['active']:>6} {row['us']:>10.0f} "
-                f"{row['us_native']:>10.0f} {row['speedup']:>6.2f}  {others}",
+                f"{row['us_native']:>10.0f} {row['speedup']:>6.2f}",
                 flush=True,
             )
+    print(f"lowest ratio to moe_forward_native: {min(row['speedup'] for row in rows):.2f}\n")
+    return rows
 
-    print(f"\n{'E,K,H,I':>18} {'T':>4} {'active':>6} {'us':>10} {'us/expert':>10} {'GB/s':>6}")
+
+def active_table() -> list[dict[str, Any]]:
+    rows = []
+    print(f"{'E,K,H,I':>18} {'T':>4} {'active':>6} {'us':>10} {'us/expert':>10} {'GB/s':>6}")
     for experts, top_k, hidden_size, inter_size in SHAPES[2:]:
         layer = Layer(experts, hidden_size, inter_size)
         for active in (8, 16, 32, 64, 128)[: 5 if experts == 128 else 4]:
@@ -134,11 +135,51 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{f'{experts},{top_k},{hidden_size},{inter_size}':>18} {64:>4} {row['active']:>6} "
-                f"{row['us']:>10.0f} {row['us'] / row['active']:>10.1f} {row['weights_gb_s']:>6.1f}"
+                f"{row['us']:>10.0f} {row['us'] / row['active']:>10.1f} "
+                f"{row['weights_gb_s']:>6.1f}",
+                flush=True,
             )
+    print()
+    return rows
 
-    lowest = min(row["speedup"] for row in rows if row["table"] == "native")
-    print(f"\nlowest ratio to moe_forward_native: {lowest:.2f}")
+
+def floor_table(isas: list[str], sizes: list[int], quick: bool) -> list[dict[str, Any]]:
+    print(f"compiling, where not done before: {', '.join(isas)}", flush=True)
+    for isa in isas:
+        native_module(isa)
+    rows = []
+    print(HEADER)
+    for row in floor_rows(isas, sizes, *(((4, 64), (25, 100)) if quick else ())):
+        rows.append(row)
+        print(line(row), flush=True)
+    for isa in isas:
+        shares = [row["share"] for row in rows if row["isa"] == isa]
+        met = sum(share >= 0.8 for share in shares)
+        print(f"{isa}: lowest share {min(shares):.0%}; 80% or more in {met} of {len(shares)} cells")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer cells")
+    parser.add_argument("--table", nargs="*", choices=TABLES, default=TABLES, help="which tables")
+    parser.add_argument("--isa", nargs="*", choices=ISAS, help="of the floor table, else all here")
+    parser.add_argument("--mb", nargs="*", type=int, choices=SIZES, default=list(SIZES))
+    arguments = parser.parse_args()
+    with exit_on_error():
+        if os.environ.get(cpu_isa.VARIABLE):
+            isas = [cpu_isa.isa()]
+        else:
+            isas = [name for name in cpu_isa.executable() if name != cpu_isa.PORTABLE]
+        for name in arguments.isa or ():
+            cpu_isa.check_executable(name, "--isa")
+    rows: list[dict[str, Any]] = []
+    if "native" in arguments.table:
+        rows += native_table(arguments.quick)
+    if "active" in arguments.table:
+        rows += active_table()
+    if "floor" in arguments.table:
+        rows += floor_table(arguments.isa or isas or ["portable"], arguments.mb, arguments.quick)
     print(f"wrote {write_result('cpu_moe', rows)}")
 
 

@@ -28,13 +28,10 @@ struct Ahead {
   // Where to request while `weights`, which begin at row w, are multiplied: their own place, which
   // costs nothing, if it is another panel's turn.
   const char* of(const void* weights, int64_t w) const {
-    const bool turn = w / kRowsPerTurn % num_panels == panel;
+    const bool turn = w % num_panels == panel;
     const int64_t offset = w * row_bytes + column_bytes;
     return turn && offset < next.bytes ? next.begin + offset : static_cast<const char*>(weights);
   }
-
- private:
-  static constexpr int64_t kRowsPerTurn = 8;
 };
 
 }  // namespace sere::moe

@@ -55,7 +55,7 @@ class Engine {
     }
   }
 
-  void multiply_hidden(int, const bf16* weights, int64_t num_weights, int64_t panel, const Ahead& ahead,
+  void multiply_hidden(const bf16* weights, int64_t num_weights, int64_t panel, const Ahead& ahead,
                        Thread& thread, float* out, int64_t stride) const {
     const uint32_t* right = hidden_ + panel * kPanelRows * p_.hidden_size / 2;
     multiply(weights, num_weights, p_.hidden_size, right, routing_.panels[panel].count, ahead,

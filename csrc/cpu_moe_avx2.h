@@ -7,9 +7,8 @@ namespace sere::moe {
 
 // Rows at a time, and for so many of them, weight rows at a time: with 16 registers, up to twelve
 // sums, and at least the eight that hide the latency of two FMA units.
-inline constexpr int kTileRows = 6;
-inline constexpr int tile_weights(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : rows <= 4 ? 3 : 2; }
-inline constexpr bool kWidenOnce = false;  // widening leaves the ports of the FMA units alone
+inline constexpr int kTileRows = 4;
+inline constexpr int tile_weights(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 3; }
 
 template <typename Vector>
 inline void keep_in_register(Vector& value) {
@@ -30,12 +29,12 @@ inline Floats odd(const bf16* from) {
   return _mm256_and_ps(words, _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffff0000u))));
 }
 
-// to[i] = the sum of the lanes of v[i], each in the same order.
-inline void sum4(const Floats v[4], float to[4]) {
+// Lane i is the sum of the lanes of v[i], each in the same order.
+inline Quad sum4(const Floats v[4]) {
   const __m256 ab = _mm256_unpacklo_ps(v[0], v[1]) + _mm256_unpackhi_ps(v[0], v[1]);
   const __m256 cd = _mm256_unpacklo_ps(v[2], v[3]) + _mm256_unpackhi_ps(v[2], v[3]);
   const __m256 sums = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xee);
-  _mm_storeu_ps(to, _mm256_castps256_ps128(sums) + _mm256_extractf128_ps(sums, 1));
+  return _mm256_castps256_ps128(sums) + _mm256_extractf128_ps(sums, 1);
 }
 
 }  // namespace sere::moe

@@ -5,10 +5,12 @@
 
 namespace sere::moe {
 
-// Rows at a time, and for so many of them, weight rows at a time: up to 24 sums in 32 registers.
+// Rows at a time, and for so many of them, weight rows at a time: up to 24 sums in 32 registers. Many
+// rows, because widening a weight takes the ports of the FMA units.
 inline constexpr int kTileRows = 8;
-inline constexpr int tile_weights(int rows) { return rows <= 2 ? 8 : rows == 3 ? 6 : rows <= 6 ? 4 : 3; }
-inline constexpr bool kWidenOnce = true;  // widening takes the ports of the FMA units
+inline constexpr int tile_weights(int rows) {
+  return rows <= 2 ? 8 : rows <= 6 ? 4 : 3;
+}
 
 template <typename Vector>
 inline void keep_in_register(Vector& value) {
@@ -26,9 +28,9 @@ inline Floats odd(const bf16* from) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(from), high));
 }
 
-// to[i] = the sum of the lanes of v[i], each in the same order. Blends run on either port, where
+// Lane i is the sum of the lanes of v[i], each in the same order. Blends run on either port, where
 // shuffles have one.
-inline void sum4(const Floats v[4], float to[4]) {
+inline Quad sum4(const Floats v[4]) {
   const __m512i crossed = _mm512_setr_epi32(1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
   const auto pair = [&](__m512 a, __m512 b) {  // lanes a0 + a1, b0 + b1, a2 + a3, b2 + b3, ...
     return _mm512_mask_blend_ps(0xaaaa, a, b) + _mm512_permutex2var_ps(a, crossed, b);
@@ -36,7 +38,7 @@ inline void sum4(const Floats v[4], float to[4]) {
   const __m512 ab = pair(v[0], v[1]), cd = pair(v[2], v[3]);
   const __m512 sums = _mm512_mask_blend_ps(0xcccc, ab, cd) + _mm512_shuffle_ps(ab, cd, 0x4e);
   const __m256 half = _mm512_castps512_ps256(sums) + _mm512_extractf32x8_ps(sums, 1);
-  _mm_storeu_ps(to, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+  return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
 }
 
 }  // namespace sere::moe

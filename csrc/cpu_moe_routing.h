@@ -26,7 +26,7 @@ struct Routing {
   std::vector<int32_t> token;  // row of Problem::hidden, by sorted position
   std::vector<float> weight;
 
-  // Panels have up to `most` rows and, but for an expert's last, a multiple of `unit`.
+  // Panels have up to `most` rows, about as many each: but for the last, a multiple of `unit`.
   template <typename T>
   void build(const Problem<T>& p, int64_t first_token, int64_t num_tokens, int most, int unit) {
     std::vector<int32_t>& next = positions_;
@@ -60,11 +60,11 @@ struct Routing {
   }
 
   void add_expert(int32_t id, int32_t first, int32_t rows, int most, int unit) {
-    const int32_t wanted = (rows + most - 1) / most;
-    const int32_t size = ((rows + wanted - 1) / wanted + unit - 1) / unit * unit;
     const int32_t first_panel = int32_t(panels.size());
-    for (int32_t done = 0; done < rows; done += size) {
+    for (int32_t done = 0, left = (rows + most - 1) / most; done < rows; --left) {
+      const int32_t size = ((rows - done + left - 1) / left + unit - 1) / unit * unit;
       panels.push_back({first + done, std::min(size, rows - done)});
+      done += size;
     }
     active.push_back({id, first_panel, int32_t(panels.size()) - first_panel});
   }

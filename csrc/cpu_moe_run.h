@@ -53,6 +53,7 @@ class Run {
     up_units_ = (p.inter_size + up_rows_ - 1) / up_rows_;
     down_rows_ = rows_per_unit(p.hidden_size, p.inter_size * element, Engine::kWeightUnit, 1);
     down_units_ = (p.hidden_size + down_rows_ - 1) / down_rows_;
+    stride_ = (std::max(up_rows_, down_rows_) + 3 + 15) / 16 * 16;
   }
 
   void operator()() {
@@ -61,7 +62,7 @@ class Run {
       thread_local typename Engine::Thread thread;
       [[maybe_unused]] const typename Engine::Session session;
       thread_local Scratch values_scratch, sums_scratch;
-      float* values = values_scratch.get<float>(2 * Engine::kPanelRows * std::max(up_rows_, down_rows_));
+      float* values = values_scratch.get<float>(2 * Engine::kPanelRows * stride_);
       float* sums = sums_scratch.get<float>(num_tokens_ * down_rows_);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < engine_.num_prepared(); ++i) engine_.prepare(i);
@@ -117,17 +118,17 @@ class Run {
     const T* gate = gate_of(unit);
     const int64_t bias_at = 2 * expert.id * p_.inter_size + begin;
     const float* bias = p_.w13_bias ? p_.w13_bias + bias_at : nullptr;
-    float* up_values = values + Engine::kPanelRows * up_rows_;
+    float* up_values = values + Engine::kPanelRows * stride_;
     for (int b = 0; b < expert.num_panels; ++b) {
       const int64_t panel = expert.first_panel + b;
       gate_ahead.panel = up_ahead.panel = b;
-      engine_.multiply_hidden(0, gate, rows, panel, gate_ahead, thread, values, up_rows_);
-      engine_.multiply_hidden(1, gate + up_offset, rows, panel, up_ahead, thread, up_values, up_rows_);
+      engine_.multiply_hidden(gate, rows, panel, gate_ahead, thread, values, stride_);
+      engine_.multiply_hidden(gate + up_offset, rows, panel, up_ahead, thread, up_values, stride_);
       for (int r = 0; r < routing_.panels[panel].count; ++r) {
-        float* of_row = values + r * up_rows_;
-        apply_activation(of_row, up_values + r * up_rows_, bias, rows);
+        float* of_row = values + r * stride_;
+        apply_activation(of_row, up_values + r * stride_, bias, rows);
       }
-      engine_.store_inter(panel, begin, rows, values, up_rows_);
+      engine_.store_inter(panel, begin, rows, values, stride_);
     }
   }
 
@@ -165,11 +166,11 @@ class Run {
       for (int b = 0; b < expert.num_panels; ++b) {
         const int64_t panel = expert.first_panel + b;
         ahead.panel = b;
-        engine_.multiply_inter(down_of(unit, e), rows, panel, ahead, thread, values, down_rows_);
+        engine_.multiply_inter(down_of(unit, e), rows, panel, ahead, thread, values, stride_);
         for (int r = 0; r < routing_.panels[panel].count; ++r) {
           const int64_t position = routing_.panels[panel].first + r;
           float* sum = sums + (routing_.token[position] - first_token_) * down_rows_;
-          const float* of_row = values + r * down_rows_;
+          const float* of_row = values + r * stride_;
           const float weight = routing_.weight[position];
           for (int64_t i = 0; i < rows; ++i) {
             sum[i] += weight * (of_row[i] + (bias ? bias[i] : 0.0f));
@@ -190,6 +191,7 @@ class Run {
   const int64_t num_active_;
   int64_t up_rows_, up_units_;      // of an expert's intermediate columns
   int64_t down_rows_, down_units_;  // of the hidden size
+  int64_t stride_;                  // of products
   std::atomic<int64_t> next_up_{0}, next_down_{0};
 };
 

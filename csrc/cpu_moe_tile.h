@@ -24,7 +24,6 @@ struct Float32 {
   using Row = float;
   static constexpr int kParts = 2;
   static constexpr int kStep = kParts * kLanes;
-  static constexpr int kSourceBytes = sizeof(T);  // of a weight in memory
 
   template <int kPart>
   static Floats weight(const T* from) {
@@ -54,13 +53,19 @@ struct Float32 {
     for (; k < depth; ++k) to[position(k)] = to_float(from[k]);
   }
   static void pack(const float* from, int64_t begin, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; ++i) to[position(begin + i)] = from[i];
+    if constexpr (std::is_same_v<T, float>) {
+      std::copy_n(from, count, to + begin);
+    } else {
+      int64_t i = 0;
+      if (begin % 2 == 0) {
+        for (; i + 2 <= count; i += 2) {
+          float* pair = to + position(begin + i);
+          pair[0] = from[i], pair[kLanes] = from[i + 1];
+        }
+      }
+      for (; i < count; ++i) to[position(begin + i)] = from[i];
+    }
   }
-};
-
-// Weights that are bfloat16 in memory, from where an earlier multiplication left them in float32.
-struct Widened : Float32<float> {
-  static constexpr int kSourceBytes = sizeof(bf16);
 };
 
 #ifdef __AVX512BF16__
@@ -70,7 +75,6 @@ struct NativeBf16 {
   using Row = bf16;
   static constexpr int kParts = 1;
   static constexpr int kStep = 2 * kLanes;
-  static constexpr int kSourceBytes = sizeof(bf16);
 
   template <int kPart>
   static __m512bh weight(const bf16* from) {
@@ -103,7 +107,7 @@ inline int64_t depth_block(int64_t depth) {
 
 // The operands of a multiplication: out[r * out_stride + w] = weight row w times token row r.
 // Weight rows are `depth` apart, `columns` of them are multiplied, and are added to `out` unless
-// they are the first. Token rows are zero from there to the next step.
+// they are the first. Up to three more floats are written. Token rows are zero from there to the next step.
 template <typename Math>
 struct Operands {
   const typename Math::Weight* weights;
@@ -112,27 +116,24 @@ struct Operands {
   bool first;
   float* out;
   int64_t out_stride;
-  float* widened = nullptr;  // where to keep the weights in float32, one row behind the other
-  int64_t widened_stride = 0;
 };
 
 // kWeights weight rows from row `w` on, kRows token rows. Meanwhile weights that come next are
 // requested, as many as are multiplied.
-template <typename Math, int kWeights, int kRows, bool kWiden>
-inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& requested) {
+template <typename Math, int kWeights, int kRows>
+inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead) {
   using T = typename Math::Weight;
-  constexpr int kSums = (kWeights * kRows + 3) / 4 * 4;
-  constexpr int kStepsPerLine = std::max(1, 64 / (Math::kStep * Math::kSourceBytes));
+  constexpr int kQuads = (kWeights + 3) / 4;  // sums of a row are written four at a time
+  constexpr int kStepsPerLine = std::max(1, 64 / (Math::kStep * int(sizeof(T))));
   constexpr int kLine = Math::kStep * kStepsPerLine;
   const T* w_row[kWeights];
   const typename Math::Row* x_row[kRows];
   for (int i = 0; i < kWeights; ++i) w_row[i] = o.weights + (w + i) * o.depth;
   for (int r = 0; r < kRows; ++r) x_row[r] = o.rows[r];
-  const char* const ahead = requested.of(w_row[0], w);
-  const int64_t to_ahead = ahead - (const char*)w_row[0];
-  float* const widened = o.widened + w * o.widened_stride;
+  const char* next[kWeights];
+  for (int i = 0; i < kWeights; ++i) next[i] = ahead.of(w_row[i], w + i);
 
-  Floats sums[kSums] = {};
+  Floats sums[kRows][4 * kQuads] = {};
   // Inlined whatever it costs, and unrolled: only then are sums in registers.
   const auto part = [&]<int kPart>(const T* const* from, int64_t k_from, int64_t k)
                         __attribute__((always_inline)) {
@@ -140,7 +141,6 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& reque
 #pragma GCC unroll 8
     for (int i = 0; i < kWeights; ++i) {
       values[i] = Math::template weight<kPart>(from[i] + k_from);
-      if constexpr (kWiden) store(widened + i * o.widened_stride + k + kPart * kLanes, values[i]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -148,7 +148,7 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& reque
       keep_in_register(x);  // else a compiler may load it again for every weight
 #pragma GCC unroll 8
       for (int i = 0; i < kWeights; ++i) {
-        sums[r * kWeights + i] = Math::multiply_add(sums[r * kWeights + i], values[i], x);
+        sums[r][i] = Math::multiply_add(sums[r][i], values[i], x);
       }
     }
   };
@@ -169,11 +169,7 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& reque
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kWeights; ++i) {
-      if constexpr (Math::kSourceBytes == sizeof(T)) {
-        __builtin_prefetch((const char*)(w_row[i] + k) + to_ahead, 0, 2);
-      } else {
-        __builtin_prefetch(ahead + i * requested.row_bytes + k * Math::kSourceBytes, 0, 2);
-      }
+      __builtin_prefetch(next[i] + k * sizeof(T), 0, 2);
     }
   }
   for (; k + Math::kStep <= o.columns; k += Math::kStep) step(w_row, k, k);
@@ -187,31 +183,32 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& reque
     step(rest_row, 0, k);
   }
 
-  float totals[kSums];
 #pragma GCC unroll 8
-  for (int i = 0; i < kSums; i += 4) sum4(sums + i, totals + i);
   for (int r = 0; r < kRows; ++r) {
-    float* out = o.out + r * o.out_stride + w;
-    for (int i = 0; i < kWeights; ++i) {
-      out[i] = o.first ? totals[r * kWeights + i] : out[i] + totals[r * kWeights + i];
+#pragma GCC unroll 2
+    for (int q = 0; q < kQuads; ++q) {
+      float* out = o.out + r * o.out_stride + w + 4 * q;
+      Quad total = sum4(sums[r] + 4 * q);
+      if (!o.first) total += load_as<Quad>(out);
+      std::memcpy(out, &total, sizeof(total));
     }
   }
 }
 
 // All weight rows from row `w` on, kWeights at a time and the rest in smaller tiles.
-template <typename Math, int kWeights, int kRows, bool kWiden>
+template <typename Math, int kWeights, int kRows>
 inline void multiply_rows(const Operands<Math>& o, int64_t w, const Ahead& ahead) {
   for (; w + kWeights <= o.num_weights; w += kWeights) {
-    multiply_tile<Math, kWeights, kRows, kWiden>(o, w, ahead);
+    multiply_tile<Math, kWeights, kRows>(o, w, ahead);
   }
-  if constexpr (kWeights > 1) multiply_rows<Math, kWeights / 2, kRows, kWiden>(o, w, ahead);
+  if constexpr (kWeights > 1) multiply_rows<Math, kWeights / 2, kRows>(o, w, ahead);
 }
 
-template <typename Math, bool kWiden = false>
+template <typename Math>
 inline void multiply_panel(const Operands<Math>& o, int num_rows, const Ahead& ahead) {
   const auto run = [&]<int kRows>() {
     if constexpr (kRows <= kTileRows) {
-      multiply_rows<Math, tile_weights(kRows), kRows, kWiden>(o, 0, ahead);
+      multiply_rows<Math, tile_weights(kRows), kRows>(o, 0, ahead);
     }
   };
   switch (num_rows) {

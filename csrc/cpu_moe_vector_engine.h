@@ -34,10 +34,8 @@ class VectorEngine {
     inter_ = memory.inter.template get<Row>(routing.token.size() * inter_stride_);
   }
 
-  // What a thread keeps between multiplications, and during a call.
-  struct Thread {
-    Scratch widened[2];  // of the two matrices that take turns
-  };
+  // What a thread needs, between multiplications and during a call.
+  struct Thread {};
   struct Session {};
 
   // Work items that must be done, by any threads, before the first multiplication.
@@ -49,22 +47,22 @@ class VectorEngine {
   }
 
   // out[r * stride + w] = weight row w times the panel's row r, over the hidden size.
-  void multiply_hidden(int matrix, const Weight* weights, int64_t num_weights, int64_t index,
-                       const Ahead& ahead, Thread& thread, float* out, int64_t stride) const {
+  void multiply_hidden(const Weight* weights, int64_t num_weights, int64_t index,
+                       const Ahead& ahead, Thread&, float* out, int64_t stride) const {
     const Panel& panel = routing_.panels[index];
     const Row* rows[kPanelRows];
     for (int r = 0; r < panel.count; ++r) {
       rows[r] = hidden_ + (routing_.token[panel.first + r] - first_token_) * hidden_stride_;
     }
-    multiply(weights, num_weights, p_.hidden_size, rows, panel.count, ahead, thread, matrix, out, stride);
+    multiply(weights, num_weights, p_.hidden_size, rows, panel.count, ahead, out, stride);
   }
 
   void multiply_inter(const Weight* weights, int64_t num_weights, int64_t index,
-                      const Ahead& ahead, Thread& thread, float* out, int64_t stride) const {
+                      const Ahead& ahead, Thread&, float* out, int64_t stride) const {
     const Panel& panel = routing_.panels[index];
     const Row* rows[kPanelRows];
     for (int r = 0; r < panel.count; ++r) rows[r] = inter_ + (panel.first + r) * inter_stride_;
-    multiply(weights, num_weights, p_.inter_size, rows, panel.count, ahead, thread, 0, out, stride);
+    multiply(weights, num_weights, p_.inter_size, rows, panel.count, ahead, out, stride);
   }
 
   // Takes columns [begin, begin + count) of the intermediate rows of a panel.
@@ -80,7 +78,6 @@ class VectorEngine {
 
  private:
   using Row = typename Math::Row;
-  static constexpr bool kWidens = kWidenOnce && std::is_same_v<Math, Float32<bf16>>;
 
   static int64_t whole_steps(int64_t depth) {
     return (depth + Math::kStep - 1) / Math::kStep * Math::kStep;
@@ -98,33 +95,16 @@ class VectorEngine {
     for (int64_t k = depth; k < whole_steps(depth); ++k) row[Math::position(k)] = Row{};
   }
 
-  // Over blocks of columns. Several panels share the weights: where widening them costs time, the
-  // first panel keeps what the others take.
+  // Over blocks of columns.
   void multiply(const Weight* weights, int64_t num_weights, int64_t depth, const Row* const* rows,
-                int count, const Ahead& ahead, Thread& thread, int matrix, float* out, int64_t stride) const {
+                int count, const Ahead& ahead, float* out, int64_t stride) const {
     const int64_t block = depth_block<Math>(depth);
     for (int64_t k = 0; k < depth; k += block) {
       const int64_t columns = std::min(block, depth - k);
       const Row* rows_here[kPanelRows];
       for (int r = 0; r < count; ++r) rows_here[r] = rows[r] + k;
       Operands<Math> o{weights + k, num_weights, depth, columns, rows_here, k == 0, out, stride};
-      const Ahead ahead_here = ahead.from(k * sizeof(Weight));
-      if constexpr (kWidens) {
-        if (ahead.num_panels > 1) {
-          const int64_t steps = whole_steps(columns), widened_stride = whole_steps(depth);
-          float* widened = thread.widened[matrix].template get<float>(num_weights * widened_stride) + k;
-          if (ahead.panel == 0) {
-            o.widened = widened, o.widened_stride = widened_stride;
-            multiply_panel<Math, true>(o, count, ahead_here);
-          } else {
-            multiply_panel<Widened>({widened, num_weights, widened_stride, steps, rows_here, k == 0,
-                                     out, stride},
-                                    count, ahead_here);
-          }
-          continue;
-        }
-      }
-      multiply_panel<Math>(o, count, ahead_here);
+      multiply_panel<Math>(o, count, ahead.from(k * sizeof(Weight)));
     }
   }
 

@@ -76,11 +76,14 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
         return
     from sglang.srt.arg_groups.overrides import model_config_of
 
+    from sere_sglang.backend import cpu_isa
     from sere_sglang.patches import engine, moe_rows
     from sere_sglang.preflight import prepare
 
     from_cli = getattr(record, "_sere_from_cli", False)
     with exit_on_error() if from_cli else contextlib.nullcontext():
+        if record.device == "cpu":
+            cpu_isa.isa()  # refuses a SERE_CPU_ISA that does not run here, before workers start
         hf_config = model_config_of(record).hf_config.to_dict()
         resolved = prepare(
             record.model_path,

@@ -50,14 +50,19 @@ def isa() -> str:
     Raises:
         SereError: ``SERE_CPU_ISA`` is unknown, or this machine does not execute it.
     """
-    here = executable()
     asked = os.environ.get(VARIABLE)
     if not asked:
-        return here[0]
-    if asked not in here:
-        what = "is not executable here" if asked in ISAS else "is unknown"
-        raise SereError(f"{VARIABLE}={asked} {what}; this machine can execute: {', '.join(here)}")
+        return executable()[0]
+    check_executable(asked, VARIABLE)
     return asked
+
+
+def check_executable(name: str, source: str) -> None:
+    """Raises `SereError`, naming `source`, unless this machine executes `name`."""
+    here = executable()
+    if name not in here:
+        what = "is not executable here" if name in ISAS else "is unknown"
+        raise SereError(f"{source}={name} {what}; this machine can execute: {', '.join(here)}")
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 
 from sere_sglang.backend import cpu_isa
 from sere_sglang.backend.cpu_isa import ISAS, isa
-from sere_sglang.ops.jit import BuildError, load_module
+from sere_sglang.ops.jit import BuildError, build_library, cxx_flags, find_cxx, load_module
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ ACTIVATIONS = {"silu": 0, "gelu": 1}
 """Name -> code in ``csrc/cpu_moe_common.h``; gelu is the tanh form, as SGLang's experts use it."""
 
 IMPLEMENTATIONS = ("auto", "native", "torch")
+
+_SOURCES = ("cpu_moe.cpp",)
 
 # Rows per expert from which, in float32, a matmul per expert beats the dot products. In bfloat16
 # without AMX it never does by much, and on machines without AVX-512 it is four times slower.
@@ -111,9 +114,19 @@ def native_module(isa: str | None = None) -> Any:
     return _native_module(isa or cpu_isa.isa())
 
 
+def compile_for(isa: str) -> Path:
+    """Put into the cache what `native_module` will look for on a machine that executes `isa`.
+
+    Nothing is loaded. Raises `BuildError`.
+    """
+    compiler = find_cxx()
+    flags = cxx_flags(compiler, ISAS[isa].cflags)
+    return build_library(f"cpu_moe_{isa}", _SOURCES, compiler, flags, ())
+
+
 @functools.cache
 def _native_module(isa: str) -> Any:
-    module = load_module(f"cpu_moe_{isa}", ["cpu_moe.cpp"], tune=ISAS[isa].cflags)
+    module = load_module(f"cpu_moe_{isa}", _SOURCES, tune=ISAS[isa].cflags)
     if not module.prepare_process():
         raise BuildError(f"the system does not let this process use {isa}")
     return module

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sere_sglang.backend import cpu_isa
 from sere_sglang.errors import SereError
 from sere_sglang.profile import MoeModelInfo
 from sere_sglang.profile.collection import CollectionSpec, check_enough, load_partial
@@ -77,10 +78,14 @@ def check_job(job: CalibrationJob) -> None:
 
 
 def choose_device(device: str) -> str:
-    """Resolve ``auto``; on a CPU, ask SGLang for its CPU engine before SGLang is imported."""
+    """Resolve ``auto``; on a CPU, ask SGLang for its CPU engine before SGLang is imported.
+
+    Raises `SereError` where ``SERE_CPU_ISA`` asks for what does not run here.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
+        cpu_isa.isa()
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
         # Compiling SGLang's few small compiled functions takes longer than running them.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

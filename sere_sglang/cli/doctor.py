@@ -81,8 +81,10 @@ def command(
             f"sm_100 (B200); got {cuda_arch!r}",
             param_hint="--cuda-arch",
         )
+    isa = _isa_or_exit()
     problems = [*_report_versions(), *_report_plugin()]
     _report_compilers()
+    _line("MoE runner on cpu", isa)
     problems += _report_implementations(build)
     if build:
         problems += _build_moe_runner()
@@ -108,6 +110,17 @@ def _report_model(model: str, out: Path | None, device: str, server_args: tuple[
     except doctor_model.Interrupted:
         print("stopped", file=sys.stderr, flush=True)
         os._exit(130)  # at a usual exit SGLang's sockets wait for processes that have ended
+
+
+def _isa_or_exit() -> str:
+    from sere_sglang.backend import cpu_isa
+
+    try:
+        name, here = cpu_isa.isa(), cpu_isa.executable()
+    except SereError as error:
+        print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
+        raise typer.Exit(2) from None
+    return f"{name}; this machine can execute: {', '.join(here)} ({cpu_isa.VARIABLE} forces one)"
 
 
 def _report_versions() -> list[str]:
@@ -188,14 +201,14 @@ def _compile_for(arch: str) -> list[str]:
 
 
 def _build_moe_runner() -> list[str]:
-    from sere_sglang.backend.cpu_moe import native_module
+    from sere_sglang.backend.cpu_moe import isa, native_module
     from sere_sglang.ops.jit import BuildError
 
     try:
         native_module()
     except BuildError as error:
         return [f"the CPU MoE runner does not build: {error}"]
-    _line("MoE runner on cpu", "built")
+    _line("MoE runner on cpu", f"built for {isa()}")
     return []
 
 

@@ -156,3 +156,11 @@ def test_dense_model(checkpoint: Checkpoint) -> None:
 def test_sere_flags_without_the_backend(checkpoint: Checkpoint) -> None:
     message = _refused(f"--model-path={checkpoint('qwen3_moe')}", "--sere-primary-k=2")
     assert "--sere-primary-k given without --moe-backend sere" in message
+
+
+@pytest.mark.parametrize("value", ["avx1024", "AVX2"])
+def test_instruction_set_that_does_not_run_here(checkpoint: Checkpoint, value: str) -> None:
+    flags = [f"--model-path={checkpoint('qwen3_moe')}", "--moe-backend=sere"]
+    message = _message(refusal_of(*flags, env={"SERE_CPU_ISA": value}))
+    assert message.startswith(f"sere-sglang: error: SERE_CPU_ISA={value} is unknown; this machine")
+    assert "portable" in message

@@ -1,0 +1,134 @@
+// The CPU MoE's kernels against a float64 loop, as a program of its own: built for any machine's
+// instruction set without Python, and run under an emulator where the machine is not at hand.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "cpu_moe_run.h"
+#include "cpu_moe_vector_engine.h"
+
+using namespace sere::moe;
+
+namespace {
+
+struct Sizes {
+  int64_t tokens, top_k, experts, hidden, inter;
+};
+
+template <typename T>
+struct Layer {
+  std::vector<T> hidden, w13, w2, out;
+  std::vector<float> w13_bias, w2_bias, weights;
+  std::vector<int32_t> ids;
+  Sizes sizes;
+
+  explicit Layer(const Sizes& s, uint32_t seed) : sizes(s) {
+    std::mt19937 random(seed);
+    const auto fill = [&](std::vector<T>& to, int64_t count, float scale) {
+      for (int64_t i = 0; i < count; ++i) {
+        to.push_back(from_float<T>(scale * (int32_t(random() % 2001) - 1000) / 1000.0f));
+      }
+    };
+    fill(hidden, s.tokens * s.hidden, 1.7f);
+    fill(w13, s.experts * 2 * s.inter * s.hidden, 1.7f / std::sqrt(float(s.hidden)));
+    fill(w2, s.experts * s.hidden * s.inter, 1.7f / std::sqrt(float(s.inter)));
+    for (int64_t i = 0; i < s.experts * 2 * s.inter; ++i) w13_bias.push_back(random() % 9 * 0.1f);
+    for (int64_t i = 0; i < s.experts * s.hidden; ++i) w2_bias.push_back(random() % 9 * 0.1f);
+    for (int64_t i = 0; i < s.tokens * s.top_k; ++i) {
+      ids.push_back(int32_t(random() % (s.experts + 1)) - 1);  // -1: an empty slot
+      weights.push_back(0.1f + random() % 9 * 0.1f);
+    }
+    out.resize(s.tokens * s.hidden);
+  }
+
+  // Tokens [first, first + count), as a call of their own.
+  template <typename Engine, Activation kActivation>
+  std::vector<T> run(int64_t first, int64_t count) {
+    const Problem<T> p{hidden.data() + first * sizes.hidden, w13.data(), w2.data(),
+                       w13_bias.data(), w2_bias.data(), ids.data() + first * sizes.top_k,
+                       weights.data() + first * sizes.top_k, out.data(), count, sizes.top_k,
+                       sizes.experts, sizes.hidden, sizes.inter};
+    Workspace<Engine> workspace;
+    sere::moe::run<Engine, kActivation>(p, 0, count, workspace);
+    return {out.begin(), out.begin() + count * sizes.hidden};
+  }
+
+  std::vector<double> expected(int64_t token, Activation activation) const {
+    std::vector<double> sums(sizes.hidden), inter(sizes.inter);
+    for (int64_t slot = token * sizes.top_k; slot < (token + 1) * sizes.top_k; ++slot) {
+      const int64_t e = ids[slot];
+      if (e < 0) continue;
+      const auto dot = [](const T* a, const auto* b, int64_t n) {
+        double sum = 0;
+        for (int64_t k = 0; k < n; ++k) sum += double(to_float(a[k])) * double(b[k]);
+        return sum;
+      };
+      std::vector<double> x(sizes.hidden);
+      for (int64_t k = 0; k < sizes.hidden; ++k) x[k] = to_float(hidden[token * sizes.hidden + k]);
+      for (int64_t i = 0; i < sizes.inter; ++i) {
+        const int64_t gate_row = 2 * e * sizes.inter + i, up_row = gate_row + sizes.inter;
+        const double g = dot(&w13[gate_row * sizes.hidden], x.data(), sizes.hidden) +
+                         w13_bias[gate_row];
+        const double u = dot(&w13[up_row * sizes.hidden], x.data(), sizes.hidden) +
+                         w13_bias[up_row];
+        const double tanh_form = 0.5 * g * (1 + std::tanh(0.7978845608028654 * (g + 0.044715 * g * g * g)));
+        inter[i] = (activation == Activation::kSilu ? g / (1 + std::exp(-g)) : tanh_form) * u;
+      }
+      for (int64_t h = 0; h < sizes.hidden; ++h) {
+        const int64_t row = e * sizes.hidden + h;
+        sums[h] += weights[slot] * (dot(&w2[row * sizes.inter], inter.data(), sizes.inter) + w2_bias[row]);
+      }
+    }
+    return sums;
+  }
+};
+
+// Relative error of the whole output, and whether rows computed alone are the same, bit for bit.
+template <typename Math, Activation kActivation>
+bool check(const char* name, const Sizes& sizes, double tolerance) {
+  using T = typename Math::Weight;
+  using Engine = VectorEngine<Math>;
+  Layer<T> layer(sizes, 7);
+  const std::vector<T> got = layer.template run<Engine, kActivation>(0, sizes.tokens);
+  double error = 0, norm = 0;
+  bool alone = true;
+  for (int64_t t = 0; t < sizes.tokens; ++t) {
+    const std::vector<double> want = layer.expected(t, kActivation);
+    const std::vector<T> row = layer.template run<Engine, kActivation>(t, 1);
+    for (int64_t h = 0; h < sizes.hidden; ++h) {
+      const T value = got[t * sizes.hidden + h];
+      error += std::pow(to_float(value) - want[h], 2);
+      norm += std::pow(want[h], 2);
+      alone = alone && to_float(value) == to_float(row[h]);
+    }
+  }
+  const double relative = std::sqrt(error / norm);
+  const bool good = relative < tolerance && alone;
+  std::printf("%s %s tokens %ld hidden %ld inter %ld: error %.2e, rows alone %s\n",
+              good ? "ok" : "FAILED", name, long(sizes.tokens), long(sizes.hidden),
+              long(sizes.inter), relative, alone ? "the same" : "differ");
+  return good;
+}
+
+template <typename Math>
+bool check_all(const char* name, double tolerance) {
+  bool good = true;
+  for (const Sizes& sizes : {Sizes{1, 2, 4, 64, 32}, Sizes{5, 3, 3, 37, 21}, Sizes{9, 2, 3, 33, 1},
+                             Sizes{40, 3, 4, 96, 160}, Sizes{20, 4, 2, 1100, 25}}) {
+    good = check<Math, Activation::kSilu>(name, sizes, tolerance) && good;
+    good = check<Math, Activation::kGeluTanh>(name, sizes, tolerance) && good;
+  }
+  return good;
+}
+
+}  // namespace
+
+int main() {
+  bool good = check_all<Float32<bf16>>("bfloat16", 1e-2);
+  good = check_all<Float32<float>>("float32", 2e-6) && good;
+#ifdef __AVX512BF16__
+  good = check_all<NativeBf16>("bfloat16 pairs", 1e-2) && good;
+#endif
+  return good ? 0 : 1;
+}
