@@ -6,7 +6,6 @@ and row counts under DP attention) goes through gloo, as it does there.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from toy_model import COST
+from toy_model import TOP_K
 
 from sere_sglang.backend.bind import Binding
 from sere_sglang.backend.stage import RerouteStage, Switch
@@ -27,6 +26,7 @@ from sere_sglang.profile import load_profile
 from sere_sglang.runtime import SereRuntime
 from sere_sglang.schedule.composition import BatchComposition, MoeRows
 from sere_sglang.schedule.control import ControlBlock
+from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.telemetry.clock import StepClock
 
 PROFILE = Path(__file__).resolve().parents[2] / "demo_model" / "sere_profile.safetensors"
@@ -45,7 +45,7 @@ CHANGES: dict[int, dict[str, Any]] = {
 def _runtime(rank: int, trace: Path, *, measures: bool) -> SereRuntime:
     """A rank whose clock goes its own way: steps seem to take 2 to 6 ms, other ones on each."""
     config = SereConfig(moe_backend="sere", sere_trace=str(trace), sere_quality_budget=0.3)
-    made = SereRuntime(config.check().resolve_defaults(top_k=COST.top_k))
+    made = SereRuntime(config.check().resolve_defaults(top_k=TOP_K))
     profile = load_profile(PROFILE)
     layers = sorted(profile.similarity)
     control = ControlBlock(torch.device("cpu"), layers, 512)
@@ -54,7 +54,7 @@ def _runtime(rank: int, trace: Path, *, measures: bool) -> SereRuntime:
     stages = [
         RerouteStage(
             layer,
-            COST.top_k,
+            TOP_K,
             LayerTable(profile.similarity[layer]),
             control.words[i],
             control.row_class,
@@ -65,7 +65,13 @@ def _runtime(rank: int, trace: Path, *, measures: bool) -> SereRuntime:
     ]
     for stage in stages:
         stage.calls = 1
-    cost = dataclasses.replace(COST, expert_ms=0.02, num_layers=len(layers))
+    cost = MoeCost.from_bandwidth(
+        expert_ms=0.02,
+        slot_ms=0.001,
+        num_layers=len(layers),
+        num_experts=profile.num_experts,
+        top_k=TOP_K,
+    )
     made.attach(Binding("none", stages, control, counters, switch, "none"), profile, cost)
     made.start_serving(queue=lambda: (0, 0), measures=measures, metrics=None)
     made._clock = StepClock(_clock(rank))
