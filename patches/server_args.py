@@ -19,7 +19,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.server_args import add_moe_runner_backend_choices
 
 from sere_sglang import config
-from sere_sglang.errors import SereError
+from sere_sglang.errors import SereError, exit_on_error
 from sere_sglang.patches.seam import declare, require_applied
 
 _TARGET = "sglang.srt.server_args.ServerArgs"
@@ -98,15 +98,3 @@ def _resolved_dict(result: dict[str, Any], record: Any) -> dict[str, Any]:
     if asked.enabled:
         result.update(asked.as_dict())
     return result
-
-
-class exit_on_error:
-    """On the command line a `SereError` is one line on stderr and exit status 2."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, SereError):
-            print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None

@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from sere_sglang.cli import calibrate, doctor, inspect, simulate, top
 from sere_sglang.config import SereConfig, flag_of
+from sere_sglang.errors import USER_ERROR, SereError, exit_on_error
 
 _FLAGS = ", ".join(f"`{flag_of(f.name)}`" for f in dataclasses.fields(SereConfig))
 
+_UsageError = typer.BadParameter.__mro__[1]  # typer exports what is raised, not its base
+
+
+class _Commands(TyperGroup):
+    """Every subcommand reports what it was asked wrongly in one form, be it a flag's syntax."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.pop("standalone_mode", True):
+            return super().main(*args, standalone_mode=False, **kwargs)
+        with exit_on_error():
+            try:
+                status = super().main(*args, standalone_mode=False, **kwargs)
+            except _UsageError as error:
+                message = error.format_message()  # type: ignore[attr-defined]
+                if not message:  # no argument at all: the help is printed already
+                    sys.exit(USER_ERROR)
+                context = error.ctx  # type: ignore[attr-defined]
+                where = context.command_path if context is not None else "sere-sglang"
+                raise SereError(f"{message.rstrip('.')}; see {where} --help") from None
+        sys.exit(status if isinstance(status, int) else 0)
+
+
 app = typer.Typer(
     name="sere-sglang",
+    cls=_Commands,
     help="Similarity-based expert re-routing for SGLang: faster batched decoding of MoE models.",
     epilog=(
         "Serving needs no command of ours: `sglang serve --model-path MODEL --moe-backend sere`. "
