@@ -1,4 +1,4 @@
-"""Seam: ``sglang.Engine`` (0.5.13 - 0.5.23).
+"""Seam: ``sglang.Engine``.
 
 ``Engine.server_args_class`` is SGLang's own override point for building the record from
 keywords. The ready handshake of the schedulers is checked here, so that no server can come up

@@ -1,4 +1,4 @@
-"""Seam: SGLang's command line and ``ServerArgs`` record (0.5.19 - 0.5.23).
+"""Seam: SGLang's command line and ``ServerArgs`` record.
 
 ``ServerArgs.add_cli_args`` and ``from_cli_args`` have no extension point for a plugin's own
 flags. The record is a sealed msgspec Struct, so ours travel beside its fields (see config.py).
