@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import os
 import subprocess
@@ -136,3 +137,8 @@ def test_no_rows_and_ids_that_are_views() -> None:
     narrow = sere_sglang.reroute(wide[:, :2], similarity, primary_k=1)
     same = sere_sglang.reroute(wide[:, :2].clone(), similarity, primary_k=1)
     assert torch.equal(narrow, same)
+
+
+def test_the_examples_of_the_semantics_are_true() -> None:
+    failed, run = doctest.testfile(str(ROOT / "docs/semantics.md"), module_relative=False)
+    assert run == 7 and failed == 0
