@@ -24,7 +24,7 @@ class Patch(NamedTuple):
     """What one module of this folder changes in SGLang.
 
     hooks: symbols that go through `seam.hook` or `seam.declare`, checked and guarded.
-    assigned: symbols that are set, registered or wrapped otherwise.
+    assigned: symbols that are set, registered or wrapped otherwise, or that we add.
     remove: what SGLang would have to offer for the module to be deleted.
     """
 
