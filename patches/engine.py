@@ -55,10 +55,13 @@ def _check_handshake(result: Any, _cls: type, server_args: Any, *_args: Any, **_
         return
     infos = result[3].scheduler_infos
     if not all("sere" in info for info in infos):
-        raise SereError(
-            "--moe-backend sere: the scheduler process started without it (is the sere-sglang "
-            "plugin excluded by SGLANG_PLUGINS, or installed in another environment?)"
-        )
+        from sere_sglang.patches.server_args import reported
+
+        with reported(server_args):
+            raise SereError(
+                "--moe-backend sere: the scheduler process started without it (is the sere-sglang "
+                "plugin excluded by SGLANG_PLUGINS, or installed in another environment?)"
+            )
     guard.launcher_serves(lambda: http_server.stop(result[0]))
     http_server.install()
     request_quality.install(config.config_of(server_args).quality_rules())
