@@ -1,6 +1,6 @@
 // The decisions of re-routing, one token or expert at a time: shared by the CPU twin and the CUDA
 // kernel, so that the algorithm itself is tested on machines without a GPU. No allocation, no
-// library. Semantics: design section "re-routing"; oracle: tests/ops/oracle.py.
+// library. Semantics: docs/semantics.md; oracle: tests/ops/oracle.py.
 #pragma once
 
 #include <cstdint>

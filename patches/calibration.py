@@ -1,4 +1,4 @@
-"""Seams of a calibration run (0.5.19 - 0.5.23): ``FusedMoE.forward``, where a MoE layer has its
+"""Seams of a calibration run: ``FusedMoE.forward``, where a MoE layer has its
 input and its experts chosen; ``ModelRunner.load_model`` and ``forward``; and a method on
 ``Scheduler``, which SGLang's own ``Engine.collective_rpc`` calls by name on every rank. In the
 main process ``engine._set_envs_and_config`` and ``TokenizerManager.auto_create_handle_loop``, which

@@ -1,6 +1,6 @@
 """A stand-in for ``sgl_kernel`` on SGLang's CPU engine.
 
-Seam: ``import sgl_kernel`` at the top of many SGLang modules (0.5.13 - 0.5.23). The wheel on
+Seam: ``import sgl_kernel`` at the top of many SGLang modules. The wheel on
 the package registry holds CUDA code only and cannot load without ``libcuda``; SGLang's CPU
 build of it is not on the registry. With ``SGLANG_USE_CPU_ENGINE=1`` SGLang itself needs very
 little of it when no AMX build is present: the three operators below. Every other name

@@ -1,4 +1,4 @@
-"""Seams: what two architectures and DP attention lack on SGLang's CPU engine (0.5.19 - 0.5.23).
+"""Seams: what two architectures and DP attention lack on SGLang's CPU engine.
 
 Qwen2-MoE's shared-expert gate is two Triton operators, called although there is no Triton
 driver for a CPU: torch does the same arithmetic. DeepSeek-V2's prefill takes the Triton

@@ -1,4 +1,4 @@
-"""Seam: ``moe_forward_native``, SGLang's MoE on its CPU engine without AMX (0.5.13 - 0.5.23).
+"""Seam: ``moe_forward_native``, SGLang's MoE on its CPU engine without AMX.
 
 It counts tokens per expert with ``scatter_``, so a row that holds one expert twice, which
 re-routing produces, breaks it. Ours stands in for it while SERE is on.

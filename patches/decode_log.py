@@ -1,4 +1,4 @@
-"""Seam: the logger of ``SchedulerMetricsReporter`` (0.5.19 - 0.5.23): SERE in the decode line.
+"""Seam: the logger of ``SchedulerMetricsReporter``: SERE in the decode line.
 
 SGLang builds the "Decode batch" line in one function without a hook; a filter on its logger adds
 what SERE did since the previous line.

@@ -1,4 +1,4 @@
-"""Seam of ``sere-sglang doctor --model`` (0.5.19 - 0.5.23): ``ModelRunner.load_model``, where a
+"""Seam of ``sere-sglang doctor --model``: ``ModelRunner.load_model``, where a
 MoE layer can run and nothing serves yet.
 
 Installed in a scheduler only when the record carries the question; the answer goes back with the

@@ -1,4 +1,4 @@
-"""Seam: ``DataParallelController.get_init_info`` (0.5.23): the ready handshake with ``--dp-size``.
+"""Seam: ``DataParallelController.get_init_info``: the ready handshake with ``--dp-size``.
 
 The controller stands between the schedulers and the launcher and passes on what it knows. The
 launcher wants each scheduler's word that it runs SERE (patches/engine.py).

@@ -1,4 +1,4 @@
-"""Seam: ``sglang.Engine`` (0.5.13 - 0.5.23).
+"""Seam: ``sglang.Engine``.
 
 ``Engine.server_args_class`` is SGLang's own override point for building the record from
 keywords. The ready handshake of the schedulers is checked here, so that no server can come up
@@ -55,10 +55,13 @@ def _check_handshake(result: Any, _cls: type, server_args: Any, *_args: Any, **_
         return
     infos = result[3].scheduler_infos
     if not all("sere" in info for info in infos):
-        raise SereError(
-            "--moe-backend sere: the scheduler process started without it (is the sere-sglang "
-            "plugin excluded by SGLANG_PLUGINS, or installed in another environment?)"
-        )
+        from sere_sglang.patches.server_args import reported
+
+        with reported(server_args):
+            raise SereError(
+                "--moe-backend sere: the scheduler process started without it (is the sere-sglang "
+                "plugin excluded by SGLANG_PLUGINS, or installed in another environment?)"
+            )
     guard.launcher_serves(lambda: http_server.stop(result[0]))
     http_server.install()
     request_quality.install(config.config_of(server_args).quality_rules())

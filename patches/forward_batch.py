@@ -1,4 +1,4 @@
-"""Seam: ``ForwardBatch.init_new`` (0.5.13 - 0.5.23): the last place that still has the requests.
+"""Seam: ``ForwardBatch.init_new``: the last place that still has the requests.
 
 Rows of a decode or verify batch lie in the order of ``ScheduleBatch.reqs``; what they asked for
 travels on the ``ForwardBatch`` to the forward (patches/model_runner.py).

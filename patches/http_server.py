@@ -1,4 +1,4 @@
-"""Seam: route ``/set_internal_state`` of SGLang's HTTP server (0.5.19 - 0.5.23).
+"""Seam: route ``/set_internal_state`` of SGLang's HTTP server.
 
 SGLang types its body as numbers only, over HTTP and on the way to the schedulers. Ours takes the
 nested object ``{"server_args": {"sere": {...}}}``, checks it against the live settings so that a

@@ -1,4 +1,4 @@
-"""Seam: ``SchedulerInternalStateController`` (0.5.19 - 0.5.23): readback and live control.
+"""Seam: ``SchedulerInternalStateController``: readback and live control.
 
 ``get_internal_state`` is what ``/server_info`` shows per rank group; ``set_internal_state``
 receives what SGLang broadcasts to every rank between two steps (see patches/http_server.py).

@@ -1,4 +1,4 @@
-"""Seam: ``ModelRunner.load_model`` and ``ModelRunner.forward`` (0.5.13 - 0.5.23).
+"""Seam: ``ModelRunner.load_model`` and ``ModelRunner.forward``.
 
 The first has the weights and no CUDA graph yet; the second sees every forward of a rank,
 graph or eager, before it runs and before padding. Draft models are left alone.

@@ -1,4 +1,4 @@
-"""Seam: ``get_parallel``, ``is_moe_input_scattered_across_dp_ranks`` (0.5.23): whose rows a MoE
+"""Seam: ``get_parallel``, ``is_moe_input_scattered_across_dp_ranks``: whose rows a MoE
 layer's top-k sees.
 
 SGLang gathers or scatters hidden states between attention and the MoE block, top-k included:

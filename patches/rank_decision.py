@@ -1,5 +1,5 @@
-"""Seam: ``SchedulerRequestReceiver._pull_raw_reqs``, ``Scheduler.process_input_requests``
-(0.5.19 - 0.5.23): what one rank found out reaches all ranks at the same step.
+"""Seam: ``SchedulerRequestReceiver._pull_raw_reqs``, ``Scheduler.process_input_requests``:
+what one rank found out reaches all ranks at the same step.
 
 Clocks and the moment at which device counters arrive differ between ranks, so only the rank that
 receives requests looks at them. What it concludes travels like a control request: SGLang

@@ -1,4 +1,4 @@
-"""Seam: ``TokenizerManager._create_tokenized_object`` (0.5.13 - 0.5.23).
+"""Seam: ``TokenizerManager._create_tokenized_object``.
 
 Every API (native, OpenAI-compatible, ``Engine``) turns a request into what the scheduler gets
 there, and answers a ValueError with status 400. A request that asks for a quality this server

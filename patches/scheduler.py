@@ -1,4 +1,4 @@
-"""Seam: ``Scheduler`` (0.5.13 - 0.5.23): the first code of a worker that knows the flags."""
+"""Seam: ``Scheduler``: the first code of a worker that knows the flags."""
 
 from __future__ import annotations
 

@@ -17,10 +17,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 from sglang.version import __version__ as SGLANG_VERSION
 
 from sere_sglang.errors import SereError
+from sere_sglang.patches import TESTED_VERSIONS
 from sere_sglang.patches.guard import Guarded
-
-TESTED_VERSIONS = ("0.5.23",)
-
 
 _SOURCE = HookSource("sere", "sere-sglang")
 

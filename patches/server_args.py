@@ -1,4 +1,4 @@
-"""Seam: SGLang's command line and ``ServerArgs`` record (0.5.19 - 0.5.23).
+"""Seam: SGLang's command line and ``ServerArgs`` record.
 
 ``ServerArgs.add_cli_args`` and ``from_cli_args`` have no extension point for a plugin's own
 flags. The record is a sealed msgspec Struct, so ours travel beside its fields (see config.py).
@@ -8,10 +8,10 @@ flags. The record is a sealed msgspec Struct, so ours travel beside its fields (
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.server_args import add_moe_runner_backend_choices
 
 from sere_sglang import config
-from sere_sglang.errors import SereError
+from sere_sglang.errors import SereError, exit_on_error
 from sere_sglang.patches.seam import declare, require_applied
 
 _TARGET = "sglang.srt.server_args.ServerArgs"
@@ -59,6 +59,12 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Names
     return record
 
 
+def reported(record: Any) -> AbstractContextManager[None]:
+    """A `SereError` ends a command line; ``sglang.Engine(...)`` raises it."""
+    from_cli = getattr(record, "_sere_from_cli", False)
+    return exit_on_error() if from_cli else nullcontext()
+
+
 def _require_config_was_read(path: str | None) -> None:
     """SGLang merges ``--config FILE`` away; ``--config=FILE`` it ignores without a word."""
     if path and Path(path).is_file() and "sere" in Path(path).read_text():
@@ -80,8 +86,7 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
     from sere_sglang.patches import engine, moe_rows
     from sere_sglang.preflight import prepare
 
-    from_cli = getattr(record, "_sere_from_cli", False)
-    with exit_on_error() if from_cli else contextlib.nullcontext():
+    with reported(record):
         if record.device == "cpu":
             cpu_isa.isa()  # refuses a SERE_CPU_ISA that does not run here, before workers start
         hf_config = model_config_of(record).hf_config.to_dict()
@@ -101,15 +106,3 @@ def _resolved_dict(result: dict[str, Any], record: Any) -> dict[str, Any]:
     if asked.enabled:
         result.update(asked.as_dict())
     return result
-
-
-class exit_on_error:
-    """On the command line a `SereError` is one line on stderr and exit status 2."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, SereError):
-            print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None

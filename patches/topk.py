@@ -1,4 +1,4 @@
-"""Seams in ``layers.moe.topk`` (0.5.17 - 0.5.23): re-routing right after, or with, top-k.
+"""Seams in ``layers.moe.topk``: re-routing right after, or with, top-k.
 
 ``_post_process_topk_ids`` is called with keyword arguments right after top-k by every router that
 emits standard top-k output: logical ids, before the routed-experts capture, logical-to-physical

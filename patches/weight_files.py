@@ -1,4 +1,4 @@
-"""Seam: ``model_loader.loader.DefaultModelLoader._prepare_weights`` (0.5.19 - 0.5.23).
+"""Seam: ``model_loader.loader.DefaultModelLoader._prepare_weights``.
 
 A checkpoint of one file has no index, so SGLang takes every ``*.safetensors`` of its folder
 for weights. A profile lies there too; models that refuse unknown names (OLMoE) would not load.

@@ -1,6 +1,16 @@
-"""The one error type users see: one or two lines that name the flag or file and the fix."""
+"""The one error type users see, and how a command ends with it.
+
+An error is one or two lines that name the flag or file and the fix.
+"""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+USER_ERROR = 2
+"""Exit status of every command that was asked for something it cannot do."""
 
 _SHOWN = 60
 PATH_SHOWN = 240
@@ -13,6 +23,16 @@ class SereError(ValueError):
 
 class ProfileError(SereError):
     """A profile that cannot be used, with the file and the fix."""
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """On a command line a `SereError` is one line on stderr and exit status 2."""
+    try:
+        yield
+    except SereError as error:
+        print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(USER_ERROR) from None
 
 
 def shown(value: object) -> str:

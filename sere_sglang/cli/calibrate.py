@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -95,30 +94,26 @@ def command(
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # SGLang's imports warn in every process
     warnings.simplefilter("ignore")
-    try:
-        number, weighting = _tokens(tokens or [], weighting)
-        job = _job(
-            model=model,
-            data=tuple(data or ()),
-            out=out,
-            measures=tuple(measure or ("frobenius",)),
-            weighting=weighting,
-            memory=memory,
-            cka_tokens=cka_tokens,
-            num_tokens=number,
-            length=length,
-            column=column,
-            seed=seed,
-            device=device,
-            resume=resume,
-            layer_by_layer=layer_by_layer,
-            server_args=tuple(server_args or ()),
-        )
-        check_job(job)
-        _run(job)
-    except SereError as error:
-        print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
-        raise typer.Exit(2) from None
+    number, weighting = _tokens(tokens or [], weighting)
+    job = _job(
+        model=model,
+        data=tuple(data or ()),
+        out=out,
+        measures=tuple(measure or ("frobenius",)),
+        weighting=weighting,
+        memory=memory,
+        cka_tokens=cka_tokens,
+        num_tokens=number,
+        length=length,
+        column=column,
+        seed=seed,
+        device=device,
+        resume=resume,
+        layer_by_layer=layer_by_layer,
+        server_args=tuple(server_args or ()),
+    )
+    check_job(job)
+    _run(job)
 
 
 def _job(

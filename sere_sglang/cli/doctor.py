@@ -68,18 +68,15 @@ def command(
     """
     if model is not None:
         if build or cuda_arch is not None:
-            raise typer.BadParameter("reports on kernels, not on a model", param_hint="--build")
+            raise SereError("--build and --cuda-arch report on kernels, not on a --model: drop one")
         _report_model(model, out, device, tuple(server_args or ()))
         return
     if out is not None or server_args or device != "auto":
-        raise typer.BadParameter(
-            "goes with --model MODEL", param_hint="--out, --device or SGLang's flags"
-        )
+        raise SereError("--out (like --device and SGLang's flags) goes with --model MODEL: add it")
     if cuda_arch is not None and not (build and re.fullmatch(r"sm_\d{2,3}[af]?", cuda_arch)):
-        raise typer.BadParameter(
-            "goes with --build and names an architecture: sm_80 (A100), sm_90a (H100, H200), "
-            f"sm_100 (B200); got {cuda_arch!r}",
-            param_hint="--cuda-arch",
+        raise SereError(
+            f"--cuda-arch {cuda_arch} goes with --build and names an architecture: sm_80 (A100), "
+            "sm_90a (H100, H200), sm_100 (B200)"
         )
     isa = _isa_or_exit()
     problems = [*_report_versions(), *_report_plugin()]
@@ -100,13 +97,10 @@ def command(
 def _report_model(model: str, out: Path | None, device: str, server_args: tuple[str, ...]) -> None:
     from sere_sglang.cli import doctor_model
 
+    if device not in ("auto", "cpu", "cuda"):
+        raise SereError(f"--device {device}: choose from auto, cpu, cuda")
     try:
-        if device not in ("auto", "cpu", "cuda"):
-            raise SereError(f"--device {device}: choose from auto, cpu, cuda")
         doctor_model.run(model, out, device, server_args)
-    except SereError as error:
-        print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
-        raise typer.Exit(2) from None
     except doctor_model.Interrupted:
         print("stopped", file=sys.stderr, flush=True)
         os._exit(130)  # at a usual exit SGLang's sockets wait for processes that have ended

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,45 +30,35 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show a profile: provenance, layers, critical experts, expected active experts."""
-    try:
-        _inspect(profile, measure, plot, compare, as_json)
-    except SereError as error:
-        print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
-        raise typer.Exit(2) from None
-
-
-def _inspect(
-    path: Path, measure: str | None, plot: Path | None, compare: Path | None, as_json: bool
-) -> None:
     from rich.console import Console
 
     from sere_sglang.profile import report
 
-    profile = _load(path)
-    reports = report.layer_reports(profile, measure)
+    loaded = _load(profile)
+    reports = report.layer_reports(loaded, measure)
     facts: dict[str, Any] = {
-        "metadata": dataclasses.asdict(profile.metadata),
+        "metadata": dataclasses.asdict(loaded.metadata),
         "layers": [r.as_dict() for r in reports],
-        "expected_active": report.expected_active_table(profile),
+        "expected_active": report.expected_active_table(loaded),
         "measures": {
-            other: report.compare(profile.similarity, report.matrices_of(profile, other))
-            for other in report.measures_of(profile)[1:]
+            other: report.compare(loaded.similarity, report.matrices_of(loaded, other))
+            for other in report.measures_of(loaded)[1:]
         },
     }
     if compare is not None:
         other = report.matrices_of(_load(compare), measure)
-        facts["compare"] = report.compare(report.matrices_of(profile, measure), other)
+        facts["compare"] = report.compare(report.matrices_of(loaded, measure), other)
     if plot is not None:
-        _plot(profile, plot, measure)
+        _plot(loaded, plot, measure)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
     width = Console().width
     console = Console(width=max(width, 120))  # a table that wraps cannot be read
-    _print_provenance(console, profile, path)
+    _print_provenance(console, loaded, profile)
     _print_layers(console, facts["layers"])
     _print_active(console, facts["expected_active"])
-    _print_measures(console, facts["measures"], report.measures_of(profile)[0])
+    _print_measures(console, facts["measures"], report.measures_of(loaded)[0])
     if compare is not None:
         _print_comparison(console, facts["compare"], compare)
     if plot is not None:
@@ -88,7 +77,10 @@ def _plot(profile: SereProfile, path: Path, measure: str | None) -> None:
         raise SereError(f"--plot {path}: end the name in .png, .pdf or .svg")
     from sere_sglang.profile.plot import plot_profile
 
-    plot_profile(profile, path, measure)
+    try:
+        plot_profile(profile, path, measure)
+    except OSError as error:
+        raise SereError(f"--plot {path}: cannot be written ({error.strerror})") from None
 
 
 def _print_provenance(console: Console, profile: SereProfile, path: Path) -> None:

@@ -3,16 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any, cast
 
 import typer
+from typer.core import TyperGroup
 
 from sere_sglang.cli import calibrate, doctor, inspect, simulate, top
 from sere_sglang.config import SereConfig, flag_of
+from sere_sglang.errors import USER_ERROR, SereError, exit_on_error
 
 _FLAGS = ", ".join(f"`{flag_of(f.name)}`" for f in dataclasses.fields(SereConfig))
 
+# Of what a wrong flag raises typer exports one kind, and this is the base of all.
+_UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
+
+
+class _Commands(TyperGroup):
+    """Every subcommand reports what it was asked wrongly in one form, be it a flag's syntax."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        with exit_on_error():
+            try:
+                status = super().main(
+                    args, prog_name, complete_var, False, windows_expand_args, **extra
+                )
+            except _UsageError as error:
+                message = error.format_message()
+                if not message:  # no argument at all: the help is printed already
+                    sys.exit(USER_ERROR)
+                where = error.ctx.command_path if error.ctx is not None else "sere-sglang"
+                raise SereError(f"{message.rstrip('.')}; see {where} --help") from None
+        sys.exit(status if isinstance(status, int) else 0)
+
+
 app = typer.Typer(
     name="sere-sglang",
+    cls=_Commands,
     help="Similarity-based expert re-routing for SGLang: faster batched decoding of MoE models.",
     epilog=(
         "Serving needs no command of ours: `sglang serve --model-path MODEL --moe-backend sere`. "

@@ -83,17 +83,18 @@ def command(
     from sere_sglang.schedule.trace import read_trace
     from sere_sglang.telemetry.simulation_plot import draw
 
-    try:
-        loaded = load_profile(profile)
-        file = load_cost(cost, "--cost")
-        check_cost_fits(file, CostModel.of_profile(loaded), cost, "--cost")
-        expectation = expect(statistics_of(loaded))
-        compositions = [s.composition for s in read_trace(trace)] if trace is not None else []
-        policies = _policies(expectation.top_k, primary_k, quality_budget, min_gain, tpot_slo_ms)
-    except SereError as error:
-        raise SystemExit(f"sere-sglang: error: {error}") from None
+    loaded = load_profile(profile)
+    file = load_cost(cost, "--cost")
+    check_cost_fits(file, CostModel.of_profile(loaded), cost, "--cost")
+    expectation = expect(statistics_of(loaded))
+    compositions = [s.composition for s in read_trace(trace)] if trace is not None else []
+    policies = _policies(expectation.top_k, primary_k, quality_budget, min_gain, tpot_slo_ms)
     if trace is not None and not any(c.is_decode_like for c in compositions):
-        raise SystemExit(f"sere-sglang: error: --trace {trace}: holds no decode step")
+        raise SereError(f"--trace {trace}: holds no decode step")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SereError(f"--out {out}: no folder to write in ({error.strerror})") from None
     costs = file.cost
     step = costs.step or StepModel()
     step = dataclasses.replace(
@@ -114,7 +115,6 @@ def command(
             else:
                 runs.append(simulator.serve(name, settings, traffic, steps, told))
     _print(runs)
-    out.mkdir(parents=True, exist_ok=True)
     rows = [run.summary() for run in runs]
     (out / "simulate.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     draw(runs, out / "simulate.png")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sere_sglang.errors import SereError
+
 if TYPE_CHECKING:
     from rich.console import Group
 
@@ -49,13 +51,11 @@ def _state(url: str, api_key: str | None) -> dict[str, Any]:
         with urllib.request.urlopen(request, timeout=10) as answer:
             info = json.load(answer)
     except (urllib.error.URLError, OSError, ValueError) as error:
-        raise SystemExit(
-            f"sere-sglang: error: no SGLang server answers at {url} ({error})"
-        ) from None
+        raise SereError(f"no SGLang server answers at {url} ({error})") from None
     states = info.get("internal_states") or [{}]
     state = states[0].get("sere")
     if state is None:
-        raise SystemExit(f"sere-sglang: error: the server at {url} runs without --moe-backend sere")
+        raise SereError(f"the server at {url} runs without --moe-backend sere")
     return state
 
 

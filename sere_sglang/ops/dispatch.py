@@ -125,14 +125,14 @@ def load_impl(name: str, device_type: str) -> Implementation:
         return ready
     if name not in IMPLEMENTATIONS:
         choices = ", ".join(["auto", *IMPLEMENTATIONS])
-        raise ValueError(f"unknown re-routing implementation {name!r}; choose one of: {choices}")
+        raise ValueError(f"impl {name!r} is no implementation; choose one of: {choices}")
     try:
         module = cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
     except ImportError as error:
-        raise UnavailableError(f"{name}: {error}") from error
+        raise UnavailableError(f"impl {name!r}: {error}") from error
     reason = module.is_available(device_type)
     if reason is not None:
-        raise UnavailableError(f"{name}: {reason}")
+        raise UnavailableError(f"impl {name!r}: {reason}")
     module.build()
     _ready[name, device_type] = module
     return module

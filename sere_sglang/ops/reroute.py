@@ -6,6 +6,9 @@ with declared mutation.
 
 from __future__ import annotations
 
+import numbers
+import operator
+
 import torch
 
 from sere_sglang.ops import control as ctl
@@ -41,15 +44,28 @@ def reroute(
         impl: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
 
     Returns:
-        int32 ``[T, K]``, new.
+        int32 ``[T, K]``, new. The rules are those of docs/semantics.md.
 
     Raises:
         ValueError, TypeError: arguments that do not fit, naming the argument.
+        RuntimeError: `impl` does not serve this device or does not build here.
     """
+    given = {"topk_ids": topk_ids, "similarity": similarity}
+    given |= {"topk_weights": topk_weights} if topk_weights is not None else {}
+    given |= {"protected": protected} if protected is not None else {}
+    for name, tensor in given.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.device != topk_ids.device:
+            raise ValueError(f"{name} is on {tensor.device}, topk_ids on {topk_ids.device}")
     if topk_ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"topk_ids must be int32 or int64, got {topk_ids.dtype}")
     if topk_ids.dim() != 2:
         raise ValueError(f"topk_ids must be [T, K], got {list(topk_ids.shape)}")
+    primary_k = _integer("primary_k", primary_k)
+    num_valid = None if num_valid is None else _integer("num_valid", num_valid)
+    if not isinstance(threshold, numbers.Real):
+        raise TypeError(f"threshold must be a number, got {type(threshold).__name__}")
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"threshold must be in [0, 1], got {threshold}")
     if not similarity.is_floating_point():
@@ -69,7 +85,9 @@ def reroute(
     _check_values_on_cpu(topk_ids, similarity)
 
     ids = topk_ids.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
-    classes = [(primary_k, threshold)]
+    # With several classes the control block reads S <= 0 as 1, so this is decided here.
+    enabled = 0 < primary_k < top_k
+    classes = [(primary_k if enabled else 0, threshold)]
     row_class = None
     if protected is not None:
         classes.append((top_k, 0.0))
@@ -78,8 +96,6 @@ def reroute(
         if not topk_weights.is_floating_point():
             raise TypeError(f"topk_weights must be floating point, got {topk_weights.dtype}")
         topk_weights = topk_weights.to(torch.float32).contiguous()
-    # With several classes the control block reads S <= 0 as 1, so this is decided here.
-    enabled = 0 < primary_k < top_k
     control = ctl.encode_control(
         enabled=enabled, num_valid=-1 if num_valid is None else num_valid, classes=classes
     )
@@ -125,6 +141,13 @@ def reroute_(
         counters,
         impl,
     )
+
+
+def _integer(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
 
 
 def _check_values_on_cpu(topk_ids: torch.Tensor, similarity: torch.Tensor) -> None:

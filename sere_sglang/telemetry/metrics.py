@@ -1,4 +1,8 @@
-"""Prometheus metrics, on SGLang's own ``/metrics`` when the server has ``--enable-metrics``."""
+"""Prometheus metrics, on SGLang's own ``/metrics`` when the server has ``--enable-metrics``.
+
+Names and values are in base units (seconds), as Prometheus asks for and as SGLang's are; the rest
+of this package counts milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,11 @@ from sere_sglang.schedule.settings import Settings
 from sere_sglang.telemetry.counters import Window
 
 PREFIX = "sglang:sere_"
-_STEP_MS_BUCKETS = (0.5, 1, 2, 4, 6, 8, 10, 15, 20, 30, 40, 60, 80, 120, 200, 400, 1000)
+# fmt: off
+_STEP_BUCKETS = (
+    .0005, .001, .002, .004, .006, .008, .01, .015, .02, .03, .04, .06, .08, .12, .2, .4, 1.0,
+)
+# fmt: on
 _EXPERT_BUCKETS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
@@ -35,9 +43,9 @@ class SereMetrics:
         self._threshold = gauge("threshold", "rho of the last decode step.")
         self._budget = gauge("quality_budget", "Expected loss that the policy may spend.")
         self._policy = gauge("policy", "1 for the policy that decides; none when off.", "policy")
-        self._target = gauge("tpot_slo_ms", "Target of the slo policy; 0 without one.")
-        self._predicted = gauge("predicted_step_ms", "Decode step time the policy expected.")
-        self._step = gauge("step_ms", "Measured time per decode step, smoothed.")
+        self._target = gauge("tpot_slo_seconds", "Target of the slo policy; 0 without one.")
+        self._predicted = gauge("predicted_step_seconds", "Decode step time the policy expected.")
+        self._step = gauge("step_seconds", "Measured time per decode step, smoothed.")
         self._before = gauge("active_experts_before", "Mean experts the routers chose.", "layer")
         self._after = gauge("active_experts_after", "Mean experts executed.", "layer")
         self._rerouted = gauge("rerouted_slots", "Mean slots moved per forward.", "layer")
@@ -60,10 +68,10 @@ class SereMetrics:
             buckets=_EXPERT_BUCKETS,
         )
         self._tpot = Histogram(
-            PREFIX + "tpot_ms",
+            PREFIX + "tpot_seconds",
             "Time from one decode step to the next.",
             labelnames=names,
-            buckets=_STEP_MS_BUCKETS,
+            buckets=_STEP_BUCKETS,
         )
         self.set_failed(False)
 
@@ -75,21 +83,21 @@ class SereMetrics:
         self._rows.labels(**self._labels, mode=mode).observe(rows)
 
     def observe_step(self, elapsed_ms: float, smoothed_ms: float) -> None:
-        self._tpot.labels(**self._labels).observe(elapsed_ms)
-        self._step.labels(**self._labels).set(smoothed_ms)
+        self._tpot.labels(**self._labels).observe(elapsed_ms / 1000)
+        self._step.labels(**self._labels).set(smoothed_ms / 1000)
 
     def set_policy(self, settings: Settings) -> None:
         for name in policy_names():
             chosen = settings.enabled and name == settings.policy
             self._policy.labels(**self._labels, policy=name).set(chosen)
-        self._target.labels(**self._labels).set(settings.tpot_slo_ms or 0.0)
+        self._target.labels(**self._labels).set((settings.tpot_slo_ms or 0.0) / 1000)
 
     def set_point(self, point: OperatingPoint, budget: float, predicted_ms: float | None) -> None:
         self._primary_k.labels(**self._labels).set(point.mean_primary_k)
         self._threshold.labels(**self._labels).set(point.threshold if point.enabled else 0.0)
         self._budget.labels(**self._labels).set(budget)
         if predicted_ms is not None:
-            self._predicted.labels(**self._labels).set(predicted_ms)
+            self._predicted.labels(**self._labels).set(predicted_ms / 1000)
 
     def set_window(self, window: Window) -> None:
         for i, layer in enumerate(self._layers):

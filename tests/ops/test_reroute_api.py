@@ -35,22 +35,34 @@ SIMILARITY = torch.eye(4)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"topk_ids": [[0, 1]]}, "topk_ids must be a torch.Tensor, got list"),
         ({"topk_ids": IDS.float()}, "topk_ids must be int32 or int64"),
         ({"topk_ids": IDS[0]}, r"topk_ids must be \[T, K\]"),
         ({"topk_ids": IDS + 1}, r"in \[0, E=4\), found 1 to 4"),
         ({"topk_ids": IDS - 2}, r"in \[0, E=4\), found -2 to 1"),
+        ({"similarity": None}, "similarity must be a torch.Tensor, got NoneType"),
+        ({"similarity": SIMILARITY.to("meta")}, "similarity is on meta, topk_ids on cpu"),
         ({"similarity": torch.ones(4, 3)}, "similarity must be square"),
         ({"similarity": torch.ones(4, 4, dtype=torch.int32)}, "similarity must be floating"),
         ({"similarity": torch.full((4, 4), float("nan"))}, "similarity contains NaN"),
         ({"similarity": torch.ones(1025, 1025)}, "at most 1024 experts"),
+        ({"primary_k": 1.0}, "primary_k must be an integer, got float"),
+        ({"primary_k": None}, "primary_k must be an integer, got NoneType"),
+        ({"threshold": "0"}, "threshold must be a number, got str"),
         ({"threshold": 1.5}, r"threshold must be in \[0, 1\], got 1.5"),
         ({"threshold": float("nan")}, r"threshold must be in \[0, 1\]"),
+        ({"num_valid": 1.5}, "num_valid must be an integer, got float"),
+        ({"num_valid": -1}, r"num_valid must be in \[0, T=2\], got -1"),
         ({"num_valid": 3}, r"num_valid must be in \[0, T=2\], got 3"),
+        ({"topk_weights": 1.0}, "topk_weights must be a torch.Tensor, got float"),
+        ({"topk_weights": torch.ones(2, 2, device="meta")}, "topk_weights is on meta"),
         ({"topk_weights": torch.ones(2, 3)}, r"topk_weights must be .*\[2, 2\]"),
         ({"topk_weights": torch.ones(2, 2, dtype=torch.int64)}, "topk_weights must be floating"),
         ({"protected": torch.zeros(3, dtype=torch.bool)}, r"protected must be bool \[T=2\]"),
         ({"protected": torch.zeros(2)}, "protected must be bool"),
-        ({"impl": "fast"}, "choose one of: auto, torch, cpu, triton, cuda"),
+        ({"protected": [True, False]}, "protected must be a torch.Tensor, got list"),
+        ({"protected": torch.ones(2, dtype=torch.bool, device="meta")}, "protected is on meta"),
+        ({"impl": "fast"}, "impl 'fast' .* choose one of: auto, torch, cpu, triton, cuda"),
     ],
 )
 def test_reroute_names_the_argument_that_does_not_fit(
@@ -206,7 +218,7 @@ def test_what_cannot_serve_the_device_is_no_failure(
 
 def test_cuda_is_refused_for_cpu_tensors() -> None:
     assert "cuda" not in available_impls("cpu")
-    with pytest.raises(RuntimeError, match="cuda"):
+    with pytest.raises(RuntimeError, match="impl 'cuda': "):
         reroute(IDS, SIMILARITY, primary_k=1, impl="cuda")
 
 

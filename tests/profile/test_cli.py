@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import sere_sglang
 from sere_sglang.cli import doctor
 from sere_sglang.cli.main import app
 from sere_sglang.config import SereConfig, flag_of
@@ -59,6 +60,52 @@ def test_help_names_the_server_flags_and_where_they_are_described() -> None:
     assert "python -m sglang.launch_server --help" in output
     for name in SereConfig.__dataclass_fields__:
         assert flag_of(name) in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["unheard-of"], "No such command 'unheard-of'"),
+        (["inspect"], "Missing argument 'profile'"),
+        (["inspect", "x", "--unheard-of"], "No such option: --unheard-of"),
+        (["inspect", "/absent"], "/absent: no such file"),
+        (["inspect", "{profile}", "--plot", "{profile}/x.png"], "x.png: cannot be written"),
+        (["calibrate"], "Missing option '--model'"),
+        (
+            ["calibrate", "--model", "x", "--out", "y", "--length", "1"],
+            "Invalid value for '--length'",
+        ),
+        (["doctor", "--model", "x", "--build"], "--build and --cuda-arch"),
+        (["doctor", "--model", "x", "--device", "tpu"], "--device tpu: choose from"),
+        (["doctor", "--out", "x"], "goes with --model MODEL"),
+        (["doctor", "--cuda-arch", "x"], "--cuda-arch x goes with --build"),
+        (["simulate", "--profile", "/absent", "--cost", "/absent"], "/absent: no such file"),
+        (["simulate", "--profile", "x"], "Missing option '--cost'"),
+        (["top", "--every", "often"], "Invalid value for '--every'"),
+        (["top", "http://127.0.0.1:9", "--looks", "1"], "no SGLang server answers at"),
+    ],
+)
+def test_every_user_error_has_one_form(tmp_path: Path, arguments: list[str], message: str) -> None:
+    profile = tmp_path / "p.safetensors"
+    save_profile(a_profile(), profile)
+    result = CliRunner().invoke(app, [a.format(profile=profile) for a in arguments], env=WIDE)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("sere-sglang: error: ") and message in result.stderr
+    assert result.stderr.count("sere-sglang: error: ") == 1 and result.stdout == ""
+
+
+def test_no_argument_at_all_shows_the_help() -> None:
+    code, output = run()
+    assert code == 2 and "calibrate" in output and "error:" not in output
+
+
+def test_the_form_of_an_error_is_written_once() -> None:
+    root = Path(sere_sglang.__file__).parents[1]
+    sources = [
+        path for folder in ("sere_sglang", "patches") for path in (root / folder).rglob("*.py")
+    ]
+    with_prefix = [path.name for path in sources if '"sere-sglang: error: ' in path.read_text()]
+    assert with_prefix == ["errors.py"]
 
 
 def test_the_command_is_installed() -> None:

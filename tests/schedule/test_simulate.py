@@ -122,7 +122,7 @@ def test_the_simulated_budget_is_the_served_one() -> None:
 )
 def test_command_names_what_is_wrong(arguments: list[str], named: str, cost: Path) -> None:
     result = _command(f"--cost={cost}", *arguments)
-    assert result.returncode == 1
+    assert result.returncode == 2 and result.stderr.startswith("sere-sglang: error: ")
     assert named in result.stderr and "Traceback" not in result.stderr
 
 
@@ -131,7 +131,7 @@ def test_a_cost_of_another_model_is_refused(cost: Path) -> None:
     body["model"] |= {"name": "another", "fingerprint": "0" * 16}
     cost.write_text(json.dumps(body))
     result = _command(f"--profile={PROFILE}", f"--cost={cost}")
-    assert result.returncode == 1 and f"--cost {cost} (of another) does not fit" in result.stderr
+    assert result.returncode == 2 and f"--cost {cost} (of another) does not fit" in result.stderr
 
 
 def test_traffic_is_reproducible() -> None:

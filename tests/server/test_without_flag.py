@@ -36,6 +36,6 @@ def test_exact_routing_is_plain_sglang(sere: Server, plain: Server) -> None:
 def test_top_names_a_server_that_is_not_there(plain: Server) -> None:
     nobody = f"http://127.0.0.1:{free_port()}"
     gone = top(nobody, "--looks=1")
-    assert gone.returncode != 0 and f"no SGLang server answers at {nobody}" in gone.stderr
+    assert gone.returncode == 2 and f"no SGLang server answers at {nobody}" in gone.stderr
     without = top(plain.url, "--looks=1")
-    assert without.returncode != 0 and "runs without --moe-backend sere" in without.stderr
+    assert without.returncode == 2 and "runs without --moe-backend sere" in without.stderr
