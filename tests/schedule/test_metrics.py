@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import prometheus_client
 import pytest
@@ -11,6 +12,8 @@ from toy_model import settings
 
 from sere_sglang.schedule.policy import OperatingPoint
 from sere_sglang.telemetry.metrics import PREFIX, SereMetrics
+
+DASHBOARD = Path(__file__).resolve().parents[2] / "launch" / "grafana.json"
 
 
 @pytest.fixture
@@ -43,3 +46,18 @@ def test_times_are_in_seconds(shown: dict[str, float]) -> None:
 def test_names_are_in_base_units(shown: dict[str, float]) -> None:
     assert len(shown) > 10
     assert not [name for name in shown if re.search(r"_(ms|us|milliseconds)(_|$)", name)]
+
+
+def test_the_dashboard_asks_for_what_there_is(shown: dict[str, float]) -> None:
+    families = {
+        sample.name
+        for family in prometheus_client.REGISTRY.collect()
+        if family.name.startswith(PREFIX)
+        for sample in [*family.samples, prometheus_client.metrics_core.Sample(family.name, {}, 0)]
+    }
+    asked = set(re.findall(r"sglang:sere_\w+", DASHBOARD.read_text()))
+    known = {
+        *families,
+        *(f"{name}_{part}" for name in families for part in ("bucket", "sum", "count")),
+    }
+    assert asked and not asked - known
