@@ -25,12 +25,15 @@ struct Ahead {
     return moved;
   }
 
+  // Whether this panel requests during a multiplication of weight rows, counted by `number`.
+  bool has_turn(int64_t number) const { return number % num_panels == panel; }
+
   // Where to request while `weights`, which begin at row w, are multiplied: their own place, which
-  // costs nothing, if it is another panel's turn.
+  // costs little, if it is another panel's turn.
   const char* of(const void* weights, int64_t w) const {
-    const bool turn = w % num_panels == panel;
     const int64_t offset = w * row_bytes + column_bytes;
-    return turn && offset < next.bytes ? next.begin + offset : static_cast<const char*>(weights);
+    return has_turn(w) && offset < next.bytes ? next.begin + offset
+                                              : static_cast<const char*>(weights);
   }
 };
 

@@ -66,7 +66,7 @@ inline void transpose(__m512i rows[16]) {
 }
 
 // c[a][b] = 16 weight rows from left + 16 a, times block b of 16 tokens, for kBlocks blocks. Weights
-// at `ahead` are requested meanwhile, as many as there are at `left`.
+// at `ahead`, unless null, are requested meanwhile, as many as there are at `left`.
 template <int kBlocks>
 inline void multiply(const bf16* left, const uint32_t* right, int64_t depth, const char* ahead,
                      float c[2][2][kTileWords]) {
@@ -91,7 +91,7 @@ inline void multiply(const bf16* left, const uint32_t* right, int64_t depth, con
       _tile_dpbf16ps(3, 5, 7);
     }
     // In the order of memory, a tile's bytes at a step.
-    for (int line = 0; line < 2 * kTile; ++line) {
+    for (int line = 0; ahead && line < 2 * kTile; ++line) {
       __builtin_prefetch(ahead + k * (2 * kTile) * sizeof(bf16) + line * 64, 0, 2);
     }
   }

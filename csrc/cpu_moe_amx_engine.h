@@ -103,7 +103,9 @@ class Engine {
                 int count, const Ahead& ahead, Thread& thread, float* out, int64_t stride) const {
     for (int64_t w = 0; w < num_weights; w += 2 * kTile) {
       const bf16* left = weights + w * depth;
-      const char* next = ahead.of(left, w);
+      const int64_t offset = w * ahead.row_bytes;
+      const bool requests = ahead.has_turn(w / (2 * kTile)) && offset < ahead.next.bytes;
+      const char* next = requests ? ahead.next.begin + offset : nullptr;
       const int blocks = count > kTile ? 2 : 1;
       if (blocks == 2) {
         amx::multiply<2>(left, right, depth, next, thread.products);
