@@ -78,7 +78,7 @@ def command(
             f"--cuda-arch {cuda_arch} goes with --build and names an architecture: sm_80 (A100), "
             "sm_90a (H100, H200), sm_100 (B200)"
         )
-    isa = _isa_or_exit()
+    isa = _isa()
     problems = [*_report_versions(), *_report_plugin()]
     _report_compilers()
     _line("MoE runner on cpu", isa)
@@ -106,14 +106,10 @@ def _report_model(model: str, out: Path | None, device: str, server_args: tuple[
         os._exit(130)  # at a usual exit SGLang's sockets wait for processes that have ended
 
 
-def _isa_or_exit() -> str:
+def _isa() -> str:
     from sere_sglang.backend import cpu_isa
 
-    try:
-        name, here = cpu_isa.isa(), cpu_isa.executable()
-    except SereError as error:
-        print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
-        raise typer.Exit(2) from None
+    name, here = cpu_isa.isa(), cpu_isa.executable()
     return f"{name}; this machine can execute: {', '.join(here)} ({cpu_isa.VARIABLE} forces one)"
 
 

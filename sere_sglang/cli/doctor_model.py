@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,6 +230,7 @@ def _interruptible() -> Iterator[None]:
                 kill(os.getpid(), include_parent=False)  # ends what the main thread waits for
                 return
 
+    resource_tracker.ensure_running()  # else the first process to start does, and lifts the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
