@@ -71,6 +71,8 @@ def test_doctor_stops_at_ctrl_c(checkpoint: Checkpoint) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Workers of pytest-xdist ignore the signal, and their children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     for line in process.stderr:  # the workers' start is ahead
