@@ -220,9 +220,9 @@ def _print_table(rows: list[Row], per_level: int) -> None:
     told = ", ".join(f"{share:.0%} of a step at {n} streams" for n, share in shares.items())
     console.print(
         "SERE off routes exactly, on our CPU MoE runner: it is the baseline of re-routing. x off:\n"
-        "median over interleaved rounds, and its interval. limit: what x off could be at most if\n"
+        "median over interleaved rounds, and its interval. limit: what x off would be if the\n"
         f"MoE layers, {told},\n"
-        "were bound by memory and arithmetic alone. S=1, 2, 3: --sere-policy static. adaptive:\n"
+        "as timed alone at start, shrank as their bytes and operations do. S=1, 2, 3: --sere-policy static. adaptive:\n"
         "the default, by batch and layer. KL to plain, perplexity: per held-out token\n"
     )
 
