@@ -223,7 +223,7 @@ def _print_table(rows: list[Row], per_level: int) -> None:
         "median over interleaved rounds, and its interval. limit: what x off would be if the\n"
         f"MoE layers, {told},\n"
         "as timed alone at start, shrank as their bytes and operations do. S=1, 2, 3: --sere-policy\n"
-        "static. adaptive: the default, by batch and layer. KL to plain, perplexity: per held-out token\n"
+        "static. adaptive: the default. KL (to plain) and perplexity: per token of held-out text.\n"
     )
 
 
