@@ -222,7 +222,7 @@ def _print_table(rows: list[Row], per_level: int) -> None:
         "SERE off routes exactly, on our CPU MoE runner: it is the baseline of re-routing. x off:\n"
         "median over interleaved rounds, and its interval. limit: what x off would be if the\n"
         f"MoE layers, {told},\n"
-        "as timed alone at start, shrank as their bytes and operations do. S=1, 2, 3: --sere-policy\n"
+        "as timed alone at start, shrank as their bytes and operations do. S=1, 2, 3: policy\n"
         "static. adaptive: the default. KL (to plain) and perplexity: per token of held-out text.\n"
     )
 
