@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from sere_sglang.errors import SereError
+from sere_sglang.errors import SereError, cut
 from sere_sglang.profile import MoeModelInfo, SereProfile
 from sere_sglang.schedule.cost import MoeCost, StepModel
 from sere_sglang.schedule.layer_cost import BandwidthCost, LayerCost, LayerShape, MeasuredCost
@@ -177,7 +177,7 @@ def _fix(model: str = "MODEL") -> str:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return cut(text, 80)
 
 
 def _plain(value: Any) -> str:
