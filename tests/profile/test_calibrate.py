@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,21 +19,21 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from launch.local_server import Process
 from sere_sglang.config import SereConfig
 from sere_sglang.preflight import prepare
 from sere_sglang.profile import MoeModelInfo, check_profile_fits, load_profile
 from sere_sglang.profile.collection import MEASURES
 from tests.profile import definitions
 from tests.server.checkpoints import EXPERTS, TOP_K, moe_layer_ids, write_checkpoint
+from tests.server.harness import Forked
 
 ARCHITECTURES = ("qwen3_moe", "deepseek_v2")
 TOKENS, CKA_TOKENS = 600, 400
 ENVIRONMENT = {
-    **os.environ,
     "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
     "SOURCE_DATE_EPOCH": "1700000000",
-    "PYTHONPATH": str(Path(__file__).parents[2]),
 }
 
 
@@ -195,7 +194,8 @@ def test_layer_by_layer_agrees(runs: dict[str, Run], name: str, tmp_path: Path) 
     folder = runs[name].model.parent
     command = [*_command(folder, name, tmp_path / "p.out"), "--layer-by-layer"]
     command[2:5] = ["sere_sglang.cli.main"]
-    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=600, capture_output=True)
+    log = tmp_path / "p.log"
+    assert Forked.start(command, ENVIRONMENT, log).wait(timeout=600) == 0, _tail(log)
     ours, theirs = load_profile(tmp_path / "p.out"), load_profile(runs[name].profile)
     assert ours.similarity.keys() == theirs.similarity.keys()
     for layer, matrix in ours.similarity.items():
@@ -235,20 +235,13 @@ def _command(folder: Path, name: str, out: Path, *, interrupt_at: int = 0) -> li
 
 def _start(
     folder: Path, name: str, log: str, *extra: str, out: str = "", interrupt_at: int = 0
-) -> subprocess.Popen[bytes]:
+) -> Process:
     written = folder / (out or f"{name}.out")
     command = [*_command(folder, name, written, interrupt_at=interrupt_at), *extra]
-    with (folder / log).open("w") as lines:
-        return subprocess.Popen(
-            command,
-            env=ENVIRONMENT,
-            stdout=lines,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    return Forked.start(command, ENVIRONMENT, folder / log)
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def _end(child: Process) -> None:
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 
 import numpy as np
-from toy_model import COST, expectation, settings
 
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import StepModel
@@ -14,6 +13,7 @@ from sere_sglang.schedule.observer import Observer
 from sere_sglang.schedule.policy import OperatingPoint
 from sere_sglang.schedule.settings import Settings
 from sere_sglang.schedule.slo import SloPolicy
+from tests.schedule.toy_model import COST, expectation, settings
 
 POLICY = SloPolicy(expectation(), COST)
 

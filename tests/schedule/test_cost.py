@@ -6,12 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from toy_model import expectation, settings
 
 from sere_sglang.schedule.adaptive import AdaptivePolicy
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost, Source, StepFit, StepModel
 from sere_sglang.schedule.observer import WINDOW, Observer
+from tests.schedule.toy_model import expectation, settings
 
 COST = MoeCost.from_bandwidth(expert_ms=0.1, slot_ms=0.002, num_layers=4, num_experts=64, top_k=8)
 

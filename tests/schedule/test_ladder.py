@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from toy_model import LAYERS, TOP_K, expectation
 
 from sere_sglang.schedule.ladder import Ladders
 from sere_sglang.schedule.policy import OFF, OperatingPoint
+from tests.schedule.toy_model import LAYERS, TOP_K, expectation
 
 LADDERS = Ladders(expectation())
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import prometheus_client
 import pytest
-from toy_model import settings
 
 from sere_sglang.schedule.policy import OperatingPoint
 from sere_sglang.telemetry.metrics import PREFIX, SereMetrics
+from tests.schedule.toy_model import settings
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "launch" / "grafana.json"
 

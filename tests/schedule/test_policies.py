@@ -8,7 +8,6 @@ import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_model import COST, EXPERTS, LAYERS, TOP_K, expectation, settings
 
 from sere_sglang.errors import SereError
 from sere_sglang.schedule.adaptive import AdaptivePolicy
@@ -24,6 +23,7 @@ from sere_sglang.schedule.policy import (
     policy_names,
 )
 from sere_sglang.schedule.settings import Settings
+from tests.schedule.toy_model import COST, EXPERTS, LAYERS, TOP_K, expectation, settings
 
 CONTEXT = PolicyContext(expectation(), COST)
 ADAPTIVE = AdaptivePolicy(expectation(), COST)

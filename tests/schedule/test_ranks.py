@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from toy_model import TOP_K
 
 from sere_sglang.backend.bind import Binding
 from sere_sglang.backend.stage import RerouteStage, Switch
@@ -28,6 +27,7 @@ from sere_sglang.schedule.composition import BatchComposition, MoeRows
 from sere_sglang.schedule.control import ControlBlock
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.telemetry.clock import StepClock
+from tests.schedule.toy_model import TOP_K
 
 PROFILE = Path(__file__).resolve().parents[2] / "demo_model" / "sere_profile.safetensors"
 RANKS, STEPS = 3, 600

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy_model import COST, expectation, settings
 from typer.testing import CliRunner
 
 from sere_sglang.cli import simulate
@@ -22,6 +21,7 @@ from sere_sglang.schedule.feedback import Feedback
 from sere_sglang.schedule.policy import OFF
 from sere_sglang.schedule.simulate import Simulator, Traffic
 from sere_sglang.schedule.trace import TraceWriter
+from tests.schedule.toy_model import COST, expectation, settings
 from tests.server.cost_files import write_cost
 
 MODEL = Path(__file__).resolve().parents[2] / "demo_model"

@@ -6,11 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
-from plant import POLICY, Plant, rungs_within
-from toy_model import expectation, settings
 
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.feedback import NO_FEEDBACK
+from tests.schedule.plant import POLICY, Plant, rungs_within
+from tests.schedule.toy_model import expectation, settings
 
 
 def _extremes(rows: int) -> tuple[float, float]:

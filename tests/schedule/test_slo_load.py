@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plant import POLICY, Plant, rungs_within, truth
-from toy_model import settings as live_settings
 
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.feedback import Feedback
 from sere_sglang.schedule.slo import SloController
+from tests.schedule.plant import POLICY, Plant, rungs_within, truth
+from tests.schedule.toy_model import settings as live_settings
 
 BUDGET = 0.3
 PHASE, SETTLING = 600, 160  # steps; SETTLING is twenty windows

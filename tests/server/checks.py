@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
-from checkpoints import moe_layer_ids
-from harness import Server
+
+from tests.server.checkpoints import moe_layer_ids
+from tests.server.harness import Server, run
 
 PROMPTS = ["hello world", "the quick brown fox", "a", "jumps over the lazy dog, twice"]
 
@@ -44,11 +44,6 @@ def _log_probs(server: Server) -> list[list[float]]:
 
 
 def top(url: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sere_sglang.cli.main", "top", url, *flags],
-        env=os.environ | {"COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+    return run(
+        [sys.executable, "-m", "sere_sglang.cli.main", "top", url, *flags], {"COLUMNS": "120"}
     )

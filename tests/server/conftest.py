@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
 # Nothing here is compiled; without it the processes of a server start in less time.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
-from checkpoints import write_checkpoint
-from harness import Server, serve
-from profiles import write_profile
+from tests.server.checkpoints import write_checkpoint
+from tests.server.harness import Server, serve_spawned
+from tests.server.profiles import write_profile
 
 SERE = ("--moe-backend=sere", "--sere-primary-k=1")
 
@@ -42,7 +40,7 @@ def plain(
 ) -> Iterator[Server]:
     """SGLang serving the tiny Qwen3-MoE without the flag."""
     log = tmp_path_factory.mktemp("logs") / "plain.log"
-    with serve(checkpoint("qwen3_moe"), log) as server:
+    with serve_spawned(checkpoint("qwen3_moe"), log) as server:
         yield server
 
 
@@ -52,7 +50,7 @@ def sere(
 ) -> Iterator[Server]:
     """The same model with ``--moe-backend sere``, S = 1, rho = 0."""
     log = tmp_path_factory.mktemp("logs") / "sere.log"
-    with serve(checkpoint("qwen3_moe"), log, *SERE, "--enable-metrics") as server:
+    with serve_spawned(checkpoint("qwen3_moe"), log, *SERE, "--enable-metrics") as server:
         yield server
 
 

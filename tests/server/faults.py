@@ -29,10 +29,10 @@ def register() -> None:
     from sere_sglang.patches.guard import HOOKS, Guarded
 
     folder, invoke = Path(os.environ[_FOLDER]), Guarded.invoke
-    announced = folder / f"hooks-{os.getpid()}.json"
     order = folder / "raise.json"
 
     def faulty(self: Guarded, *args: Any, **kwargs: Any) -> Any:
+        announced = folder / f"hooks-{os.getpid()}.json"
         if not announced.exists():
             announced.write_text(json.dumps([hook.name for hook in HOOKS]))
         asked = json.loads(order.read_text()) if order.exists() else {}

@@ -1,14 +1,17 @@
-"""``sglang`` imported once and forked per command line.
+"""``sglang`` imported once and forked per Python command line.
 
 The same entry points on the same command lines, without seconds of imports for each. Reads one
 JSON request per line and answers with a process id; the exit status goes to the file that the
-request names. What a command starts itself (SGLang's workers) is spawned as ever.
+request names. What a command starts itself (SGLang's workers) is spawned as ever, or forked where
+the request says so: nothing that the tests look at depends on which, but for a plugin's
+registration in a fresh process, and the servers that most tests share are spawned.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import runpy
 import signal
@@ -24,6 +27,7 @@ import sglang.launch_server
 import sglang.srt.arg_groups.pipeline
 import sglang.srt.entrypoints.http_server
 import sglang.srt.server_args  # noqa: F401
+import torch
 
 from launch.local_server import die_with_parent
 
@@ -48,6 +52,16 @@ def main() -> None:
         answers.write(f"{pid}\n")
 
 
+def _fork_workers() -> None:
+    """What SGLang would spawn is forked: most of a start is each process importing SGLang."""
+    set_start_method = multiprocessing.set_start_method
+
+    def fork_for_spawn(method: str | None, force: bool = False) -> None:
+        set_start_method("fork" if method == "spawn" else method, force)
+
+    multiprocessing.set_start_method = fork_for_spawn
+
+
 def _reap(_signal: int, _frame: Any) -> None:
     with contextlib.suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -69,10 +83,23 @@ def _run(request: dict[str, Any]) -> None:
     sys.argv = list(request["argv"])
     os.environ.update(request["env"])
     sys.path[1:1] = request["env"].get("PYTHONPATH", "").split(os.pathsep)
+    if threads := request["env"].get("OMP_NUM_THREADS"):  # OpenMP read its own long ago
+        torch.set_num_threads(int(threads))
     status = 0
+    if request["fork_workers"]:
+        _fork_workers()
     try:
-        with contextlib.redirect_stdout(open(1, "w")), contextlib.redirect_stderr(open(2, "w")):
-            runpy.run_path(sys.argv[0], run_name="__main__")
+        with (
+            open(1, "w", closefd=False) as out,
+            open(2, "w", buffering=1, closefd=False) as errors,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(errors),
+        ):
+            if sys.argv[0] == "-m":
+                del sys.argv[0]
+                runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

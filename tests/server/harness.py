@@ -16,10 +16,25 @@ from typing import Any
 from launch import local_server
 from launch.local_server import CPU_ENGINE, CPU_FLAGS, SGLANG, Server, free_port, tail
 
-__all__ = ["CPU_ENGINE", "Server", "free_port", "refusal_of", "run_to_exit", "serve", "tail"]
+__all__ = [
+    "CPU_ENGINE",
+    "Server",
+    "free_port",
+    "refusal_of",
+    "run",
+    "run_to_exit",
+    "serve",
+    "serve_spawned",
+    "tail",
+]
 
-serve = functools.partial(local_server.serve, start=lambda *started: _Forked.start(*started))
-"""As `launch.local_server.serve`; the launcher is forked from one that has imported SGLang."""
+serve = functools.partial(local_server.serve, start=lambda *started: Forked.start(*started))
+"""As `launch.local_server.serve`; launcher and workers are forked from one that imported SGLang."""
+
+serve_spawned = functools.partial(
+    local_server.serve, start=lambda *started: Forked.start(*started, fork_workers=False)
+)
+"""The same with SGLang's workers spawned, as users have them."""
 
 
 def run_to_exit(
@@ -41,21 +56,32 @@ def run_to_exit(
 
 
 def refusal_of(
-    *flags: str, env: Mapping[str, str] | None = None, warm_up: bool = False
+    *flags: str,
+    env: Mapping[str, str] | None = None,
+    warm_up: bool = False,
+    fork_workers: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """The same without importing SGLang again."""
     command = [f for f in _command(*flags) if not (warm_up and f == "--skip-server-warmup")]
+    return run(command, env, fork_workers=fork_workers)
+
+
+def run(
+    command: Sequence[str], env: Mapping[str, str] | None = None, *, fork_workers: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """A command line of Python's, to its end, without importing SGLang again."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        status = _Forked.start(command, env or {}, out, err).wait(timeout=6000)
-        return subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
+        process = Forked.start(command, env or {}, out, err, fork_workers=fork_workers)
+        status = process.wait(timeout=6000)
+        return subprocess.CompletedProcess(list(command), status, out.read_text(), err.read_text())
 
 
 def _command(*flags: str) -> list[str]:
     return [SGLANG, "serve", f"--port={free_port()}", *CPU_FLAGS, *flags]
 
 
-class _Forked:
+class Forked:
     """A command line that `forked_cli` runs; as ``subprocess.Popen``."""
 
     def __init__(self, pid: int, status: Path) -> None:
@@ -64,14 +90,20 @@ class _Forked:
 
     @classmethod
     def start(
-        cls, command: Sequence[str], env: Mapping[str, str], log: Path, errors: Path | None = None
-    ) -> _Forked | subprocess.Popen[bytes]:
+        cls,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        log: Path,
+        errors: Path | None = None,
+        *,
+        fork_workers: bool = True,
+    ) -> local_server.Process:
         """Both outputs go to `log`, or standard error to `errors`."""
-        if command[0] != SGLANG:
-            return local_server.start_process(command, env, log)  # type: ignore[return-value]
-        log.unlink(missing_ok=True)
+        arguments = list(command[command[0] == sys.executable :])
+        log.write_text("")
         status = Path(_statuses().name, f"{time.monotonic_ns()}")
-        request = {"argv": list(command), "env": dict(env), "status": str(status)}
+        request: dict[str, Any] = {"argv": arguments, "env": dict(env), "status": str(status)}
+        request |= {"fork_workers": fork_workers}
         request |= {"stdout": str(log), "stderr": str(errors or log)}
         stdin, stdout = _forking().stdin, _forking().stdout
         assert stdin is not None and stdout is not None

@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 
 import pytest
-from harness import serve
+
+from tests.server.harness import serve
 
 MODEL = Path(__file__).resolve().parents[2] / "demo_model"
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import refusal_of, run_to_exit
-from profiles import random_profile, write_profile
 from safetensors.torch import load_file, save_file
 
 from sere_sglang.profile import SereProfile, save_profile
+from tests.server.harness import refusal_of, run_to_exit
+from tests.server.profiles import random_profile, write_profile
 
 Checkpoint = Callable[[str], Path]
 

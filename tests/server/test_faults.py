@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import Faults, install
-from harness import Server, serve
+
+from tests.server.faults import Faults, install
+from tests.server.harness import Server, serve
 
 PROMPTS = [f"request number {i} " * (1 + i % 3) for i in range(12)]
 TOKENS = 8

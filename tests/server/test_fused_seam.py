@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import CPU_ENGINE
+
+from tests.server.harness import CPU_ENGINE
 
 SCRIPT = Path(__file__).with_name("fused_seam_script.py")
 REROUTED = 4  # in COUNTER_FIELDS

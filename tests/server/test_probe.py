@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import CPU_ENGINE
+
+from tests.server.harness import run
 
 SCRIPT = Path(__file__).with_name("probe_script.py")
 LAYERS, EXPERTS, TOP_K, HIDDEN = 3, 16, 4, 64  # of probe_script
@@ -20,14 +19,7 @@ EXPERT_BYTES = 3 * HIDDEN * 32 * 2
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
     """A process of its own: SGLang's global state and our hooks stay there."""
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        env={**os.environ, **CPU_ENGINE},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    result = run([sys.executable, str(SCRIPT)])
     assert result.returncode == 0, result.stderr[-3000:]
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found

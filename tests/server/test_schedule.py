@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checks import top
-from cost_files import write_cost
-from harness import Server, refusal_of, serve
 
 from sere_sglang.schedule.cost import StepModel
 from sere_sglang.schedule.trace import TraceStep, read_trace
+from tests.server.checks import top
+from tests.server.cost_files import write_cost
+from tests.server.harness import Server, refusal_of, serve
 
 PROMPTS = [f"request number {i} " * (1 + i % 3) for i in range(12)]
 STATIC = {"policy": "static", "primary_k": 1, "threshold": 0.0, "min_batch": 1, "enabled": True}

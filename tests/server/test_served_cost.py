@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cost_files import write_cost
-from harness import CPU_ENGINE, Server, refusal_of
 
 from sere_sglang.schedule.cost_file import load_cost
+from tests.server.cost_files import write_cost
+from tests.server.harness import CPU_ENGINE, Server, refusal_of, run
 
 Checkpoint = Callable[[str], Path]
 DOCTOR = (sys.executable, "-m", "sere_sglang.cli.main", "doctor")
@@ -151,14 +151,7 @@ def _refused(model: Path, cost: Path) -> str:
 
 
 def _doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*DOCTOR, *arguments],
-        env={**os.environ, **CPU_ENGINE, "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return run([*DOCTOR, *arguments], {"COLUMNS": "200"})
 
 
 def _consistent(shape: dict[str, Any]) -> None:

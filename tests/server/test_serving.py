@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import EXPERTS, LAYERS, TOP_K
-from harness import Server
+
+from tests.server.checkpoints import EXPERTS, LAYERS, TOP_K
+from tests.server.harness import Server
 
 PROMPTS = [f"request number {i} " * (1 + i % 4) for i in range(8)]
 

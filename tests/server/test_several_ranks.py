@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cost_files import write_cost
-from faults import Faults, install
-from harness import Server, refusal_of, serve
 
 from sere_sglang.schedule.cost import StepModel
+from tests.server.cost_files import write_cost
+from tests.server.faults import Faults, install
+from tests.server.harness import Server, refusal_of, serve
 
 PROMPTS = [f"request number {i} " * (1 + i % 3) for i in range(10)]
 CORES = sorted(os.sched_getaffinity(0))

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness import Server, serve
 
 from launch.padded_model import write_padded_model
 from sere_sglang.schedule.trace import TraceStep, read_trace
+from tests.server.harness import Server, serve
 
 DEMO = Path(__file__).resolve().parents[2] / "demo_model"
 WIDTHS = (2048, 4096, 8192, 16384)  # of experts: 3 to 25 MB

@@ -12,21 +12,15 @@ from typing import Any
 
 import pytest
 from conftest import SERE
-from harness import CPU_ENGINE, Server, refusal_of, serve
+
+from tests.server.harness import CPU_ENGINE, Server, refusal_of, run, serve
 
 Checkpoint = Callable[[str], Path]
 HERE = Path(__file__).parent
 
 
 def _engine(**keywords: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(HERE / "engine_script.py"), json.dumps(keywords)],
-        env={**os.environ, **CPU_ENGINE},
-        capture_output=True,
-        text=True,
-        timeout=6000,
-        check=False,
-    )
+    return run([sys.executable, str(HERE / "engine_script.py"), json.dumps(keywords)])
 
 
 def _seen(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -142,14 +136,15 @@ def test_worker_without_the_plugin_stops_the_launch(checkpoint: Checkpoint, tmp_
         "    os.environ['SGLANG_PLUGINS'] = 'sere-cpu-engine'\n"
     )
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    result = refusal_of(f"--model-path={checkpoint('qwen3_moe')}", *SERE, env={"PYTHONPATH": path})
+    model = f"--model-path={checkpoint('qwen3_moe')}"
+    result = refusal_of(model, *SERE, env={"PYTHONPATH": path}, fork_workers=False)
     assert result.returncode == 2, result.stderr[-3000:]
     told = [line for line in result.stderr.splitlines() if "started without it" in line]
     assert len(told) == 1 and told[0].startswith("sere-sglang: error: --moe-backend sere: ")
 
 
 def _renamed(model: Path, folder: Path, architecture: str) -> Path:
-    from profiles import write_profile
+    from tests.server.profiles import write_profile
 
     folder.mkdir()
     for file in model.iterdir():

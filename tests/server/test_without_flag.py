@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from checks import PROMPTS, assert_same, exact_then_rerouted, top
-from harness import Server, free_port, refusal_of, serve
+from tests.server.checks import PROMPTS, assert_same, exact_then_rerouted, top
+from tests.server.harness import Server, free_port, refusal_of, serve
 
 
 def test_bit_for_bit(plain: Server, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
