@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.server_args import add_moe_runner_backend_choices
@@ -21,6 +21,9 @@ from sglang.srt.server_args import add_moe_runner_backend_choices
 from sere_sglang import config
 from sere_sglang.errors import SereError, exit_on_error
 from sere_sglang.patches.seam import declare, require_applied
+
+if TYPE_CHECKING:
+    from sere_sglang.profile import MoeModelInfo
 
 _TARGET = "sglang.srt.server_args.ServerArgs"
 
@@ -95,10 +98,30 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
             hf_config,
             asked,
             record.revision,
-            lambda asked: moe_rows.restrict(record, asked),
+            restrict=lambda asked: moe_rows.restrict(record, asked),
+            calibrate=lambda model: _calibrated(record, model),
         )
         config.attach(record, resolved)
     engine.require_confirmation()
+
+
+def _calibrated(record: Any, model: MoeModelInfo) -> Path:
+    """The model loads as it will be served: on as many ranks, quantized alike."""
+    from sere_sglang.calibration.on_demand import calibrated
+
+    given = {
+        "--revision": record.revision,
+        "--tokenizer-path": record.tokenizer_path,
+        "--dtype": record.dtype,
+        "--load-format": record.load_format,
+        "--quantization": record.quantization,
+        "--tp-size": record.tp_size if record.tp_size > 1 else None,
+    }
+    server_args = [f"{flag}={value}" for flag, value in given.items() if value is not None]
+    if record.trust_remote_code:
+        server_args.append("--trust-remote-code")
+    device = record.device if record.device in ("cpu", "cuda") else "auto"
+    return calibrated(model, [f"--device={device}"], server_args)
 
 
 def _resolved_dict(result: dict[str, Any], record: Any) -> dict[str, Any]:

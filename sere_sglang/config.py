@@ -42,8 +42,9 @@ class SereConfig:
     )
     sere_profile: str | None = _option(
         None,
-        "Similarity profile of this model, written by 'sere-sglang calibrate' "
-        "(default: sere_profile.safetensors in the model folder or hub repository).",
+        "Similarity profile of this model, written by 'sere-sglang calibrate'; auto: calibrate "
+        "first where there is none, once, then serve (default: sere_profile.safetensors in the "
+        "model folder or hub repository, else what calibrate wrote into this user's cache).",
         metavar="PATH",
     )
     sere_policy: str | None = _option(

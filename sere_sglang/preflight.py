@@ -5,11 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sere_sglang.config import SereConfig
 from sere_sglang.errors import SereError
-from sere_sglang.profile import MoeModelInfo, check_profile_fits, find_profile, load_profile
+from sere_sglang.profile import (
+    AUTO,
+    MoeModelInfo,
+    ProfileError,
+    check_profile_fits,
+    find_profile,
+    load_profile,
+)
 from sere_sglang.schedule.cost_file import CostModel, check_cost_fits, load_cost
 
 logger = logging.getLogger(__name__)
@@ -21,16 +29,18 @@ def prepare(
     asked: SereConfig,
     revision: str | None = None,
     restrict: Callable[[SereConfig], SereConfig] = lambda asked: asked,
+    calibrate: Callable[[MoeModelInfo], Path] | None = None,
 ) -> SereConfig:
     """The fully resolved config for this model, or the disabled one under ``fallback``.
 
-    `restrict` takes away what the server's other flags rule out. Raises `SereError` when SERE
-    cannot be given as asked and ``--sere-on-error`` is ``exit``.
+    `restrict` takes away what the server's other flags rule out; `calibrate` writes the profile
+    that ``--sere-profile auto`` does not find. Raises `SereError` when SERE cannot be given as
+    asked and ``--sere-on-error`` is ``exit``.
     """
     try:
         model = MoeModelInfo.from_config(hf_config, name=model_path, revision=revision)
         resolved = restrict(asked).resolve_defaults(top_k=model.top_k)
-        path = find_profile(model_path, asked.sere_profile, revision)
+        path = _profile(model, asked.sere_profile, calibrate)
         check_profile_fits(load_profile(path), model, path)
         if asked.sere_cost is not None:
             cost = load_cost(asked.sere_cost)
@@ -41,3 +51,14 @@ def prepare(
         logger.warning("Serving WITHOUT SERE (--sere-on-error fallback): %s", error)
         return SereConfig()
     return dataclasses.replace(resolved, sere_profile=str(path))
+
+
+def _profile(
+    model: MoeModelInfo, given: str | None, calibrate: Callable[[MoeModelInfo], Path] | None
+) -> Path:
+    if given != AUTO or calibrate is None:
+        return find_profile(model, given)
+    try:
+        return find_profile(model)
+    except ProfileError:
+        return calibrate(model)

@@ -14,12 +14,22 @@ from sere_sglang.calibration.job import (
     Progress,
     check_job,
     choose_device,
+    default_out,
+    revision_of,
 )
 from sere_sglang.calibration.result import build_profile
 from sere_sglang.errors import SereError
 from sere_sglang.profile import SereProfile, save_profile
 
-__all__ = ["CalibrationJob", "Interrupted", "Progress", "calibrate", "check_job"]
+__all__ = [
+    "CalibrationJob",
+    "Interrupted",
+    "Progress",
+    "calibrate",
+    "check_job",
+    "default_out",
+    "revision_of",
+]
 
 
 def calibrate(

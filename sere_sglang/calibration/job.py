@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import torch
 
 from sere_sglang.backend import cpu_isa
 from sere_sglang.errors import SereError
-from sere_sglang.profile import MoeModelInfo
+from sere_sglang.profile import MoeModelInfo, default_place
 from sere_sglang.profile.collection import CollectionSpec, check_enough, load_partial
-from sere_sglang.profile.model_files import model_folder, weights_fingerprint
+from sere_sglang.profile.model_files import downloaded, model_folder, weights_fingerprint
 from sere_sglang.profile.text import CalibrationText, check_files, read_windows
 
 SAVE_EVERY_S = 30.0
@@ -38,6 +40,15 @@ class CalibrationJob:
     server_args: tuple[str, ...] = ()
 
     @property
+    def revision(self) -> str | None:
+        """Of a hub model, as SGLang's own flag says."""
+        return revision_of(self.server_args)
+
+    @cached_property  # it reads every weight file
+    def weights(self) -> str:
+        return weights_fingerprint(model_folder(self.model, self.revision))
+
+    @property
     def partial(self) -> Path:
         return self.out.with_name(self.out.name + ".partial")
 
@@ -46,6 +57,24 @@ class CalibrationJob:
         """Where a layer-by-layer calibration keeps what goes into a layer and what comes out."""
         name = self.partial.name
         return self.out.with_name(f"{name}.hidden0"), self.out.with_name(f"{name}.hidden1")
+
+
+def revision_of(server_args: Sequence[str]) -> str | None:
+    """The value of ``--revision`` among SGLang's flags."""
+    for at, flag in enumerate(server_args):
+        name, given, value = flag.partition("=")
+        if name == "--revision":
+            return value if given else "".join(server_args[at + 1 : at + 2]) or None
+    return None
+
+
+def default_out(model: str, revision: str | None) -> Path:
+    """Where a server will look for this model's profile; a hub model is downloaded first.
+
+    Raises `SereError`.
+    """
+    info = _read_model(str(downloaded(model, revision)))
+    return default_place(dataclasses.replace(info, name=model, revision=revision))
 
 
 class Interrupted(Exception):
@@ -74,7 +103,7 @@ def check_job(job: CalibrationJob) -> None:
     check_files(job.data)
     _check_out(job.out)
     if os.path.isdir(job.model):
-        _check_model(job.model)
+        _read_model(job.model)
 
 
 def choose_device(device: str) -> str:
@@ -115,7 +144,7 @@ def about(job: CalibrationJob, text: CalibrationText) -> dict[str, Any]:
     """What must be equal for a partial file to be continued."""
     return {
         "model": job.model,
-        "weights": weights_fingerprint(model_folder(job.model)),
+        "weights": job.weights,
         "text": text.digest,
         "spec": {k: list(v) if isinstance(v, tuple) else v for k, v in job.spec.as_dict().items()},
         "layer_by_layer": job.layer_by_layer,
@@ -151,10 +180,10 @@ def _check_out(out: Path) -> None:
         raise SereError(f"--out {out}: {out.parent} is not writable; choose another place")
 
 
-def _check_model(folder: str) -> None:
+def _read_model(folder: str) -> MoeModelInfo:
     """Refuse a dense model before anything loads."""
     try:
-        MoeModelInfo.from_folder(folder)
+        return MoeModelInfo.from_folder(folder)
     except SereError as error:
         # Worded for the server's flag.
         text = str(error).replace("--moe-backend sere: ", "--model: ")

@@ -28,7 +28,10 @@ def command(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Profile to write. Default: sere_profile.safetensors in the model."),
+        typer.Option(
+            help="Profile to write. Default: where a server looks, sere_profile.safetensors in "
+            "the model folder; for a hub id or a read-only folder a cache of this user's."
+        ),
     ] = None,
     measure: Annotated[
         list[str] | None,
@@ -127,14 +130,9 @@ def _job(
     device: str,
     **rest: Any,
 ) -> CalibrationJob:
-    from sere_sglang.calibration import CalibrationJob
-    from sere_sglang.profile import DEFAULT_FILE_NAME
+    from sere_sglang.calibration import CalibrationJob, default_out, revision_of
     from sere_sglang.profile.collection import CollectionSpec
 
-    if out is None:
-        if not Path(model).is_dir():
-            raise SereError(f"--model {model} is not a folder: say with --out where to write")
-        out = Path(model) / DEFAULT_FILE_NAME
     if device not in ("auto", "cpu", "cuda"):
         raise SereError(f"--device {device}: choose from auto, cpu, cuda")
     spec = CollectionSpec(
@@ -143,6 +141,8 @@ def _job(
         memory=_bytes(memory),
         cka_tokens=cka_tokens,
     )
+    if out is None:
+        out = default_out(model, revision_of(rest["server_args"]))
     return CalibrationJob(model=model, out=out, spec=spec, device=device, **rest)
 
 

@@ -11,9 +11,11 @@ from sere_sglang.profile.file import (
     save_profile,
 )
 from sere_sglang.profile.model_files import DEFAULT_FILE_NAME
-from sere_sglang.profile.model_info import MoeModelInfo, check_profile_fits, find_profile
+from sere_sglang.profile.model_info import MoeModelInfo, check_profile_fits
+from sere_sglang.profile.place import AUTO, default_place, find_profile
 
 __all__ = [
+    "AUTO",
     "DEFAULT_FILE_NAME",
     "FORMAT_VERSION",
     "MoeModelInfo",
@@ -21,6 +23,7 @@ __all__ = [
     "ProfileMetadata",
     "SereProfile",
     "check_profile_fits",
+    "default_place",
     "find_profile",
     "load_profile",
     "save_profile",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
-from sere_sglang.errors import SereError
+from sere_sglang.errors import PATH_SHOWN, SereError, cut
 
 DEFAULT_FILE_NAME = "sere_profile.safetensors"
 
@@ -17,7 +18,7 @@ _BLOCKS, _BLOCK_BYTES = 64, 4096
 
 def model_folder(model: str, revision: str | None = None) -> Path | None:
     """A model folder itself; of a hub id the snapshot in the cache, None before it is there."""
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         return Path(model)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -40,6 +41,27 @@ def model_file(model: str, name: str, revision: str | None = None) -> Path | Non
         return Path(hf_hub_download(model, name, revision=revision))
     except (OSError, ValueError):  # no such file, no network, no hub id
         return None
+
+
+def downloaded(model: str, revision: str | None = None) -> Path:
+    """The folder of `model` itself; a hub id is downloaded as far as it is not here.
+
+    Raises `SereError` for what is neither.
+    """
+    here = model_folder(model, revision)
+    if here is not None and (here == Path(model) or weights_fingerprint(here)):
+        return here
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # no hub id, no such model, no network
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise SereError(
+            f"--model {cut(model, PATH_SHOWN)} is neither a folder nor a model that the hub gives: "
+            f"{cut(said[0], PATH_SHOWN)}"
+        ) from None
 
 
 def weights_fingerprint(folder: Path | None) -> str:

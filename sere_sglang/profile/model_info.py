@@ -6,17 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sere_sglang.errors import PATH_SHOWN, ProfileError, SereError, cut
+from sere_sglang.errors import ProfileError, SereError
 from sere_sglang.profile.file import SereProfile
-from sere_sglang.profile.model_files import (
-    DEFAULT_FILE_NAME,
-    model_file,
-    model_folder,
-    weights_fingerprint,
-)
+from sere_sglang.profile.model_files import model_folder, weights_fingerprint
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
@@ -83,9 +79,9 @@ class MoeModelInfo:
             raise SereError(f"{path}: not valid JSON ({error})") from None
         return cls.from_config(config, name=str(folder))
 
-    @property
+    @cached_property  # it reads files
     def weights(self) -> str:
-        """A hash of the weights; empty when they are not on this machine."""
+        """A hash of the weights, as they were when first asked; empty when they are not here."""
         return weights_fingerprint(model_folder(self.name, self.revision))
 
     @property
@@ -94,30 +90,6 @@ class MoeModelInfo:
         shape = [self.architecture, self.num_layers, self.layer_ids]
         shape += [self.num_experts, self.top_k, self.hidden_size]
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
-
-
-def find_profile(model_path: str, given: str | None, revision: str | None = None) -> Path:
-    """The profile a server loads: the flag's, else the one beside the weights, in the model's
-    folder or hub repository. Raises `ProfileError`.
-    """
-    if given is not None:
-        path = Path(given)
-        if not _exists(path):
-            raise ProfileError(
-                f"--sere-profile {cut(given, PATH_SHOWN)}: no such file; write one with "
-                f"'sere-sglang calibrate --model {model_path} --out {cut(given, PATH_SHOWN)}'"
-            )
-        return path
-    found = model_file(model_path, DEFAULT_FILE_NAME, revision)
-    if found is None:
-        fix, then = f"sere-sglang calibrate --model {model_path}", ""
-        if not Path(model_path).is_dir():
-            fix, then = f"{fix} --out FILE", " and name it with --sere-profile FILE"
-        raise ProfileError(
-            "--moe-backend sere needs a similarity profile: no --sere-profile given and no "
-            f"{Path(model_path) / DEFAULT_FILE_NAME}; write it with '{fix}'{then}"
-        )
-    return found
 
 
 def check_profile_fits(profile: SereProfile, model: MoeModelInfo, path: Path) -> None:
@@ -139,14 +111,6 @@ def check_profile_fits(profile: SereProfile, model: MoeModelInfo, path: Path) ->
             f"{model.name}: {'; '.join(wrong)}. Calibrate this model: "
             f"sere-sglang calibrate --model {model.name}"
         )
-
-
-def _exists(path: Path) -> bool:
-    """Whatever it is; the reader says what is wrong with it."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class CalibrationText:
     def num_tokens(self) -> int:
         return sum(map(len, self.windows))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.windows).encode()).hexdigest()[:16]
 

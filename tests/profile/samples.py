@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sere_sglang.profile import ProfileMetadata, SereProfile
+from sere_sglang.profile import MoeModelInfo, ProfileMetadata, SereProfile
 
 METADATA = ProfileMetadata(
     model="some/model",
@@ -33,3 +33,17 @@ def a_profile(layers: tuple[int, ...] = (0, 2), experts: int = 4) -> SereProfile
         {layer: a_matrix(experts, layer) for layer in layers},
         {layer: {"popularity": torch.arange(experts) + 1} for layer in layers},
     )
+
+
+def a_model(name: str = "the/model", **changes: object) -> MoeModelInfo:
+    """Which `a_profile` fits."""
+    config = {
+        "architectures": ["SomeMoeForCausalLM"],
+        "num_hidden_layers": 3,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "hidden_size": 16,
+        "mlp_only_layers": [1],
+        **changes,
+    }
+    return MoeModelInfo.from_config(config, name=name)

@@ -19,7 +19,7 @@ from sere_sglang.profile import (
     load_profile,
     save_profile,
 )
-from tests.profile.samples import a_matrix, a_profile
+from tests.profile.samples import a_matrix, a_model, a_profile
 
 
 def _write_text(path: Path) -> None:
@@ -214,7 +214,7 @@ def test_single_bits_of_every_header_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x" * 5000, "x\0y", "x/" * 3000])
 def test_a_name_that_no_file_can_have(name: str) -> None:
     with pytest.raises(ProfileError, match=r"--sere-profile x.*no such file") as error:
-        find_profile("some/moe", name)
+        find_profile(a_model("some/moe"), name)
     assert len(str(error.value)) < 700
     with pytest.raises(ProfileError, match="cannot be opened"):
         load_profile(name)

@@ -223,7 +223,7 @@ def test_expected_active_experts_against_simulation() -> None:
     [
         (["--model", "{folder}/dense"], "dense model"),
         (["--model", "{folder}"], "config.json: no such file"),
-        (["--model", "some/hub-id"], "say with --out where to write"),
+        (["--model", "{folder}/absent"], "is neither a folder nor a model that the hub gives"),
         (["--model", "{folder}/moe", "--measure", "x"], "--measure x: choose from frobenius"),
         (["--model", "{folder}/moe", "--weighting", "x"], "--weighting x: choose from all, routed"),
         (["--model", "{folder}/moe", "--tokens", "0"], "--tokens 0: give a number of tokens"),

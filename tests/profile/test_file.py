@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -20,12 +19,11 @@ from sere_sglang.profile import (
     ProfileMetadata,
     SereProfile,
     check_profile_fits,
-    find_profile,
     load_profile,
     save_profile,
 )
 from sere_sglang.profile.container import sealed
-from tests.profile.samples import METADATA, a_matrix, a_profile
+from tests.profile.samples import METADATA, a_matrix, a_model, a_profile
 
 
 @given(
@@ -88,19 +86,6 @@ def test_what_is_unknown_is_ignored(tmp_path: Path) -> None:
     assert list(read.similarity) == [0] and not read.tables
 
 
-def _model(**changes: object) -> MoeModelInfo:
-    config = {
-        "architectures": ["SomeMoeForCausalLM"],
-        "num_hidden_layers": 3,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "hidden_size": 16,
-        "mlp_only_layers": [1],
-        **changes,
-    }
-    return MoeModelInfo.from_config(config, name="the/model")
-
-
 def _profile_for(model: MoeModelInfo) -> SereProfile:
     profile = a_profile()
     profile.metadata = dataclasses.replace(METADATA, fingerprint=model.fingerprint)
@@ -108,7 +93,7 @@ def _profile_for(model: MoeModelInfo) -> SereProfile:
 
 
 def test_a_profile_fits_the_model_it_was_made_for() -> None:
-    check_profile_fits(_profile_for(_model()), _model(), Path("p"))
+    check_profile_fits(_profile_for(a_model()), a_model(), Path("p"))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +114,7 @@ def test_a_profile_of_another_model_is_refused_with_both_sides(
     changes: dict[str, object], both_sides: str
 ) -> None:
     with pytest.raises(ProfileError, match=both_sides) as error:
-        check_profile_fits(_profile_for(_model()), _model(**changes), Path("some.safetensors"))
+        check_profile_fits(_profile_for(a_model()), a_model(**changes), Path("some.safetensors"))
     assert "--sere-profile some.safetensors" in str(error.value)
     assert "sere-sglang calibrate --model the/model" in str(error.value)
 
@@ -140,61 +125,14 @@ def test_other_weights_in_the_same_shape_are_refused(tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         save_file({"w": a_matrix(200, seed)}, folder / "model.safetensors")
-        prints[name] = dataclasses.replace(_model(), name=str(folder)).weights
-    model = dataclasses.replace(_model(), name=str(tmp_path / "one"))
+        prints[name] = dataclasses.replace(a_model(), name=str(folder)).weights
+    model = dataclasses.replace(a_model(), name=str(tmp_path / "one"))
     profile = _profile_for(model)
     profile.metadata = dataclasses.replace(profile.metadata, weights=prints["one"])
     check_profile_fits(profile, model, Path("p"))
     profile.metadata = dataclasses.replace(profile.metadata, weights=prints["two"])
     with pytest.raises(ProfileError, match=f"weights: profile {prints['two']}, model"):
         check_profile_fits(profile, model, Path("p"))
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub cache of a machine without network: one model in two revisions."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    model = tmp_path / "models--some--moe"
-    (model / "refs").mkdir(parents=True)
-    (model / "refs" / "main").write_text("1" * 40)
-    for seed in (1, 2):
-        snapshot = model / "snapshots" / (str(seed) * 40)
-        snapshot.mkdir(parents=True)
-        (snapshot / "config.json").write_text("{}")
-        save_file({"w": a_matrix(20, seed)}, snapshot / "model.safetensors")
-    return model / "snapshots" / ("1" * 40)
-
-
-def test_revisions_of_a_hub_model_are_told_apart(hub: Path) -> None:
-    main, other = (
-        dataclasses.replace(_model(), name="some/moe", revision=revision).weights
-        for revision in (None, "2" * 40)
-    )
-    assert main and other and main != other
-    assert dataclasses.replace(_model(), name="not/here").weights == ""
-
-
-def test_a_hub_model_may_ship_its_profile(hub: Path) -> None:
-    with pytest.raises(ProfileError, match="calibrate --model some/moe --out FILE"):
-        find_profile("some/moe", None)
-    save_profile(a_profile(), hub / "sere_profile.safetensors")
-    assert find_profile("some/moe", None) == hub / "sere_profile.safetensors"
-    with pytest.raises(ProfileError, match="--sere-profile FILE"):
-        find_profile("some/moe", None, "2" * 40)
-
-
-def test_a_checkpoint_that_is_still_being_downloaded_has_no_fingerprint(hub: Path) -> None:
-    model = dataclasses.replace(_model(), name="some/moe")
-    (hub / "model.safetensors").rename(hub / "model-00001-of-00002.safetensors")
-    assert model.weights == ""
-    shards = {name: f"model-0000{name}-of-00002.safetensors" for name in "12"}
-    (hub / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    assert model.weights == ""
-    save_file({"w": a_matrix(20, 3)}, hub / shards["2"])
-    assert model.weights != ""
 
 
 def test_a_server_keeps_little_of_a_large_profile(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import SERE
 
+from sere_sglang.profile import load_profile
 from tests.server.harness import CPU_ENGINE, Server, refusal_of, run, serve
 
 Checkpoint = Callable[[str], Path]
@@ -54,6 +55,20 @@ def test_launch_server_module_with_config_file(checkpoint: Checkpoint, tmp_path:
     model = checkpoint("qwen3_moe")
     with serve(model, tmp_path / "log", "--config", str(config), launcher=launcher) as server:
         _is_at(server, primary_k=2, threshold=0.25)
+
+
+def test_auto_calibrates_before_it_serves(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in checkpoint("qwen3_moe").iterdir():
+        if file.name != "sere_profile.safetensors":
+            (bare / file.name).symlink_to(file)
+    log = tmp_path / "log"
+    with serve(bare, log, "--moe-backend=sere", "--sere-profile=auto") as server:
+        assert server.sere()["enabled"]
+    assert load_profile(bare / "sere_profile.safetensors").metadata.num_tokens > 10_000
+    assert "has no profile yet; calibrating it, once, before serving" in log.read_text()
+    assert not list(bare.glob("*.partial"))
 
 
 def test_config_file_that_sglang_would_ignore(checkpoint: Checkpoint, tmp_path: Path) -> None:
