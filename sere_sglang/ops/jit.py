@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sere_sglang.cache import cache_folder
+
 logger = logging.getLogger(__name__)
 
 TUNE_FLAG = "-march=native"
@@ -200,13 +202,8 @@ def csrc_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """Where built libraries are kept: ``SERE_CACHE_DIR``, or ``sere-sglang`` in the user cache."""
-    configured = os.environ.get("SERE_CACHE_DIR")
-    if configured:
-        folder = Path(configured).expanduser()
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = Path(base).expanduser() / "sere-sglang"
+    """Where built libraries are kept; made if need be."""
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,8 +1,8 @@
 """Where a model's profile lies: beside its weights, or in a cache of this user's.
 
 A hub snapshot belongs to the hub's cache, and a model folder may be read-only: what is calibrated
-for those goes to ``sere-sglang/profiles`` in the user's cache folder (``XDG_CACHE_HOME``), under
-the fingerprints of config and weights, so that a finetune never finds its base model's.
+for those goes into that cache, under the fingerprints of config and weights, so that a finetune
+never finds its base model's.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from sere_sglang.cache import cache_folder
 from sere_sglang.errors import PATH_SHOWN, ProfileError, cut
 from sere_sglang.profile.model_files import DEFAULT_FILE_NAME, model_file
 from sere_sglang.profile.model_info import MoeModelInfo
@@ -65,8 +66,7 @@ def _cached(model: MoeModelInfo) -> Path | None:
     """None while the weights are unknown."""
     if not model.weights:
         return None
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root, "sere-sglang", "profiles", f"{model.fingerprint}-{model.weights}.safetensors")
+    return cache_folder() / "profiles" / f"{model.fingerprint}-{model.weights}.safetensors"
 
 
 def _of_hub(folder: Path) -> bool:

@@ -25,7 +25,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The hub cache of a machine without network: one model in two revisions."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SERE_CACHE_DIR", str(tmp_path / "cache"))
     model = tmp_path / "hub" / "models--some--moe"
     (model / "refs").mkdir(parents=True)
     (model / "refs" / "main").write_text("1" * 40)
@@ -72,7 +72,7 @@ def test_a_server_looks_where_calibrate_writes_for_a_hub_model(
     hub: Path, tmp_path: Path, revision: str | None
 ) -> None:
     out = default_out("some/moe", revision)
-    assert out.parent == tmp_path / "cache" / "sere-sglang" / "profiles"
+    assert out.parent == tmp_path / "cache" / "profiles"
     save_profile(a_profile(), out)
     assert find_profile(dataclasses.replace(a_model("some/moe"), revision=revision)) == out
     # The other revision, a finetune or a base model, has its own.
@@ -87,7 +87,7 @@ def test_a_server_looks_where_calibrate_writes_for_a_hub_model(
 def test_a_folder_keeps_its_profile_unless_it_is_read_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SERE_CACHE_DIR", str(tmp_path / "cache"))
     folder = _write_model(tmp_path / "model", 1)
     assert default_out(str(folder), None) == folder / "sere_profile.safetensors"
     monkeypatch.setattr("os.access", lambda path, mode: False)  # whoever runs the tests
