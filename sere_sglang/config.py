@@ -127,6 +127,13 @@ class SereConfig:
         type=int,
         metavar="N",
     )
+    sere_scale: bool | None = _option(
+        None,
+        "Also scale the weight of a slot that moves to another expert by the multiple of that "
+        "expert's output that comes closest to its own; needs a profile that was calibrated with "
+        "--measure residual among its measures (default: weights stay as the router gave them).",
+        action="store_true",
+    )
     sere_cost: str | None = _option(
         None,
         "What this model's MoE layers cost, written by 'sere-sglang doctor --model MODEL --out "

@@ -14,6 +14,7 @@ from sere_sglang.profile import (
     AUTO,
     MoeModelInfo,
     ProfileError,
+    check_has_scale,
     check_profile_fits,
     find_profile,
     load_profile,
@@ -41,7 +42,10 @@ def prepare(
         model = MoeModelInfo.from_config(hf_config, name=model_path, revision=revision)
         resolved = restrict(asked).resolve_defaults(top_k=model.top_k)
         path = _profile(model, asked.sere_profile, calibrate)
-        check_profile_fits(load_profile(path), model, path)
+        profile = load_profile(path)
+        check_profile_fits(profile, model, path)
+        if asked.sere_scale:
+            check_has_scale(profile, model, path)
         if asked.sere_cost is not None:
             cost = load_cost(asked.sere_cost)
             check_cost_fits(cost, CostModel.of(model), asked.sere_cost)

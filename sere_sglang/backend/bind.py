@@ -90,7 +90,11 @@ def bind_model(
         stage = RerouteStage(
             layer_id=layer_id,
             top_k=routed_top_k(router),
-            table=LayerTable.build(profile.similarity[layer_id], device=target),
+            table=LayerTable.build(
+                profile.similarity[layer_id],
+                profile.tables[layer_id]["scale"] if config.sere_scale else None,
+                device=target,
+            ),
             control=control.words[row],
             row_class=control.row_class,
             counters=counters[row],

@@ -11,7 +11,7 @@ from sere_sglang.profile.file import (
     save_profile,
 )
 from sere_sglang.profile.model_files import DEFAULT_FILE_NAME
-from sere_sglang.profile.model_info import MoeModelInfo, check_profile_fits
+from sere_sglang.profile.model_info import MoeModelInfo, check_has_scale, check_profile_fits
 from sere_sglang.profile.place import AUTO, default_place, find_profile
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "ProfileError",
     "ProfileMetadata",
     "SereProfile",
+    "check_has_scale",
     "check_profile_fits",
     "default_place",
     "find_profile",

@@ -113,6 +113,16 @@ def check_profile_fits(profile: SereProfile, model: MoeModelInfo, path: Path) ->
         )
 
 
+def check_has_scale(profile: SereProfile, model: MoeModelInfo, path: Path) -> None:
+    """Raise `ProfileError` unless every layer has what ``--sere-scale`` multiplies by."""
+    if not all("scale" in profile.tables.get(layer, {}) for layer in profile.similarity):
+        raise ProfileError(
+            f"--sere-scale: {path} has no scale tables; drop the flag, or write them with "
+            f"'sere-sglang calibrate --model {model.name} --measure "
+            f"{profile.metadata.method or 'frobenius'} --measure residual'"
+        )
+
+
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in ("text_config", "llm_config", "language_config", "thinker_config"):
         nested = config.get(key)

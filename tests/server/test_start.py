@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import SERE
 
-from sere_sglang.profile import load_profile
+from sere_sglang.profile import load_profile, save_profile
+from tests.server.checks import PROMPTS
 from tests.server.harness import CPU_ENGINE, Server, refusal_of, run, serve
+from tests.server.profiles import random_profile
 
 Checkpoint = Callable[[str], Path]
 HERE = Path(__file__).parent
@@ -69,6 +72,33 @@ def test_auto_calibrates_before_it_serves(checkpoint: Checkpoint, tmp_path: Path
     assert load_profile(bare / "sere_profile.safetensors").metadata.num_tokens > 10_000
     assert "has no profile yet; calibrating it, once, before serving" in log.read_text()
     assert not list(bare.glob("*.partial"))
+
+
+def test_scale_multiplies_the_weights_of_moved_slots(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    model = checkpoint("qwen3_moe")
+    profile = random_profile(model)
+    seen = {}
+    for factor in (1.0, 0.0):
+        for layer, matrix in profile.similarity.items():
+            profile.tables[layer] = {"scale": torch.full_like(matrix, factor)}
+        save_profile(profile, path := tmp_path / f"{factor}.safetensors")
+        flags = (*SERE, f"--sere-profile={path}", "--sere-scale")
+        with serve(model, tmp_path / "log", *flags) as server:
+            rerouted = server.generate(PROMPTS, 8)
+            server.set_sere(enabled=False)
+            exact = server.generate(PROMPTS, 8)
+        seen[factor] = [a["meta_info"]["output_token_logprobs"] for a in (*rerouted, *exact)]
+    assert seen[1.0][: len(PROMPTS)] != seen[0.0][: len(PROMPTS)]
+    assert seen[1.0][len(PROMPTS) :] == seen[0.0][len(PROMPTS) :]
+
+
+def test_scale_needs_its_tables(checkpoint: Checkpoint) -> None:
+    model = checkpoint("qwen3_moe")
+    result = refusal_of(f"--model-path={model}", *SERE, "--sere-scale")
+    assert result.returncode == 2
+    assert "--sere-scale: " in result.stderr and "--measure residual" in result.stderr
 
 
 def test_config_file_that_sglang_would_ignore(checkpoint: Checkpoint, tmp_path: Path) -> None:
