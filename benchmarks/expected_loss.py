@@ -119,7 +119,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         ranks = [np.argsort(np.argsort([r[k] for r in own])) for k in ("expected_loss", "kl")]
         print(
             f"{kind}: {len(own)} rows, KL / expected loss {middle:.2f} in the median, 80 % of them "
-            f"{low:.2f} to {high:.2f}; rank correlation {np.corrcoef(*ranks)[0, 1]:.3f}"
+            f"{low:.2f} to {high:.2f}; rank correlation {np.corrcoef(np.stack(ranks))[0, 1]:.3f}"
         )
 
 

@@ -74,7 +74,7 @@ def measure(made: SereRuntime, *, mixed: bool = False) -> np.ndarray:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     off = runtime(sere_policy="static")
-    off.update({"enabled": False})
+    off.prepared({"enabled": False})()
     cases = {
         "off": (off, False),
         "static": (runtime(sere_policy="static"), False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class Run:
     step_ms: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
 
-    def summary(self) -> dict[str, float | str | int]:
+    def summary(self) -> dict[str, Any]:
         """Means over decode steps; tok_s over the simulated time; loss weighted by rows."""
         rows, step = np.array(self.rows), np.array(self.step_ms)
         seconds = self.time_s[-1] if self.time_s else 0.0

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -99,7 +100,9 @@ def test_similarities_are_those_of_the_experts_outputs(runs: dict[str, Run], nam
         assert rows.shape[0] == TOKENS
         outputs = _expert_outputs(weights, layer, rows)
         tables = profile.tables[layer]
-        matrices = {m: tables.get(f"similarity_{m.replace('-', '_')}") for m in MEASURES}
+        matrices: dict[str, Any] = {
+            m: tables.get(f"similarity_{m.replace('-', '_')}") for m in MEASURES
+        }
         matrices["frobenius"] = profile.similarity[layer]
         for measure, matrix in matrices.items():
             used = outputs[:, :CKA_TOKENS] if measure.startswith("cka") else outputs

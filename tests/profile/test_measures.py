@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from sere_sglang.profile.collection import CKA_MEASURES
 from sere_sglang.profile.measures import MOMENT_MEASURES, Moments, similarity, substitution_scale
 from tests.profile import definitions
 
-TOLERANCE = {"rtol": 1e-4, "atol": 2e-6}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-6}
 
 
 @st.composite

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ def tokenize(text: str) -> list[int]:
     return list(text.encode())
 
 
-def windows(*files: Path, num_tokens: int = 100, length: int = 20, **extra: object) -> list[str]:
+def windows(*files: Path, num_tokens: int = 100, length: int = 20, **extra: Any) -> list[str]:
     text = read_windows(files, tokenize, num_tokens=num_tokens, length=length, **extra)
     return [bytes(window).decode() for window in text.windows]
 

@@ -112,7 +112,10 @@ def main() -> None:
             "apart": select(make_stage(False), renormalize=renormalize),
             "fused": select(make_stage(True), renormalize=renormalize),
         }
-    scaled = {"routed_scaling_factor": 2.5, "apply_routed_scaling_factor_on_output": True}
+    scaled: dict[str, Any] = {
+        "routed_scaling_factor": 2.5,
+        "apply_routed_scaling_factor_on_output": True,
+    }
     out["scaled"] = {
         "apart": select(make_stage(False), **scaled),
         "fused": select(make_stage(True), **scaled),
