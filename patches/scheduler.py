@@ -33,9 +33,9 @@ def register() -> None:
 
 
 def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
-    spec = calibration.spec_of(server_args)
-    if spec is not None:
-        calibration.install(spec, device=server_args.device)
+    make_collector = calibration.collector_of(server_args)
+    if make_collector is not None:
+        calibration.install(make_collector, device=server_args.device)
         return
     if doctor.is_asked(server_args):
         doctor.install(device=server_args.device)

@@ -128,8 +128,8 @@ def _job(
     **rest: Any,
 ) -> CalibrationJob:
     from sere_sglang.calibration import CalibrationJob
+    from sere_sglang.calibration.collection import CollectionSpec
     from sere_sglang.profile import DEFAULT_FILE_NAME
-    from sere_sglang.profile.collection import CollectionSpec
 
     if out is None:
         if not Path(model).is_dir():
@@ -148,7 +148,7 @@ def _job(
 
 def _tokens(asked: list[str], weighting: str) -> tuple[int, str]:
     """How many tokens there are, and which of them count for a pair of experts."""
-    from sere_sglang.profile.measures import WEIGHTINGS
+    from sere_sglang.calibration.measures import WEIGHTINGS
 
     number = 16384
     for value in asked:
@@ -165,8 +165,8 @@ def _tokens(asked: list[str], weighting: str) -> tuple[int, str]:
 
 
 def _measures(asked: tuple[str, ...], weighting: str) -> tuple[str, ...]:
-    from sere_sglang.profile.collection import CKA_MEASURES, MEASURES
-    from sere_sglang.profile.measures import MOMENT_MEASURES, WEIGHTINGS
+    from sere_sglang.calibration.collection import CKA_MEASURES, MEASURES
+    from sere_sglang.calibration.measures import MOMENT_MEASURES, WEIGHTINGS
 
     if weighting not in WEIGHTINGS:
         raise SereError(f"--weighting {weighting}: choose from {', '.join(WEIGHTINGS)}")

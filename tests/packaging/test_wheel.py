@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "sere_sglang", "patches", "csrc")
-DATA = ("py.typed", "profile/calibration.txt")
+DATA = ("py.typed", "calibration/calibration.txt")
 GENERATED = ("*.egg-info", "__pycache__")
 
 

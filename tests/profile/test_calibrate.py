@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from sere_sglang.calibration.collection import MEASURES
 from sere_sglang.config import SereConfig
 from sere_sglang.preflight import prepare
 from sere_sglang.profile import MoeModelInfo, check_profile_fits, load_profile
-from sere_sglang.profile.collection import MEASURES
 from tests.profile import definitions
 from tests.server.checkpoints import EXPERTS, TOP_K, moe_layer_ids, write_checkpoint
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from sere_sglang.calibration.text import read_windows
 from sere_sglang.errors import SereError
-from sere_sglang.profile.text import read_windows
 
 
 def tokenize(text: str) -> list[int]:
