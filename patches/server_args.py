@@ -82,7 +82,7 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
         return
     from sglang.srt.arg_groups.overrides import model_config_of
 
-    from sere_sglang.backend import cpu_isa
+    from sere_sglang.cpu import isa as cpu_isa
     from sere_sglang.patches import engine, moe_rows
     from sere_sglang.preflight import prepare
 

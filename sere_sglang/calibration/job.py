@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from sere_sglang.backend import cpu_isa
 from sere_sglang.calibration.collection import CollectionSpec, check_enough, load_partial
 from sere_sglang.calibration.text import CalibrationText, check_files, read_windows
+from sere_sglang.cpu import isa as cpu_isa
 from sere_sglang.errors import SereError
 from sere_sglang.profile import MoeModelInfo
 from sere_sglang.profile.model_files import model_folder, weights_fingerprint

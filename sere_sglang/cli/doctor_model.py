@@ -123,7 +123,7 @@ def speed_of(device: str, weight_bytes: int) -> Speed:
     from sere_sglang.ops.jit import BuildError
 
     if device == "cpu":
-        from sere_sglang.backend.cpu_floor import measure_floor
+        from sere_sglang.cpu.floor import measure_floor
 
         with contextlib.suppress(BuildError):
             floor = measure_floor(working_set=weight_bytes)
