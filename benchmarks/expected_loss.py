@@ -25,7 +25,7 @@ from launch.experiment import heldout_prompts
 from launch.local_server import Server, serve
 from sere_sglang.profile import load_profile
 from sere_sglang.schedule.expectation import Expectation, expect, statistics_of
-from sere_sglang.schedule.policy import OFF, OperatingPoint
+from sere_sglang.schedule.point import OFF, OperatingPoint
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "demo_model"

@@ -7,7 +7,7 @@ from typing import Any
 
 from sere_sglang.cpu.floor import Floor, measure_floor
 from sere_sglang.schedule.expectation import Expectation
-from sere_sglang.schedule.policy import OperatingPoint
+from sere_sglang.schedule.point import OperatingPoint
 
 
 @dataclass(frozen=True)

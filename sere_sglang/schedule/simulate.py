@@ -13,7 +13,9 @@ from sere_sglang.schedule.cost import MoeCost, StepModel
 from sere_sglang.schedule.expectation import Expectation
 from sere_sglang.schedule.feedback import first_feedback
 from sere_sglang.schedule.observer import Observer
-from sere_sglang.schedule.policy import OperatingPoint, PolicyContext, choose, make_policy
+from sere_sglang.schedule.point import OperatingPoint
+from sere_sglang.schedule.policy import PolicyContext, choose
+from sere_sglang.schedule.registry import make_policy
 from sere_sglang.schedule.settings import Settings
 
 

@@ -7,7 +7,7 @@ import pytest
 from toy_model import LAYERS, TOP_K, expectation
 
 from sere_sglang.schedule.ladder import Ladders
-from sere_sglang.schedule.policy import OFF, OperatingPoint
+from sere_sglang.schedule.point import OFF, OperatingPoint
 
 LADDERS = Ladders(expectation())
 

@@ -10,8 +10,8 @@ import prometheus_client
 import pytest
 from toy_model import settings
 
-from sere_sglang.schedule.policy import OperatingPoint
-from sere_sglang.telemetry.metrics import PREFIX, SereMetrics
+from sere_sglang.runtime.metrics import PREFIX, SereMetrics
+from sere_sglang.schedule.point import OperatingPoint
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "launch" / "grafana.json"
 
