@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sere_sglang.backend.cpu_moe import fused_moe, native_module
+from sere_sglang.cpu.moe import fused_moe, native_module
 
 SIZES = {1: (512, 352), 3: (1024, 512), 7: (2048, 576), 16: (2048, 1376)}
 """About so many MB an expert (bfloat16): hidden size, intermediate size."""

@@ -27,10 +27,10 @@ from safetensors import safe_open
 
 from benchmarks._common import write_result
 from benchmarks.cpu_moe import Layer
-from sere_sglang.backend.cpu_moe import fused_moe
-from sere_sglang.profile.cka import cka_matrix
-from sere_sglang.profile.collection import CollectionSpec, block_tokens, cka_block
-from sere_sglang.profile.measures import MOMENT_MEASURES, Moments, similarity
+from sere_sglang.calibration.cka import cka_matrix
+from sere_sglang.calibration.collection import CollectionSpec, block_tokens, cka_block
+from sere_sglang.calibration.measures import MOMENT_MEASURES, Moments, similarity
+from sere_sglang.cpu.moe import fused_moe
 
 CKA = ("cka", "cka-rbf", "cka-polynomial")
 

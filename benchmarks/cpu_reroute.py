@@ -62,7 +62,7 @@ def measure(tokens: int, experts: int, top_k: int, budget_s: float) -> dict[str,
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
-    row = {"T": tokens, "E": experts, "K": top_k}
+    row: dict[str, float] = {"T": tokens, "E": experts, "K": top_k}
     row |= {
         name: seconds * 1e6
         for name, seconds in interleaved_median(functions, budget_s=budget_s).items()

@@ -25,7 +25,7 @@ from launch.experiment import heldout_prompts
 from launch.local_server import Server, serve
 from sere_sglang.profile import load_profile
 from sere_sglang.schedule.expectation import Expectation, expect, statistics_of
-from sere_sglang.schedule.policy import OFF, OperatingPoint
+from sere_sglang.schedule.point import OFF, OperatingPoint
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "demo_model"
@@ -119,7 +119,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         ranks = [np.argsort(np.argsort([r[k] for r in own])) for k in ("expected_loss", "kl")]
         print(
             f"{kind}: {len(own)} rows, KL / expected loss {middle:.2f} in the median, 80 % of them "
-            f"{low:.2f} to {high:.2f}; rank correlation {np.corrcoef(*ranks)[0, 1]:.3f}"
+            f"{low:.2f} to {high:.2f}; rank correlation {np.corrcoef(np.stack(ranks))[0, 1]:.3f}"
         )
 
 

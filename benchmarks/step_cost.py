@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from benchmarks._common import write_result
-from sere_sglang.backend.bind import Binding
-from sere_sglang.backend.stage import RerouteStage, Switch
 from sere_sglang.config import SereConfig
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable
 from sere_sglang.profile import load_profile
-from sere_sglang.runtime import SereRuntime
+from sere_sglang.runtime.bind import Binding
+from sere_sglang.runtime.control import ControlBlock
+from sere_sglang.runtime.rank import SereRuntime
+from sere_sglang.runtime.stage import RerouteStage, Switch
 from sere_sglang.schedule.composition import BatchComposition
-from sere_sglang.schedule.control import ControlBlock
 from sere_sglang.schedule.cost import MoeCost
 
 PROFILE = Path(__file__).resolve().parents[1] / "demo_model" / "sere_profile.safetensors"
@@ -74,7 +74,7 @@ def measure(made: SereRuntime, *, mixed: bool = False) -> np.ndarray:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     off = runtime(sere_policy="static")
-    off.update({"enabled": False})
+    off.prepared({"enabled": False})()
     cases = {
         "off": (off, False),
         "static": (runtime(sere_policy="static"), False),

@@ -135,7 +135,7 @@ def count_active(server: Server, routing: Routing, run: Callable[[], Any]) -> tu
     if not routing.reroutes:
         # Exact routing, counted: a threshold of 1 moves nothing but exact twins.
         top_k = server.sere()["top_k"]
-        server.set_sere(**static(top_k - 1).settings | {"threshold": 1.0})
+        server.set_sere(**{**(static(top_k - 1).settings or {}), "threshold": 1.0})
     server.set_sere(reset_counters=True)
     run()
     layers = list(server.sere()["counters"].values())

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sere_sglang.backend.cpu_floor import Floor, measure_floor
+from sere_sglang.cpu.floor import Floor, measure_floor
 from sere_sglang.schedule.expectation import Expectation
-from sere_sglang.schedule.policy import OperatingPoint
+from sere_sglang.schedule.point import OperatingPoint
 
 
 @dataclass(frozen=True)

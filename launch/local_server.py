@@ -138,8 +138,9 @@ def free_port() -> int:
 def _wait_until_healthy(server: Server, process: Process) -> None:
     deadline = time.monotonic() + 900  # on a busy machine
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"server exited with {process.returncode}:\n{tail(server.log)}")
+        status = process.poll()
+        if status is not None:
+            raise RuntimeError(f"server exited with {status}:\n{tail(server.log)}")
         try:
             urllib.request.urlopen(server.url + "/model_info", timeout=5).close()
             return

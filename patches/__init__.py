@@ -212,7 +212,7 @@ PINNED = {
     "_sere_collection": "ServerArgs: what a calibration collects (calibration.py)",
     "_sere_doctor": "ServerArgs: doctor's question (doctor.py)",
     "_sere_noted": "ForwardBatch: what its requests asked for (forward_batch.py)",
-    "_sere_stage": "TopKConfig: its layer's re-routing stage (sere_sglang/backend/stage.py)",
+    "_sere_stage": "TopKConfig: its layer's re-routing stage (sere_sglang/runtime/stage.py)",
     "_sere": "endpoint of /set_internal_state: it is ours already (http_server.py)",
 }
 """Every attribute that we put on an object of SGLang's."""

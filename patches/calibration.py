@@ -4,7 +4,7 @@ input and its experts chosen; ``ModelRunner.load_model`` and ``forward``; and a 
 main process ``engine._set_envs_and_config`` and ``TokenizerManager.auto_create_handle_loop``, which
 install SGLang's signal handlers.
 
-Installed in a scheduler only when the record carries a `CollectionSpec` (see calibration.py).
+Installed in a scheduler only when the record carries what makes a `Collector`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,12 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang.patches.seam import hook, resolve
-
-if TYPE_CHECKING:
-    from sere_sglang.backend.collect import Collector
-    from sere_sglang.profile.collection import CollectionSpec
 
 _LAYER = "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.forward"
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
@@ -36,15 +32,30 @@ _RECORD_ATTRIBUTE = "_sere_collection"
 RPC = "sere_calibration"
 """Name of the method that ``Engine.collective_rpc`` calls."""
 
+
+class Collector(Protocol):
+    """What is told of a rank's forwards; ``sere_sglang.calibration.collector`` has the one there
+    is."""
+
+    def attach(self, model: torch.nn.Module, *, is_writer: bool) -> None: ...
+
+    def begin_forward(self, num_tokens: int, *, is_prefill: bool) -> None: ...
+
+    def collect(self, layer: Any, hidden: torch.Tensor, topk_output: Any) -> None: ...
+
+    def call(self, action: str, **arguments: Any) -> None: ...
+
+
 _collector: Collector | None = None
 
 
-def attach_spec(record: Any, spec: CollectionSpec) -> None:
-    """Let `spec` ride on a ``ServerArgs`` record into the worker processes."""
-    setattr(record, _RECORD_ATTRIBUTE, spec)
+def attach(record: Any, make: Callable[[], Collector]) -> None:
+    """Let `make`, which is pickled, ride on a ``ServerArgs`` record into the worker processes."""
+    setattr(record, _RECORD_ATTRIBUTE, make)
 
 
-def spec_of(record: Any) -> CollectionSpec | None:
+def collector_of(record: Any) -> Callable[[], Collector] | None:
+    """What `attach` put there; None when nothing is to be collected."""
     return getattr(record, _RECORD_ATTRIBUTE, None)
 
 
@@ -76,13 +87,12 @@ def _on_worker_death(_signal: int, _frame: Any) -> None:
     raise WorkerDied(1)
 
 
-def install(spec: CollectionSpec, *, device: str) -> None:
+def install(make: Callable[[], Collector], *, device: str) -> None:
     """In a scheduler process, before its model loads."""
-    from sere_sglang.backend.collect import Collector
     from sere_sglang.patches import cpu_moe
 
     global _collector
-    collector = _collector = Collector(spec)
+    collector = _collector = make()
     hook(_LAYER, _collect, HookType.AROUND, needs=["hidden_states", "topk_output"])
     hook(f"{_RUNNER}.load_model", _attach, HookType.AFTER)
     hook(f"{_RUNNER}.forward", _before_forward, HookType.BEFORE, needs=["forward_batch"])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
-from sere_sglang.backend.cpu_moe import fused_moe
+from sere_sglang.cpu.moe import fused_moe
 from sere_sglang.errors import SereError
 from sere_sglang.patches.seam import hook
 

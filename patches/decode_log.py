@@ -10,8 +10,8 @@ import logging
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from sere_sglang import runtime
 from sere_sglang.patches.guard import Guarded
+from sere_sglang.runtime import rank
 
 _LOGGER = "sglang.srt.managers.scheduler_components.metrics_reporter"
 
@@ -24,7 +24,7 @@ def install() -> None:
 
 
 def _add(record: logging.LogRecord) -> bool:
-    active = runtime.current()
+    active = rank.current()
     if active is not None and isinstance(record.msg, str) and record.msg.startswith("Decode batch"):
         record.msg = f"{record.msg.rstrip(', ')}, {active.summary()}"
     return True

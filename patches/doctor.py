@@ -11,14 +11,14 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from sere_sglang.backend.moe_layers import (
+from sere_sglang.errors import SereError
+from sere_sglang.patches.seam import hook
+from sere_sglang.runtime.moe_layers import (
     moe_layers,
     require_standard_format,
     routed_top_k,
     routers_of,
 )
-from sere_sglang.errors import SereError
-from sere_sglang.patches.seam import hook
 from sere_sglang.schedule.cost import MoeCost
 
 ANSWER = "sere_cost"

@@ -7,12 +7,13 @@ without SERE after being asked for it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang import config
-from sere_sglang.errors import SereError
+from sere_sglang.errors import SereError, exit_on_error
 from sere_sglang.patches import guard, http_server, request_quality
 from sere_sglang.patches.seam import hook, resolve
 
@@ -50,13 +51,17 @@ def require_confirmation() -> None:
         )
 
 
+def reported(record: Any) -> AbstractContextManager[None]:
+    """A `SereError` ends a command line; ``sglang.Engine(...)`` raises it."""
+    from_cli = getattr(record, "_sere_from_cli", False)
+    return exit_on_error() if from_cli else nullcontext()
+
+
 def _check_handshake(result: Any, _cls: type, server_args: Any, *_args: Any, **_kw: Any) -> None:
     if not config.config_of(server_args).enabled:
         return
     infos = result[3].scheduler_infos
     if not all("sere" in info for info in infos):
-        from sere_sglang.patches.server_args import reported
-
         with reported(server_args):
             raise SereError(
                 "--moe-backend sere: the scheduler process started without it (is the sere-sglang "

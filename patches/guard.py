@@ -2,7 +2,7 @@
 
 Every hook is wrapped here by patches/seam.py. Until the server serves, an error stops the start, as
 it should. From then on the hook's place is taken by what SGLang would do without it: its own
-function runs once, its own errors pass through untouched, and SERE goes exact (runtime.fail).
+function runs once, its own errors pass through untouched, and SERE goes exact (rank.fail).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
-from sere_sglang import runtime
+from sere_sglang.runtime import rank
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Guarded:
         return original(*args, **kwargs)
 
     def _is_left_out(self) -> bool:
-        active = runtime.current()
+        active = rank.current()
         if active is None or self.runs == "always":
             return False
         if self.runs == "until it fails":
@@ -102,7 +102,7 @@ class Guarded:
         return active.failed is not None
 
     def _fail(self, error: Exception) -> None:
-        active = runtime.current()
+        active = rank.current()
         if active is None:
             _launcher.fail(self.name, error)
             return
@@ -159,5 +159,5 @@ def launcher_starts_again() -> None:
 
 
 def _is_serving() -> bool:
-    active = runtime.current()
+    active = rank.current()
     return _launcher.stop is not None if active is None else active.is_serving

@@ -12,10 +12,10 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from sere_sglang import runtime
 from sere_sglang.errors import SereError
 from sere_sglang.patches.number_keys import PREFIX, STOP, unflatten
 from sere_sglang.patches.seam import hook, resolve
+from sere_sglang.runtime import rank
 
 logger = logging.getLogger(__name__)
 
@@ -43,19 +43,19 @@ def install() -> None:
 
 
 def _add_state(result: Any, *_args: Any) -> None:
-    active = runtime.current()
+    active = rank.current()
     if active is not None:
         result.internal_state["sere"] = active.state()
 
 
 def _add_essential_state(result: Any, *_args: Any) -> None:
-    active = runtime.current()
+    active = rank.current()
     if active is not None:
         result.internal_state["sere"] = active.essential_state()
 
 
 def _set_state(original: Callable[..., Any], controller: Any, recv_req: Any) -> Any:
-    active = runtime.current()
+    active = rank.current()
     ours = [key for key in recv_req.server_args if key.startswith(PREFIX)]
     if not ours or active is None:
         return original(controller, recv_req)

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
-from sere_sglang import runtime
-from sere_sglang.backend.bind import Binding, bind_model
-from sere_sglang.backend.moe_layers import moe_layers
-from sere_sglang.backend.probe import moe_cost
 from sere_sglang.patches import moe_rows
 from sere_sglang.patches.forward_batch import noted
 from sere_sglang.patches.seam import hook
 from sere_sglang.profile import load_profile
+from sere_sglang.runtime import rank
+from sere_sglang.runtime.bind import Binding, bind_model
+from sere_sglang.runtime.moe_layers import moe_layers
+from sere_sglang.runtime.probe import moe_cost
 from sere_sglang.schedule.composition import BatchComposition, Mode, MoeRows
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.cost_file import load_cost
@@ -48,7 +48,7 @@ def install() -> None:
 
 
 def _bind(_result: Any, runner: Any) -> None:
-    active = runtime.current()
+    active = rank.current()
     if active is None or runner.is_draft_worker:
         return
     active.moe_rows = moe_rows.moe_rows()
@@ -89,7 +89,7 @@ def time_layers(runner: Any, top_k: Mapping[int, int]) -> MoeCost:
 def _forward(
     original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    active = runtime.current()
+    active = rank.current()
     if active is None or runner.is_draft_worker or active.binding is None:
         return original(runner, forward_batch, *args, **kwargs)
     if active.failed is not None:
@@ -117,7 +117,7 @@ def _forward_exact(
     original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Captured graphs keep launching the kernels: the control block has to say that it is off."""
-    active = runtime.current()
+    active = rank.current()
     if active is not None and not runner.is_draft_worker:
         active.exact_forward()
     return original(runner, forward_batch, *args, **kwargs)

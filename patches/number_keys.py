@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sere_sglang.errors import SereError, shown
-from sere_sglang.schedule.policy import policy_names
+from sere_sglang.schedule.names import policy_names
 from sere_sglang.schedule.settings import COMMANDS, Settings
 
 PREFIX = "sere."

@@ -33,9 +33,9 @@ def register() -> None:
 
 
 def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
-    spec = calibration.spec_of(server_args)
-    if spec is not None:
-        calibration.install(spec, device=server_args.device)
+    make_collector = calibration.collector_of(server_args)
+    if make_collector is not None:
+        calibration.install(make_collector, device=server_args.device)
         return
     if doctor.is_asked(server_args):
         doctor.install(device=server_args.device)
@@ -45,7 +45,6 @@ def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any)
         return
     from sglang.srt.layers.moe.utils import register_moe_runner_backend_name
 
-    from sere_sglang import runtime
     from sere_sglang.patches import (
         cpu_moe,
         decode_log,
@@ -55,9 +54,10 @@ def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any)
         rank_decision,
         topk,
     )
+    from sere_sglang.runtime import rank
 
     register_moe_runner_backend_name("sere")
-    runtime.start(asked)
+    rank.start(asked)
     model_runner.install()
     topk.install()
     forward_batch.install()
@@ -71,16 +71,16 @@ def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any)
 def _after_init(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
     from sglang.srt.runtime_context import get_parallel
 
-    from sere_sglang import runtime
     from sere_sglang.patches import rank_decision
+    from sere_sglang.runtime import rank
 
-    active, parallel = runtime.current(), get_parallel()
+    active, parallel = rank.current(), get_parallel()
     if active is None or active.binding is None:
         return
     metrics = None
     reporter = scheduler.metrics_reporter
     if reporter.current_scheduler_metrics_enabled and reporter.metrics_collector is not None:
-        from sere_sglang.telemetry.metrics import SereMetrics
+        from sere_sglang.runtime.metrics import SereMetrics
 
         metrics = SereMetrics(reporter.metrics_collector.labels, active.binding.layer_ids)
 
@@ -109,8 +109,8 @@ def _report(result: dict[str, Any], scheduler: Any) -> None:
     if doctor.is_asked(scheduler.server_args):
         doctor.report(result)
     elif config.config_of(scheduler.server_args).enabled:
-        from sere_sglang import runtime
+        from sere_sglang.runtime import rank
 
-        active = runtime.current()
+        active = rank.current()
         assert active is not None
         result["sere"] = active.describe()

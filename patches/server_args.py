@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,12 +61,6 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Names
     return record
 
 
-def reported(record: Any) -> AbstractContextManager[None]:
-    """A `SereError` ends a command line; ``sglang.Engine(...)`` raises it."""
-    from_cli = getattr(record, "_sere_from_cli", False)
-    return exit_on_error() if from_cli else nullcontext()
-
-
 def _require_config_was_read(path: str | None) -> None:
     """SGLang merges ``--config FILE`` away; ``--config=FILE`` it ignores without a word."""
     if path and Path(path).is_file() and "sere" in Path(path).read_text():
@@ -85,11 +78,11 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
         return
     from sglang.srt.arg_groups.overrides import model_config_of
 
-    from sere_sglang.backend import cpu_isa
+    from sere_sglang.cpu import isa as cpu_isa
     from sere_sglang.patches import engine, moe_rows
     from sere_sglang.preflight import prepare
 
-    with reported(record):
+    with engine.reported(record):
         if record.device == "cpu":
             cpu_isa.isa()  # refuses a SERE_CPU_ISA that does not run here, before workers start
         hf_config = model_config_of(record).hf_config.to_dict()

@@ -17,8 +17,8 @@ import torch
 from sglang.srt.environ import envs
 from sglang.srt.plugins.hook_registry import HookType
 
-from sere_sglang.backend.stage import RerouteStage, stage_of
 from sere_sglang.patches.seam import hook
+from sere_sglang.runtime.stage import RerouteStage, stage_of
 
 _MODULE = "sglang.srt.layers.moe.topk"
 _ROUTER = ("gating_output", "topk", "renormalize")  # what the fused form takes over

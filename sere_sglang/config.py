@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sere_sglang.errors import SereError
-from sere_sglang.schedule.policy import policy_names
+from sere_sglang.schedule.names import policy_names
 from sere_sglang.schedule.request_quality import QUALITIES, QualityRules, parse_allowed
 from sere_sglang.schedule.settings import Settings
 

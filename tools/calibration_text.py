@@ -1,4 +1,4 @@
-"""Writes sere_sglang/profile/calibration.txt, what `sere-sglang calibrate` uses without --data.
+"""Writes sere_sglang/calibration/calibration.txt, what `sere-sglang calibrate` uses without --data.
 
 Two public-domain sources of the demo model's corpus, verse and a technical manual, a piece of
 each document so that many documents fit.

@@ -1,7 +1,8 @@
 """``sere-sglang calibrate``: runs a model over text and writes the profile.
 
-`engine` runs the model in SGLang, `layers` reads it layer by layer with transformers' modules;
-both give the same statistics to `result`. What a measure is belongs to `profile`.
+`through_sglang` runs the model in SGLang, where `collector` sits in every worker; `layer_by_layer`
+reads it one layer at a time with transformers' modules. Both keep the same `statistics`, of which
+`result` makes a profile.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def calibrate(
     check_job(job)
     choose_device(job.device)
     if job.layer_by_layer:
-        from sere_sglang.calibration.layers import collect
+        from sere_sglang.calibration.layer_by_layer import collect
     else:
-        from sere_sglang.calibration.engine import collect
+        from sere_sglang.calibration.through_sglang import collect
     text, state, model = collect(job, progress, stop)
     profile = build_profile(job, text, state, model)
     try:

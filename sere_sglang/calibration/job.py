@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from sere_sglang.backend import cpu_isa
+from sere_sglang.calibration.collection import CollectionSpec, check_enough, load_partial
+from sere_sglang.calibration.text import CalibrationText, check_files, read_windows
+from sere_sglang.cpu import isa as cpu_isa
 from sere_sglang.errors import SereError
 from sere_sglang.profile import MoeModelInfo, default_place
-from sere_sglang.profile.collection import CollectionSpec, check_enough, load_partial
 from sere_sglang.profile.model_files import downloaded, model_folder, weights_fingerprint
-from sere_sglang.profile.text import CalibrationText, check_files, read_windows
 
 SAVE_EVERY_S = 30.0
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from sere_sglang.calibration.job import CalibrationJob
-from sere_sglang.profile import MoeModelInfo, ProfileMetadata, SereProfile
-from sere_sglang.profile.measures import (
+from sere_sglang.calibration.measures import (
     MOMENT_MEASURES,
     Moments,
     similarity,
     substitution_scale,
 )
-from sere_sglang.profile.text import CalibrationText
+from sere_sglang.calibration.text import CalibrationText
+from sere_sglang.profile import MoeModelInfo, ProfileMetadata, SereProfile
 
 State = dict[str, torch.Tensor]
 """Collected tensors, ``{layer}/{name}``; the names are those of `LayerCollector.state`."""

@@ -131,7 +131,7 @@ def _job(
     **rest: Any,
 ) -> CalibrationJob:
     from sere_sglang.calibration import CalibrationJob, default_out, revision_of
-    from sere_sglang.profile.collection import CollectionSpec
+    from sere_sglang.calibration.collection import CollectionSpec
 
     if device not in ("auto", "cpu", "cuda"):
         raise SereError(f"--device {device}: choose from auto, cpu, cuda")
@@ -148,7 +148,7 @@ def _job(
 
 def _tokens(asked: list[str], weighting: str) -> tuple[int, str]:
     """How many tokens there are, and which of them count for a pair of experts."""
-    from sere_sglang.profile.measures import WEIGHTINGS
+    from sere_sglang.calibration.measures import WEIGHTINGS
 
     number = 16384
     for value in asked:
@@ -165,8 +165,8 @@ def _tokens(asked: list[str], weighting: str) -> tuple[int, str]:
 
 
 def _measures(asked: tuple[str, ...], weighting: str) -> tuple[str, ...]:
-    from sere_sglang.profile.collection import CKA_MEASURES, MEASURES
-    from sere_sglang.profile.measures import MOMENT_MEASURES, WEIGHTINGS
+    from sere_sglang.calibration.collection import CKA_MEASURES, MEASURES
+    from sere_sglang.calibration.measures import MOMENT_MEASURES, WEIGHTINGS
 
     if weighting not in WEIGHTINGS:
         raise SereError(f"--weighting {weighting}: choose from {', '.join(WEIGHTINGS)}")

@@ -107,7 +107,7 @@ def _report_model(model: str, out: Path | None, device: str, server_args: tuple[
 
 
 def _isa() -> str:
-    from sere_sglang.backend import cpu_isa
+    from sere_sglang.cpu import isa as cpu_isa
 
     name, here = cpu_isa.isa(), cpu_isa.executable()
     return f"{name}; this machine can execute: {', '.join(here)} ({cpu_isa.VARIABLE} forces one)"
@@ -191,7 +191,7 @@ def _compile_for(arch: str) -> list[str]:
 
 
 def _build_moe_runner() -> list[str]:
-    from sere_sglang.backend.cpu_moe import isa, native_module
+    from sere_sglang.cpu.moe import isa, native_module
     from sere_sglang.ops.jit import BuildError
 
     try:

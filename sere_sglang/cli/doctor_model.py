@@ -119,11 +119,11 @@ def speed_of(device: str, weight_bytes: int) -> Speed:
     """Measured now, in about a second, reading as much memory as the weights take."""
     import torch
 
-    from sere_sglang.backend.bandwidth import flops_per_ms, read_bytes_per_ms
     from sere_sglang.ops.jit import BuildError
+    from sere_sglang.runtime.bandwidth import flops_per_ms, read_bytes_per_ms
 
     if device == "cpu":
-        from sere_sglang.backend.cpu_floor import measure_floor
+        from sere_sglang.cpu.floor import measure_floor
 
         with contextlib.suppress(BuildError):
             floor = measure_floor(working_set=weight_bytes)

@@ -75,13 +75,13 @@ def command(
     Every policy meets the same arrivals. Steps take what the cost model says of the experts that
     the profile's popularity makes a batch of that size activate. Nothing is served.
     """
+    from sere_sglang.cli.simulation_plot import draw
     from sere_sglang.profile import load_profile
     from sere_sglang.schedule.cost import StepModel
     from sere_sglang.schedule.cost_file import CostModel, check_cost_fits, load_cost
     from sere_sglang.schedule.expectation import expect, statistics_of
     from sere_sglang.schedule.simulate import Simulator, Traffic
     from sere_sglang.schedule.trace import read_trace
-    from sere_sglang.telemetry.simulation_plot import draw
 
     loaded = load_profile(profile)
     file = load_cost(cost, "--cost")

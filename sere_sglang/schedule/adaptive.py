@@ -11,7 +11,7 @@ from sere_sglang.schedule.cost import MoeCost, StepModel
 from sere_sglang.schedule.expectation import Expectation
 from sere_sglang.schedule.feedback import Feedback
 from sere_sglang.schedule.ladder import Ladders
-from sere_sglang.schedule.policy import OFF, OperatingPoint
+from sere_sglang.schedule.point import OFF, OperatingPoint
 from sere_sglang.schedule.settings import Settings
 
 _MAX_CACHED = 4096

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sere_sglang.profile import SereProfile
-from sere_sglang.schedule.policy import OperatingPoint
+from sere_sglang.schedule.point import OperatingPoint
 
 _COMPUTED = (1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256, 1024)
 _MAX_ROWS = _COMPUTED[-1]  # larger batches are looked up as this many: every popular expert is in P

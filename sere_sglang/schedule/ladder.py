@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sere_sglang.schedule.expectation import Expectation
-from sere_sglang.schedule.policy import OFF, OperatingPoint
+from sere_sglang.schedule.point import OFF, OperatingPoint
 
 _TINY = 1e-12
 

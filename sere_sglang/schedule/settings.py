@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sere_sglang.errors import SereError, shown
+from sere_sglang.schedule.names import policy_names
 
 COMMANDS = ("reset_counters",)
 MOST_ROWS = (1 << 31) - 1  # of a batch
@@ -59,8 +60,6 @@ class Settings:
 
     def check(self, *, top_k: int) -> None:
         """Raise `SereError` naming the first key that is wrong."""
-        from sere_sglang.schedule.policy import policy_names
-
         if not isinstance(self.enabled, bool):
             raise SereError(f"enabled must be true or false, got {shown(self.enabled)}")
         if self.policy not in policy_names():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,9 @@ from sere_sglang.schedule.cost import MoeCost, StepModel
 from sere_sglang.schedule.expectation import Expectation
 from sere_sglang.schedule.feedback import first_feedback
 from sere_sglang.schedule.observer import Observer
-from sere_sglang.schedule.policy import OperatingPoint, PolicyContext, choose, make_policy
+from sere_sglang.schedule.point import OperatingPoint
+from sere_sglang.schedule.policy import PolicyContext, choose
+from sere_sglang.schedule.registry import make_policy
 from sere_sglang.schedule.settings import Settings
 
 
@@ -44,7 +47,7 @@ class Run:
     step_ms: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
 
-    def summary(self) -> dict[str, float | str | int]:
+    def summary(self) -> dict[str, Any]:
         """Means over decode steps; tok_s over the simulated time; loss weighted by rows."""
         rows, step = np.array(self.rows), np.array(self.step_ms)
         seconds = self.time_s[-1] if self.time_s else 0.0

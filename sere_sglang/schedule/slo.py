@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sere_sglang.schedule.adaptive import AdaptivePolicy
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.feedback import Feedback
-from sere_sglang.schedule.policy import OperatingPoint
+from sere_sglang.schedule.point import OperatingPoint
 from sere_sglang.schedule.settings import Settings
 
 _TOO_SLOW = 1.02  # of the target: above it the budget grows

@@ -15,7 +15,7 @@ from typing import Any
 from sere_sglang.errors import SereError
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.feedback import Feedback
-from sere_sglang.schedule.policy import OFF, OperatingPoint
+from sere_sglang.schedule.point import OFF, OperatingPoint
 
 logger = logging.getLogger(__name__)
 

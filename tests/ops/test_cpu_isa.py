@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sere_sglang.backend import cpu_isa, cpu_moe
-from sere_sglang.backend.cpu_floor import measure_floor
-from sere_sglang.backend.cpu_isa import ISAS, X86
+from sere_sglang.cpu import isa as cpu_isa
+from sere_sglang.cpu import moe as cpu_moe
+from sere_sglang.cpu.floor import measure_floor
+from sere_sglang.cpu.isa import ISAS, X86
 from sere_sglang.errors import SereError
 from sere_sglang.ops import jit
 

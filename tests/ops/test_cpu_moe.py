@@ -10,8 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sere_sglang.backend import cpu_isa, cpu_moe
-from sere_sglang.backend.cpu_moe import fused_moe
+from sere_sglang.cpu import isa as cpu_isa
+from sere_sglang.cpu import moe as cpu_moe
+from sere_sglang.cpu.moe import fused_moe
 from sere_sglang.ops import BuildError
 
 # Relative error of the whole output. bfloat16 has 8 bits: a rounded result is off by up to 2^-9,

@@ -34,7 +34,7 @@ def main() -> None:
 
         return original(job, progress=show, stop=stop)
 
-    calibration.calibrate = calibrate
+    calibration.calibrate = calibrate  # type: ignore[assignment]
     app()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sere_sglang.calibration import CalibrationJob
-from sere_sglang.profile.collection import MEASURES, CollectionSpec
+from sere_sglang.calibration.collection import MEASURES, CollectionSpec
 from tests.server.checkpoints import write_checkpoint
 
 TOKENS, LENGTH, CKA_TOKENS = 300, 64, 200

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -20,10 +21,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from launch.local_server import Process
+from sere_sglang.calibration.collection import MEASURES
 from sere_sglang.config import SereConfig
 from sere_sglang.preflight import prepare
 from sere_sglang.profile import MoeModelInfo, check_profile_fits, load_profile
-from sere_sglang.profile.collection import MEASURES
 from tests.profile import definitions
 from tests.server.checkpoints import EXPERTS, TOP_K, moe_layer_ids, write_checkpoint
 from tests.server.harness import Forked
@@ -98,7 +99,9 @@ def test_similarities_are_those_of_the_experts_outputs(runs: dict[str, Run], nam
         assert rows.shape[0] == TOKENS
         outputs = _expert_outputs(weights, layer, rows)
         tables = profile.tables[layer]
-        matrices = {m: tables.get(f"similarity_{m.replace('-', '_')}") for m in MEASURES}
+        matrices: dict[str, Any] = {
+            m: tables.get(f"similarity_{m.replace('-', '_')}") for m in MEASURES
+        }
         matrices["frobenius"] = profile.similarity[layer]
         for measure, matrix in matrices.items():
             used = outputs[:, :CKA_TOKENS] if measure.startswith("cka") else outputs

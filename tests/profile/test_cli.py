@@ -12,13 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 import sere_sglang
+from sere_sglang.calibration.collection import CollectionSpec, block_tokens, check_enough
 from sere_sglang.cli import doctor
 from sere_sglang.cli.main import app
 from sere_sglang.config import SereConfig, flag_of
 from sere_sglang.errors import SereError
 from sere_sglang.profile import ProfileMetadata, SereProfile, save_profile
 from sere_sglang.profile import report as reports
-from sere_sglang.profile.collection import CollectionSpec, block_tokens, check_enough
 from tests.server.checkpoints import write_checkpoint
 
 WIDE = {"COLUMNS": "200", "TERM": "dumb"}

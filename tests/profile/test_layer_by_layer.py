@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sere_sglang.calibration import CalibrationJob, Interrupted, calibrate, layers
+from sere_sglang.calibration import CalibrationJob, Interrupted, calibrate, layer_by_layer
+from sere_sglang.calibration.collection import MEASURES, CollectionSpec
 from sere_sglang.calibration.decoder import Decoder
 from sere_sglang.errors import SereError
 from sere_sglang.profile import load_profile
-from sere_sglang.profile.collection import MEASURES, CollectionSpec
 from sere_sglang.profile.report import matrices_of
 from tests.profile import definitions
 from tests.profile.layer_jobs import (
@@ -95,7 +95,7 @@ class _Whole:
 @pytest.mark.parametrize("name", MOE_ARCHITECTURES)
 def test_similarities_are_those_of_the_whole_models_experts(folder: Path, name: str) -> None:
     windows: list[list[int]] = []
-    original = layers.read_text
+    original = layer_by_layer.read_text
 
     def read(job: CalibrationJob, tokenizer: Any) -> Any:
         text = original(job, tokenizer)
@@ -103,7 +103,7 @@ def test_similarities_are_those_of_the_whole_models_experts(folder: Path, name: 
         return text
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "read_text", read)
+        patch.setattr(layer_by_layer, "read_text", read)
         calibrate(a_job(folder / name, folder / f"{name}.out"))
     whole = _Whole(folder / name)
     whole.run(windows)
@@ -170,7 +170,7 @@ def test_a_resumed_calibration_gives_the_same_bytes(
         job = dataclasses.replace(cut, resume=runs > 0)
         runs += 1
         if stops.startswith("killed"):
-            monkeypatch.setattr(layers, "SAVE_EVERY_S", -1.0)
+            monkeypatch.setattr(layer_by_layer, "SAVE_EVERY_S", -1.0)
             with _killed_after(4) as progress:
                 calibrate(job, progress=progress)
         else:
@@ -222,7 +222,7 @@ def test_each_tensor_is_read_once(folder: Path, tmp_path: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
     read: list[str] = []
-    original = layers.Decoder._load
+    original = layer_by_layer.Decoder._load
 
     def load(self: Decoder, path: str) -> None:
         loaded = [n for n, p in self.model.named_parameters() if not p.is_meta]

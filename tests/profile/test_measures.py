@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_sglang.profile.cka import cka_matrix
-from sere_sglang.profile.collection import CKA_MEASURES
-from sere_sglang.profile.measures import MOMENT_MEASURES, Moments, similarity, substitution_scale
+from sere_sglang.calibration.cka import cka_matrix
+from sere_sglang.calibration.collection import CKA_MEASURES
+from sere_sglang.calibration.measures import (
+    MOMENT_MEASURES,
+    Moments,
+    similarity,
+    substitution_scale,
+)
 from tests.profile import definitions
 
-TOLERANCE = {"rtol": 1e-4, "atol": 2e-6}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-6}
 
 
 @st.composite

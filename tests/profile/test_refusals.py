@@ -18,13 +18,13 @@ import pytest
 import torch
 
 import sere_sglang.calibration as calibration
-from sere_sglang.backend import collect
-from sere_sglang.calibration import calibrate, layers
+from sere_sglang.calibration import calibrate, layer_by_layer
+from sere_sglang.calibration import collector as worker
+from sere_sglang.calibration.collection import CollectionSpec
 from sere_sglang.calibration.decoder import BlockExperts
 from sere_sglang.calibration.job import read_text
 from sere_sglang.errors import SereError
 from sere_sglang.profile import SereProfile, load_profile
-from sere_sglang.profile.collection import CollectionSpec
 from tests.profile.layer_jobs import a_job, same_everywhere, write_float32
 
 
@@ -66,12 +66,12 @@ def _router(output_format: _Format = _Format.STANDARD) -> Any:
 
 def _attached(
     monkeypatch: pytest.MonkeyPatch, found: list[int], routers: dict[int, Any]
-) -> collect.Collector:
+) -> worker.Collector:
     topk = SimpleNamespace(TopKOutputFormat=_Format)
     monkeypatch.setitem(sys.modules, "sglang.srt.layers.moe.topk", topk)
-    monkeypatch.setattr(collect, "moe_layers", lambda _: {i: _Layer(i) for i in found})
-    monkeypatch.setattr(collect, "routers_of", lambda _: routers)
-    collector = collect.Collector(CollectionSpec(memory=1 << 20))
+    monkeypatch.setattr(worker, "moe_layers", lambda _: {i: _Layer(i) for i in found})
+    monkeypatch.setattr(worker, "routers_of", lambda _: routers)
+    collector = worker.Collector(CollectionSpec(memory=1 << 20))
     collector.attach(torch.nn.Identity())
     return collector
 
@@ -117,7 +117,7 @@ def test_what_happens_inside_the_engine_comes_back(
     """A failure there is kept for the next call, the scheduler would die of it."""
     collector = _attached(monkeypatch, [0], {0: _router()})
     collector.call("begin")
-    monkeypatch.setattr(collect.LayerExperts, "outputs", lambda _, rows: outputs(rows))
+    monkeypatch.setattr(worker.LayerExperts, "outputs", lambda _, rows: outputs(rows))
     collector.begin_forward(5000, is_prefill=True)
     slots = SimpleNamespace(
         topk_ids=torch.zeros(5000, 2, dtype=torch.int32), topk_weights=torch.ones(5000, 2)
@@ -186,7 +186,7 @@ def test_a_full_disk_is_told_with_the_file(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, message: str
 ) -> None:
     """As with a quota: no file may grow beyond `room` bytes."""
-    monkeypatch.setattr(layers, "SAVE_EVERY_S", -1.0)
+    monkeypatch.setattr(layer_by_layer, "SAVE_EVERY_S", -1.0)
     job = a_job(folder / "qwen3_moe", tmp_path / "p.out", spec=CollectionSpec(memory=1 << 24))
     with _at_most(room), pytest.raises(SereError, match=message) as error:
         calibrate(job)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sere_sglang.calibration.text import read_windows
 from sere_sglang.errors import SereError
-from sere_sglang.profile.text import read_windows
 
 
 def tokenize(text: str) -> list[int]:
     return list(text.encode())
 
 
-def windows(*files: Path, num_tokens: int = 100, length: int = 20, **extra: object) -> list[str]:
+def windows(*files: Path, num_tokens: int = 100, length: int = 20, **extra: Any) -> list[str]:
     text = read_windows(files, tokenize, num_tokens=num_tokens, length=length, **extra)
     return [bytes(window).decode() for window in text.windows]
 

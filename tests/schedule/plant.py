@@ -10,7 +10,7 @@ from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import StepModel
 from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback
 from sere_sglang.schedule.observer import Observer
-from sere_sglang.schedule.policy import OperatingPoint
+from sere_sglang.schedule.point import OperatingPoint
 from sere_sglang.schedule.settings import Settings
 from sere_sglang.schedule.slo import SloPolicy
 from tests.schedule.toy_model import COST, expectation, settings

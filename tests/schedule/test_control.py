@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from sere_sglang.ops.control import decode_control
-from sere_sglang.schedule.control import ControlBlock
-from sere_sglang.schedule.policy import OFF, OperatingPoint
+from sere_sglang.runtime.control import ControlBlock
+from sere_sglang.schedule.point import OFF, OperatingPoint
 
 CLASSES = ((8, 0.0), (1, 0.25))
 

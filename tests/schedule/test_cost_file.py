@@ -161,7 +161,7 @@ def _refused(path: Path, named: str) -> None:
     ],
 )
 def test_another_model_is_named(path: Path, other: dict[str, Any], named: str) -> None:
-    values = {
+    values: dict[str, Any] = {
         "name": "b/model",
         "fingerprint": MODEL.fingerprint,
         "layers": MODEL.layers,

@@ -15,7 +15,7 @@ from sere_sglang.schedule.expectation import (
     LayerStatistics,
     expect,
 )
-from sere_sglang.schedule.policy import OFF, OperatingPoint
+from sere_sglang.schedule.point import OFF, OperatingPoint
 
 E, K = 32, 4
 THRESHOLDS = (0.0, 0.5)

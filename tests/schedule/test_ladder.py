@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sere_sglang.schedule.ladder import Ladders
-from sere_sglang.schedule.policy import OFF, OperatingPoint
+from sere_sglang.schedule.point import OFF, OperatingPoint
 from tests.schedule.toy_model import LAYERS, TOP_K, expectation
 
 LADDERS = Ladders(expectation())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_sglang.backend.probe import collect, columns, routing
+from sere_sglang.runtime.probe import collect, columns, routing
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.layer_cost import BandwidthCost, LayerShape, MeasuredCost, isotonic
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import prometheus_client
 import pytest
 
-from sere_sglang.schedule.policy import OperatingPoint
-from sere_sglang.telemetry.metrics import PREFIX, SereMetrics
+from sere_sglang.runtime.metrics import PREFIX, SereMetrics
+from sere_sglang.schedule.point import OperatingPoint
 from tests.schedule.toy_model import settings
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "launch" / "grafana.json"

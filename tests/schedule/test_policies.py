@@ -14,14 +14,10 @@ from sere_sglang.schedule.adaptive import AdaptivePolicy
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost, StepModel
 from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback
-from sere_sglang.schedule.policy import (
-    OFF,
-    OperatingPoint,
-    PolicyContext,
-    choose,
-    make_policy,
-    policy_names,
-)
+from sere_sglang.schedule.names import policy_names
+from sere_sglang.schedule.point import OFF, OperatingPoint
+from sere_sglang.schedule.policy import PolicyContext, choose
+from sere_sglang.schedule.registry import make_policy
 from sere_sglang.schedule.settings import Settings
 from tests.schedule.toy_model import COST, EXPERTS, LAYERS, TOP_K, expectation, settings
 

@@ -17,16 +17,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sere_sglang.backend.bind import Binding
-from sere_sglang.backend.stage import RerouteStage, Switch
 from sere_sglang.config import SereConfig
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable
 from sere_sglang.profile import load_profile
-from sere_sglang.runtime import SereRuntime
+from sere_sglang.runtime.bind import Binding
+from sere_sglang.runtime.clock import StepClock
+from sere_sglang.runtime.control import ControlBlock
+from sere_sglang.runtime.rank import SereRuntime
+from sere_sglang.runtime.stage import RerouteStage, Switch
 from sere_sglang.schedule.composition import BatchComposition, MoeRows
-from sere_sglang.schedule.control import ControlBlock
 from sere_sglang.schedule.cost import MoeCost
-from sere_sglang.telemetry.clock import StepClock
 from tests.schedule.toy_model import TOP_K
 
 PROFILE = Path(__file__).resolve().parents[2] / "demo_model" / "sere_profile.safetensors"

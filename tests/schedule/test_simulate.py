@@ -18,7 +18,7 @@ from sere_sglang.config import DEFAULT_MIN_GAIN, DEFAULT_QUALITY_BUDGET
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import StepModel
 from sere_sglang.schedule.feedback import Feedback
-from sere_sglang.schedule.policy import OFF
+from sere_sglang.schedule.point import OFF
 from sere_sglang.schedule.simulate import Simulator, Traffic
 from sere_sglang.schedule.trace import TraceWriter
 from tests.schedule.toy_model import COST, expectation, settings

@@ -10,7 +10,7 @@ from sere_sglang.errors import SereError
 from sere_sglang.schedule import trace as module
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.feedback import Feedback
-from sere_sglang.schedule.policy import OFF, OperatingPoint
+from sere_sglang.schedule.point import OFF, OperatingPoint
 from sere_sglang.schedule.trace import TraceWriter, read_trace
 
 STEP = BatchComposition("verify", verify_tokens=12, padded_rows=16, running=4, exact_rows=3, step=7)

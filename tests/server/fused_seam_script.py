@@ -10,10 +10,10 @@ import torch
 from sglang.srt.layers.moe import topk as sglang_topk
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
-import sere_sglang.backend.stage as stage_module
-from sere_sglang.backend.stage import RerouteStage, Switch, bind_stage
+import sere_sglang.runtime.stage as stage_module
 from sere_sglang.ops import LayerTable, encode_control, new_counters
 from sere_sglang.patches import topk
+from sere_sglang.runtime.stage import RerouteStage, Switch, bind_stage
 
 T, E, K = 24, 32, 4
 
@@ -112,7 +112,10 @@ def main() -> None:
             "apart": select(make_stage(False), renormalize=renormalize),
             "fused": select(make_stage(True), renormalize=renormalize),
         }
-    scaled = {"routed_scaling_factor": 2.5, "apply_routed_scaling_factor_on_output": True}
+    scaled: dict[str, Any] = {
+        "routed_scaling_factor": 2.5,
+        "apply_routed_scaling_factor_on_output": True,
+    }
     out["scaled"] = {
         "apart": select(make_stage(False), **scaled),
         "fused": select(make_stage(True), **scaled),

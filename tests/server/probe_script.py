@@ -13,8 +13,8 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
-from sere_sglang.backend import bandwidth, probe
 from sere_sglang.patches import cpu_moe
+from sere_sglang.runtime import bandwidth, probe
 from sere_sglang.schedule.cost_file import describe
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = 3, 16, 4, 64
@@ -121,7 +121,7 @@ def main() -> None:
         made = layers()
         made[0].dispatcher = object()
         found["dispatcher"] = cost_of(made)
-        bandwidth.torch.ones = no_memory
+        bandwidth.torch.ones = no_memory  # type: ignore[assignment]
         found["no memory at all"] = cost_of(failing(out_of_memory))
     print(json.dumps(found))
 

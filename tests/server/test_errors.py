@@ -37,7 +37,7 @@ def _with_profile(model: Path, path: Path) -> str:
     return _refused(f"--model-path={model}", "--moe-backend=sere", f"--sere-profile={path}")
 
 
-def _edited(model: Path, path: Path, edit: Callable[[SereProfile], None]) -> Path:
+def _edited(model: Path, path: Path, edit: Callable[[SereProfile], object]) -> Path:
     profile = random_profile(model)
     edit(profile)
     save_profile(profile, path)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
-from sere_sglang import runtime
 from sere_sglang.config import SereConfig
 from sere_sglang.errors import SereError
 from sere_sglang.patches.cpu_moe import distinct
 from sere_sglang.patches.guard import HOOKS, Guarded
 from sere_sglang.patches.number_keys import unflatten
-from sere_sglang.runtime import SereRuntime
+from sere_sglang.runtime import rank as runtime
+from sere_sglang.runtime.rank import SereRuntime
 from sere_sglang.schedule.composition import BatchComposition
 
 

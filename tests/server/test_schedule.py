@@ -238,7 +238,7 @@ def _written(server: Server, trace: Path) -> list[TraceStep]:
 
 
 def _sampling(quality: Any) -> dict[str, Any]:
-    sampling = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
+    sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
     if quality is not None:
         sampling["custom_params"] = {"sere": quality}
     return {"sampling_params": sampling}

@@ -107,7 +107,8 @@ def _scripture(roots: dict[str, Path]) -> Iterator[str]:
     data = roots["bible-kjv-text"] / "usr/lib"
     command = [str(program.resolve()), "-f", "-p", str(data.resolve()), "gen1:1-rev22:21"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    chapter, verses = "", []
+    chapter = ""
+    verses: list[str] = []
     for line in printed.splitlines():
         found = re.match(r"([0-9]?[A-Za-z]+\d+):(\d+) (.*)", line)
         if not found:

@@ -21,12 +21,12 @@ def evaluate(
     bits, size = {}, {}
     load: dict[str, list[torch.Tensor]] = {}
     for domain, documents in heldout.items():
-        for layer in model.layers:
+        for layer in model.blocks:
             layer.mlp.load.zero_()
         nats = sum(_nats(model, ids) for ids in encode(made, documents))
         size[domain] = sum(len(text.encode()) for text in documents)
         bits[domain] = nats / math.log(2)
-        load[domain] = [layer.mlp.load.clone() for layer in model.layers]
+        load[domain] = [layer.mlp.load.clone() for layer in model.blocks]
     per_byte = {domain: bits[domain] / size[domain] for domain in bits}
     per_byte["all"] = sum(bits.values()) / sum(size.values())
     experts = {

@@ -5,7 +5,7 @@ the experts of a layer stacked and its tokens sorted by expert.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +145,8 @@ class _Gather(torch.autograd.Function):
 class Experts(nn.Module):
     """Router and experts of one layer. `load` counts slots per expert since it was zeroed."""
 
+    load: torch.Tensor
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
@@ -227,6 +229,11 @@ class Qwen3Moe(nn.Module):
             balance = balance + loss / len(self.layers)
         return F.linear(self.norm(x), self.embed.to(x.dtype)), balance
 
+    @property
+    def blocks(self) -> list[Layer]:
+        """`layers`, with their type."""
+        return cast(list[Layer], list(self.layers))
+
     def hf_tensors(self) -> dict[str, torch.Tensor]:
         """Weights under their Hugging Face names, bfloat16."""
         out = {
@@ -234,7 +241,7 @@ class Qwen3Moe(nn.Module):
             "lm_head.weight": self.embed.clone(),  # tied in training
             "model.norm.weight": self.norm.weight,
         }
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.blocks):
             at = f"model.layers.{i}"
             for name, p in layer.named_parameters():
                 if not name.startswith("mlp."):

@@ -32,6 +32,7 @@ def tokenizer(splits: dict[str, dict[str, list[str]]], folder: Path) -> Tokenize
 def encode(made: Tokenizer, documents: list[str]) -> list[list[int]]:
     """Every document's ids, each opened by the end-of-text token."""
     end = made.token_to_id(END)
+    assert end is not None
     return [[end, *found.ids] for found in made.encode_batch(documents)]
 
 

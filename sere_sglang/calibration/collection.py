@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sere_sglang.calibration.measures import MOMENT_MEASURES
 from sere_sglang.errors import SereError
-from sere_sglang.profile.measures import MOMENT_MEASURES
 
 CKA_MEASURES = ("cka", "cka-rbf", "cka-polynomial")
 MEASURES = (*MOMENT_MEASURES, *CKA_MEASURES)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from sere_sglang.calibration.collection import load_partial, save_partial
 from sere_sglang.calibration.decoder import Block, Decoder
 from sere_sglang.calibration.hidden import HiddenStates
 from sere_sglang.calibration.job import (
@@ -22,12 +23,11 @@ from sere_sglang.calibration.job import (
     read_text,
     resumable,
 )
-from sere_sglang.calibration.layer import LayerCollector, explained, is_out_of_memory
 from sere_sglang.calibration.result import State
+from sere_sglang.calibration.statistics import LayerCollector, explained, is_out_of_memory
+from sere_sglang.calibration.text import CalibrationText
 from sere_sglang.errors import SereError
 from sere_sglang.profile import MoeModelInfo
-from sere_sglang.profile.collection import load_partial, save_partial
-from sere_sglang.profile.text import CalibrationText
 
 
 def collect(

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sere_sglang.schedule.policy import OperatingPoint, policy_names
+from sere_sglang.runtime.counters import Window
+from sere_sglang.schedule.names import policy_names
+from sere_sglang.schedule.point import OperatingPoint
 from sere_sglang.schedule.settings import Settings
-from sere_sglang.telemetry.counters import Window
 
 PREFIX = "sglang:sere_"
 # fmt: off

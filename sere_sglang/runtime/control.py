@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sere_sglang.ops import CONTROL_WORDS, encode_control
-from sere_sglang.schedule.policy import OFF, OperatingPoint
+from sere_sglang.schedule.point import OFF, OperatingPoint
 
 # More forwards than the overlap scheduler can ever have in flight.
 _RING = 16

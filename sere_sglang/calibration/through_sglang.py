@@ -6,10 +6,13 @@ not depend on when the scheduler happens to look into its queue.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
+from sere_sglang.calibration.collection import load_partial
+from sere_sglang.calibration.collector import Collector
 from sere_sglang.calibration.job import (
     SAVE_EVERY_S,
     CalibrationJob,
@@ -21,10 +24,9 @@ from sere_sglang.calibration.job import (
     resumable,
 )
 from sere_sglang.calibration.result import State, layer_ids
+from sere_sglang.calibration.text import CalibrationText
 from sere_sglang.errors import SereError
 from sere_sglang.profile import MoeModelInfo
-from sere_sglang.profile.collection import load_partial
-from sere_sglang.profile.text import CalibrationText
 
 
 def collect(
@@ -84,7 +86,7 @@ def _server_args(job: CalibrationJob) -> Any:
         flags += ["--device=cpu", "--attention-backend=torch_native"]
         flags += [f"--max-total-tokens={max(4 * job.length, 2048)}"]
     record = prepare_server_args([*flags, *job.server_args])
-    calibration.attach_spec(record, job.spec)
+    calibration.attach(record, functools.partial(Collector, job.spec))
     return record
 
 

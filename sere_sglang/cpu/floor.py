@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sere_sglang.backend.cpu_isa import isa as isa_in_use
-from sere_sglang.backend.cpu_moe import native_module
+from sere_sglang.cpu.isa import isa as isa_in_use
+from sere_sglang.cpu.moe import native_module
 
 _BLOCK = (1024, 1024)  # of uint8, in each of two tensors
 _WORKING_SET = (2 << 20, 512 << 20, 1 << 30)  # bytes: least, unless told otherwise, most

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from sere_sglang.backend.moe_layers import moe_layers, require_standard_format, routers_of
-from sere_sglang.calibration.layer import LayerCollector, explained
+from sere_sglang.calibration.collection import CollectionSpec, load_partial, save_partial
+from sere_sglang.calibration.statistics import LayerCollector, explained
 from sere_sglang.errors import SereError
-from sere_sglang.profile.collection import CollectionSpec, load_partial, save_partial
+from sere_sglang.runtime.moe_layers import moe_layers, require_standard_format, routers_of
 
 
 class LayerExperts:

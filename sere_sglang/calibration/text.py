@@ -148,4 +148,4 @@ def _parquet(file: Path, column: str) -> Iterator[str]:
 
 
 def _built_in_text() -> str:
-    return (resources.files("sere_sglang.profile") / "calibration.txt").read_text("utf-8")
+    return (resources.files("sere_sglang.calibration") / "calibration.txt").read_text("utf-8")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sere_sglang.backend import cpu_isa
-from sere_sglang.backend.cpu_isa import ISAS, isa
+from sere_sglang.cpu import isa as cpu_isa
+from sere_sglang.cpu.isa import ISAS, isa
 from sere_sglang.ops.jit import BuildError, build_library, cxx_flags, find_cxx, load_module
 
 logger = logging.getLogger(__name__)

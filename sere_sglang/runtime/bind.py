@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from sere_sglang.backend.moe_layers import (
-    moe_layers,
-    require_standard_format,
-    routed_top_k,
-    routers_of,
-)
-from sere_sglang.backend.stage import RerouteStage, Switch, bind_stage
 from sere_sglang.config import SereConfig
 from sere_sglang.errors import SereError
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable, select_impl
 from sere_sglang.ops.fused import uses_cuda
 from sere_sglang.profile import SereProfile
-from sere_sglang.schedule.control import ControlBlock
+from sere_sglang.runtime.control import ControlBlock
+from sere_sglang.runtime.moe_layers import (
+    moe_layers,
+    require_standard_format,
+    routed_top_k,
+    routers_of,
+)
+from sere_sglang.runtime.stage import RerouteStage, Switch, bind_stage
 
 # Rows that can be told apart by quality; decode batches are far smaller.
 _MAX_CLASS_ROWS = 8192

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sere_sglang.profile.measures import as_similarity
+from sere_sglang.calibration.measures import as_similarity
 
 _KERNEL_OF = {"cka": "linear", "cka-rbf": "rbf", "cka-polynomial": "polynomial"}
 _MIN_VARIANCE = 1e-8

@@ -11,30 +11,25 @@ from sere_sglang.config import SereConfig
 from sere_sglang.errors import cut
 from sere_sglang.ops import COUNTER_FIELDS
 from sere_sglang.profile import SereProfile
+from sere_sglang.runtime.clock import StepClock
+from sere_sglang.runtime.control import ClassTable
+from sere_sglang.runtime.counters import CounterReader, Window
 from sere_sglang.schedule.composition import BatchComposition, MoeRows
-from sere_sglang.schedule.control import ClassTable
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.cost_file import describe as describe_cost
 from sere_sglang.schedule.expectation import expect, statistics_of
 from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback, first_feedback
 from sere_sglang.schedule.observer import Observer
-from sere_sglang.schedule.policy import (
-    OFF,
-    OperatingPoint,
-    Policy,
-    PolicyContext,
-    choose,
-    make_policy,
-)
+from sere_sglang.schedule.point import OFF, OperatingPoint
+from sere_sglang.schedule.policy import Policy, PolicyContext, choose
+from sere_sglang.schedule.registry import make_policy
 from sere_sglang.schedule.request_quality import row_classes
 from sere_sglang.schedule.settings import Settings
 from sere_sglang.schedule.trace import TraceWriter
-from sere_sglang.telemetry.clock import StepClock
-from sere_sglang.telemetry.counters import CounterReader, Window
 
 if TYPE_CHECKING:
-    from sere_sglang.backend.bind import Binding
-    from sere_sglang.telemetry.metrics import SereMetrics
+    from sere_sglang.runtime.bind import Binding
+    from sere_sglang.runtime.metrics import SereMetrics
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from sere_sglang.backend.bandwidth import flops_per_ms, read_bytes_per_ms
-from sere_sglang.backend.cpu_isa import isa
-from sere_sglang.backend.layer_shape import by_shape
-from sere_sglang.backend.layer_timer import Chain, timer_for
+from sere_sglang.cpu.isa import isa
 from sere_sglang.errors import SereError
+from sere_sglang.runtime.bandwidth import flops_per_ms, read_bytes_per_ms
+from sere_sglang.runtime.layer_shape import by_shape
+from sere_sglang.runtime.layer_timer import Chain, timer_for
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.layer_cost import BandwidthCost, LayerCost, LayerShape, MeasuredCost
 

@@ -7,10 +7,10 @@ from typing import Protocol
 
 import torch
 
+from sere_sglang.calibration.cka import cka_matrix
+from sere_sglang.calibration.collection import CollectionSpec, block_tokens, cka_block
+from sere_sglang.calibration.measures import Moments
 from sere_sglang.errors import SereError
-from sere_sglang.profile.cka import cka_matrix
-from sere_sglang.profile.collection import CollectionSpec, block_tokens, cka_block
-from sere_sglang.profile.measures import Moments
 
 
 class Experts(Protocol):

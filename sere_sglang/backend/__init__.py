@@ -1,1 +1,0 @@
-"""Inside one MoE layer: the re-routing stage, the CPU runner. Knows SGLang, knows no policy."""

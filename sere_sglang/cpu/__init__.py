@@ -1,0 +1,1 @@
+"""The CPU engine's MoE runner: not re-routing, but what serves it where there is no GPU."""

@@ -1,1 +1,0 @@
-"""Counters, metrics, plots."""
