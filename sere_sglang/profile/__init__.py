@@ -1,4 +1,4 @@
-"""The profile file, similarity measures and calibration arithmetic. Nothing here imports SGLang."""
+"""What a server loads: the profile file, the model it belongs to. Nothing here imports SGLang."""
 
 from __future__ import annotations
 

@@ -22,9 +22,14 @@ LAYERS = (
     ("schedule",),
     ("profile",),
     ("ops",),
-    ("errors", "csrc"),
+    ("cache", "errors", "csrc"),
 )
 """From the top: a layer imports those below it; those in one line do not know each other."""
+ALLOWED = {
+    # --sere-profile auto: a server that has no profile starts a calibration, in another process.
+    ("sere_sglang.patches.server_args", "sere_sglang.calibration.on_demand"),
+}
+"""The imports that run upwards, and why."""
 KNOW_SGLANG = {"calibration", "cli", "patches", "plugin", "runtime", "serve_backend"}
 
 
@@ -91,14 +96,14 @@ def test_no_two_modules_import_each_other() -> None:
 
 def test_no_import_runs_upwards() -> None:
     depth = {name: n for n, layer in enumerate(LAYERS) for name in layer}
-    upwards = [
-        f"{name} imports {other}"
+    upwards = {
+        (name, other)
         for name, others in OURS.items()
         if name != PACKAGE
         for other in others
         if _part(name) != _part(other) and depth[_part(name)] >= depth[_part(other)]
-    ]
-    assert not upwards
+    }
+    assert upwards == ALLOWED
 
 
 @pytest.mark.parametrize("library", ["sglang", "matplotlib"])

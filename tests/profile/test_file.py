@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_a_profile_fits_the_model_it_was_made_for() -> None:
     ],
 )
 def test_a_profile_of_another_model_is_refused_with_both_sides(
-    changes: dict[str, object], both_sides: str
+    changes: dict[str, Any], both_sides: str
 ) -> None:
     with pytest.raises(ProfileError, match=both_sides) as error:
         check_profile_fits(_profile_for(a_model()), a_model(**changes), Path("some.safetensors"))
