@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks._common import write_result
-from launch import quality
-from launch.experiment import heldout_prompts
-from launch.local_server import Server, serve
+from benchmarks.serving import quality
+from benchmarks.serving.experiment import heldout_prompts
+from benchmarks.serving.server import Server, serve
 from sere_sglang.profile import load_profile
 from sere_sglang.schedule.expectation import Expectation, expect, statistics_of
 from sere_sglang.schedule.point import OFF, OperatingPoint

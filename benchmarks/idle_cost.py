@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from benchmarks._common import write_result
-from launch.experiment import heldout_prompts, median_interval
-from launch.load import run_load
-from launch.local_server import SGLANG, Server, serve
+from benchmarks.serving.experiment import heldout_prompts, median_interval
+from benchmarks.serving.load import run_load
+from benchmarks.serving.server import SGLANG, Server, serve
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "demo_model"

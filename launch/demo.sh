@@ -3,4 +3,4 @@
 #   bash launch/demo.sh [--streams 1 8 32] [--rounds 3] ...   (bash launch/demo.sh --help)
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
-exec "$PYTHON" -m launch.demo "$@"
+exec "$PYTHON" -m benchmarks.demo "$@"

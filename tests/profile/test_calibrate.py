@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from launch.local_server import Process
+from benchmarks.serving.server import Process
 from sere_sglang.calibration.collection import MEASURES
 from sere_sglang.config import SereConfig
 from sere_sglang.preflight import prepare

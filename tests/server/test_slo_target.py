@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.padded_model import write_padded_model
+from benchmarks.serving.padded_model import write_padded_model
 from sere_sglang.schedule.trace import TraceStep, read_trace
 from tests.server.harness import Server, serve
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from launch.load import run_load
-from launch.local_server import Server, serve
+from benchmarks.serving.load import run_load
+from benchmarks.serving.server import Server, serve
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

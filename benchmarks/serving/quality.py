@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
-from launch.local_server import Server
+from benchmarks.serving.server import Server
 
 SERVER_FLAG = "--enable-custom-logit-processor"
 

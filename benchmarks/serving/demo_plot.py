@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
-    from launch.demo import Row
+    from benchmarks.demo import Row
 
 _MARKERS = {"off": "o", "S=1": "v", "S=2": "s", "S=3": "D", "adaptive": "*"}
 

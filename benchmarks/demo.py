@@ -1,7 +1,7 @@
 """The demo: one trained model, served plain and with SERE, measured side by side.
 
 The model's experts are padded to a size at which reading them decides a step's time, as in real
-models (launch.padded_model). Two servers stay up and take turns, so that a slow minute of the
+models (serving.padded_model). Two servers stay up and take turns, so that a slow minute of the
 machine hits both. Run it through ``bash launch/demo.sh``.
 """
 
@@ -19,8 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks._common import hardware_info
-from launch import quality
-from launch.experiment import (
+from benchmarks.serving import quality
+from benchmarks.serving.experiment import (
     ADAPTIVE,
     OFF,
     PLAIN,
@@ -34,9 +34,9 @@ from launch.experiment import (
     static,
     use,
 )
-from launch.floor_model import FloorModel
-from launch.local_server import Server
-from launch.padded_model import write_padded_model
+from benchmarks.serving.floor_model import FloorModel
+from benchmarks.serving.padded_model import write_padded_model
+from benchmarks.serving.server import Server
 from sere_sglang.profile import load_profile
 from sere_sglang.schedule.cost_file import described
 from sere_sglang.schedule.expectation import expect, statistics_of
@@ -228,7 +228,7 @@ def _print_table(rows: list[Row], per_level: int) -> None:
 
 
 def _write(out: Path, rows: list[Row]) -> None:
-    from launch.demo_plot import draw
+    from benchmarks.serving.demo_plot import draw
 
     payload = {"hardware": hardware_info(), "rows": [asdict(row) for row in rows]}
     (out / "demo.json").write_text(json.dumps(payload, indent=2) + "\n")
