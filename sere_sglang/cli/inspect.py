@@ -75,8 +75,10 @@ def _load(path: Path) -> SereProfile:
 def _plot(profile: SereProfile, path: Path, measure: str | None) -> None:
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise SereError(f"--plot {path}: end the name in .png, .pdf or .svg")
+    from sere_sglang.cli.drawing import require_matplotlib
     from sere_sglang.profile.plot import plot_profile
 
+    require_matplotlib(f"--plot {path}")
     try:
         plot_profile(profile, path, measure)
     except OSError as error:

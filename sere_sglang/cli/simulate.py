@@ -75,6 +75,9 @@ def command(
     Every policy meets the same arrivals. Steps take what the cost model says of the experts that
     the profile's popularity makes a batch of that size activate. Nothing is served.
     """
+    from sere_sglang.cli.drawing import require_matplotlib
+
+    require_matplotlib("sere-sglang simulate")
     from sere_sglang.cli.simulation_plot import draw
     from sere_sglang.profile import load_profile
     from sere_sglang.schedule.cost import StepModel

@@ -280,3 +280,18 @@ def test_too_little_memory_says_how_much_is_needed() -> None:
         block_tokens(small, num_experts=128, hidden=2048, width=768)
     enough = int(str(error.value).split("at least --memory ")[1].removesuffix("MiB"))
     assert block_tokens(CollectionSpec(memory=enough << 20), 128, 2048, 768) >= 16
+
+
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
+    path = tmp_path / "p.safetensors"
+    save_profile(a_profile(), path)
+    assert run("inspect", str(path))[0] == 0
+    for command in (
+        ["inspect", str(path), "--plot", "x.png"],
+        ["simulate", "--profile", str(path), "--cost", "cost.json"],
+    ):
+        code, output = run(*command)
+        assert code == 2 and "pip install 'sere-sglang[plot]'" in output
