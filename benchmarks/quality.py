@@ -1,0 +1,167 @@
+"""What each way to re-route costs in quality, at the experts it loads.
+
+    python -m benchmarks.quality                     the demo model, about ten minutes
+    python -m benchmarks.quality --model FOLDER      yours, beside its data/heldout_prompts.jsonl
+
+Held-out text, teacher-forced, in batches of one size; the reference is the same server with SERE
+switched off, in the same batches. Intervals are bootstrapped over sequences. Writes
+``quality.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks._common import write_result
+from benchmarks.serving import quality
+from benchmarks.serving.experiment import heldout_prompts, static
+from benchmarks.serving.server import Server, serve
+from sere_sglang.calibration import CalibrationJob, calibrate
+from sere_sglang.calibration.collection import CollectionSpec
+from sere_sglang.profile import MoeModelInfo
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCHES = (4, 8, 16, 32, 64)
+# Its name and what makes a server do it.
+RULES = {"similarity": [], "similarity, scaled": ["--sere-scale"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=ROOT / "demo_model", help="model folder")
+    parser.add_argument("--folder", type=Path, default=ROOT / "out" / "quality", help="for logs")
+    parser.add_argument("--seeds", type=int, default=3, help="ways to put sequences together")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="decode batches")
+    asked = parser.parse_args()
+    folder = asked.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    profile = folder / "sere_profile.safetensors"
+    if not profile.exists():
+        print("calibrating, with what --sere-scale multiplies by ...", file=sys.stderr)
+        spec = CollectionSpec(measures=("frobenius", "residual"))
+        calibrate(CalibrationJob(model=str(asked.model), out=profile, spec=spec))
+    texts = heldout_prompts(asked.model)
+    points = range(1, MoeModelInfo.from_folder(asked.model).top_k)
+    flags = ["--moe-backend=sere", f"--sere-profile={profile}", "--chunked-prefill-size=16384"]
+    env = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    exact: dict[tuple[int, int], np.ndarray] = {}
+    rows = []
+    total = len(RULES) * len(asked.batches) * asked.seeds * len(points)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("decoding", total=total)
+        for rule, extra in RULES.items():
+            log = folder / "server.log"
+            with serve(asked.model, log, *flags, quality.SERVER_FLAG, *extra, env=env) as server:
+                for batch, seed in ((b, s) for b in asked.batches for s in range(asked.seeds)):
+                    own = _shuffled(texts, batch, seed)
+                    if (batch, seed) not in exact:
+                        server.set_sere(enabled=False)
+                        exact[batch, seed] = _log_probs(server, own, batch)
+                    for primary_k in points:
+                        server.set_sere(**_settings(primary_k), reset_counters=True)
+                        seen = _log_probs(server, own, batch)
+                        rows.append(
+                            {
+                                "model": asked.model.name,
+                                "rule": rule,
+                                "primary_k": primary_k,
+                                "batch": batch,
+                                "seed": seed,
+                                **_shares(server),
+                                **_costs(exact[batch, seed], seen, own),
+                            }
+                        )
+                        bar.advance(task)
+    _print(rows)
+    print(f"wrote {write_result('quality', rows, model=asked.model.name)}")
+
+
+def _settings(primary_k: int) -> dict[str, Any]:
+    settings = static(primary_k).settings
+    assert settings is not None
+    return settings
+
+
+def _shuffled(texts: list[dict[str, Any]], batch: int, seed: int) -> list[dict[str, Any]]:
+    """Whole batches, of every text at least once."""
+    own = list(texts)
+    random.Random(seed).shuffle(own)
+    return own + own[: -len(own) % batch]
+
+
+def _log_probs(server: Server, texts: list[dict[str, Any]], batch: int) -> np.ndarray:
+    """float32 [sequences, steps, vocab]; step 0 is the prefill's."""
+    batches = []
+    for first in range(0, len(texts), batch):
+        prompts, forced = (
+            [text[key] for text in texts[first : first + batch]]
+            for key in ("prompt_ids", "continuation_ids")
+        )
+        batches.append(quality.forced_log_probs(server, prompts, forced))
+    return np.concatenate(batches)
+
+
+def _shares(server: Server) -> dict[str, float]:
+    """Experts loaded, of those that exact routing would load; they are all that is loaded."""
+    layers = server.sere()["counters"].values()
+    after, before = (sum(row[key] for row in layers) for key in ("active_after", "active_before"))
+    return {"active_share": after / before, "bytes_share": after / before}
+
+
+def _costs(
+    exact: np.ndarray, seen: np.ndarray, texts: list[dict[str, Any]]
+) -> dict[str, float | list[float]]:
+    """Over all sequences and decode steps, in nats per token."""
+    p, q = (x[:, 1:].astype(np.float64) for x in (exact, seen))
+    kl = (np.exp(p) * (p - q)).sum(-1)  # [sequences, steps]
+    forced = np.asarray([text["continuation_ids"] for text in texts])[:, 1:, None]
+    nll = -np.take_along_axis(q, forced, -1) + np.take_along_axis(p, forced, -1)
+    draws = np.random.default_rng(0).integers(len(kl), size=(2000, len(kl)))
+    low, high = np.percentile(kl.mean(1)[draws].mean(1), (2.5, 97.5))
+    return {
+        "kl": float(kl.mean()),
+        "kl_ci": [float(low), float(high)],
+        "kl_p99": float(np.percentile(kl, 99)),
+        "delta_nll": float(nll.mean()),
+        "top1_agreement": float((p.argmax(-1) == q.argmax(-1)).mean()),
+    }
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    """The mean over seeds; the last column is against the first rule at the same point."""
+    first_rule = next(iter(RULES))
+    print(f"{'rule':<20} batch  S  loaded      KL     p99  d NLL  top-1  of {first_rule}'s KL")
+    for rule in RULES:
+        for batch in dict.fromkeys(row["batch"] for row in rows):
+            for primary_k in dict.fromkeys(row["primary_k"] for row in rows):
+                own, first = (
+                    [
+                        row
+                        for row in rows
+                        if (row["rule"], row["batch"], row["primary_k"]) == (name, batch, primary_k)
+                    ]
+                    for name in (rule, first_rule)
+                )
+                mean = {
+                    key: float(np.mean([row[key] for row in own]))
+                    for key in ("active_share", "kl", "kl_p99", "delta_nll", "top1_agreement")
+                }
+                ratio = mean["kl"] / np.mean([row["kl"] for row in first])
+                print(
+                    f"{rule:<20} {batch:>5} {primary_k:>2} {mean['active_share']:>6.0%} "
+                    f"{mean['kl']:>8.4f} {mean['kl_p99']:>7.3f} {mean['delta_nll']:>+6.3f} "
+                    f"{mean['top1_agreement']:>6.1%} {ratio:>8.2f}"
+                )
+
+
+if __name__ == "__main__":
+    main()
