@@ -23,7 +23,7 @@ from sere_sglang.schedule.observer import Observer
 from sere_sglang.schedule.point import OFF, OperatingPoint
 from sere_sglang.schedule.policy import Policy, PolicyContext, choose
 from sere_sglang.schedule.registry import make_policy
-from sere_sglang.schedule.request_quality import row_classes
+from sere_sglang.schedule.request_quality import RowClass, row_classes
 from sere_sglang.schedule.settings import Settings
 from sere_sglang.schedule.trace import TraceWriter
 
@@ -134,8 +134,8 @@ class SereRuntime:
         composition = dataclasses.replace(
             composition,
             step=self._steps,
-            exact_rows=classes.count(1),
-            fast_rows=classes.count(2),
+            exact_rows=classes.count(RowClass.EXACT),
+            fast_rows=classes.count(RowClass.FAST),
         )
         # A failure in what only some ranks do must not keep this one from deciding like them.
         if self.measures:
@@ -327,7 +327,7 @@ class SereRuntime:
 
     def _class_table(self) -> ClassTable:
         fast = (self.settings.fast_primary_k, self.settings.fast_threshold)
-        return ((self.top_k, 0.0), fast)
+        return ((self.top_k, 0.0), fast)  # of RowClass.EXACT and RowClass.FAST
 
     def _measure(self, composition: BatchComposition) -> None:
         """The launch of this step ends the previous one."""

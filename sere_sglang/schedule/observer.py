@@ -7,8 +7,8 @@ import statistics
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost, StepFit
 from sere_sglang.schedule.feedback import Feedback, first_feedback
+from sere_sglang.schedule.policy import Controlled
 from sere_sglang.schedule.settings import Settings
-from sere_sglang.schedule.slo import SloController, SloPolicy
 
 WINDOW = 8
 """Decode steps between two looks; the rate at which anything measured can change a decision."""
@@ -23,7 +23,7 @@ class Observer:
     def __init__(self, policy: object, cost: MoeCost) -> None:
         self._cost = cost
         self._fit = StepFit(cost.source)
-        self._controller = SloController(policy) if isinstance(policy, SloPolicy) else None
+        self._controller = policy.controller() if isinstance(policy, Controlled) else None
         self._steps: list[tuple[float, BatchComposition]] = []
         self._active: float | None = None
         self.feedback = first_feedback(cost)

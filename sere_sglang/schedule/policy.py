@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost
@@ -15,6 +15,8 @@ from sere_sglang.schedule.settings import Settings
 
 __all__ = [
     "OFF",
+    "Controlled",
+    "Controller",
     "OperatingPoint",
     "Policy",
     "PolicyContext",
@@ -32,6 +34,28 @@ class Policy(Protocol):
     def decide(
         self, composition: BatchComposition, settings: Settings, feedback: Feedback
     ) -> OperatingPoint: ...
+
+
+class Controller(Protocol):
+    """Closes a loop for a policy, on the rank that measures; all ranks get the budget as feedback.
+
+    budget: the one in force.
+    """
+
+    budget: float
+
+    def update(
+        self, step_ms: float, composition: BatchComposition, settings: Settings, feedback: Feedback
+    ) -> float:
+        """After a window of steps that took `step_ms` each at `composition`. The new budget."""
+        ...
+
+
+@runtime_checkable
+class Controlled(Protocol):
+    """A policy that brings a controller of its own."""
+
+    def controller(self) -> Controller: ...
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 from sere_sglang.errors import SereError, shown
 
 KEY = "sere"
-QUALITIES = ("balanced", "exact", "fast")
-"""In the order of the row classes: balanced rows follow the policy, exact rows keep every expert
-and vote with all of them, fast rows run at an operating point of their own."""
 
-_CLASS = {name: index for index, name in enumerate(QUALITIES)}
+
+class RowClass(IntEnum):
+    """A row's class, as the kernels read it: a byte per row, and the class table's order.
+
+    Balanced rows follow the policy, exact rows keep every expert and vote with all of them, fast
+    rows run at an operating point of their own.
+    """
+
+    BALANCED = 0
+    EXACT = 1
+    FAST = 2
+
+
+QUALITIES = tuple(row_class.name.lower() for row_class in RowClass)
+"""What a request may ask for, in the order of the row classes."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +60,10 @@ class QualityRules:
                 f"(--sere-allow-quality {','.join(self.allowed)})"
             )
 
-    def class_of(self, custom_params: Any) -> int:
+    def class_of(self, custom_params: Any) -> RowClass:
         """The row class of a request; whatever `check` would refuse counts as not asked for."""
         asked = custom_params.get(KEY) if isinstance(custom_params, dict) else None
-        return _CLASS[asked if asked in self.allowed else self.default]
+        return RowClass[(asked if asked in self.allowed else self.default).upper()]
 
 
 def row_classes(request_classes: Sequence[int], rows_per_request: int) -> bytes:

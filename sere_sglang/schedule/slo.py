@@ -27,6 +27,10 @@ class SloPolicy(AdaptivePolicy):
         allowed = dataclasses.replace(settings, quality_budget=budget)
         return super().decide(composition, allowed, feedback)
 
+    def controller(self) -> SloController:
+        """As `schedule.policy.Controlled` has it."""
+        return SloController(self)
+
 
 @dataclass
 class SloController:

@@ -15,6 +15,7 @@ from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost, StepModel
 from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback
 from sere_sglang.schedule.names import policy_names
+from sere_sglang.schedule.observer import WINDOW, Observer
 from sere_sglang.schedule.point import OFF, OperatingPoint
 from sere_sglang.schedule.policy import PolicyContext, choose
 from sere_sglang.schedule.registry import make_policy
@@ -164,3 +165,21 @@ def test_third_parties_are_listed_after_ours() -> None:
 
 def _active(point: OperatingPoint, rows: int) -> float:
     return expectation().effect(rows, point)[0]
+
+
+def test_a_policy_may_bring_its_own_controller() -> None:
+    class Counting:
+        budget = 0.0
+
+        def update(self, step_ms: float, *_rest: object) -> float:
+            self.budget += 1
+            return self.budget
+
+    class Policy:
+        def controller(self) -> Counting:
+            return Counting()
+
+    observer = Observer(Policy(), COST)
+    composition = BatchComposition("decode", decode_tokens=8, padded_rows=8, running=8)
+    found = [observer.note_step(1.0, composition, 10.0, settings()) for _ in range(2 * WINDOW)]
+    assert [f.budget for f in found if f is not None] == [1.0, 2.0]
