@@ -25,16 +25,8 @@ struct Ahead {
     return moved;
   }
 
-  // Whether this panel requests during a multiplication of weight rows, counted by `number`.
-  bool has_turn(int64_t number) const { return number % num_panels == panel; }
-
-  // Where to request while `weights`, which begin at row w, are multiplied: their own place, which
-  // costs little, if it is another panel's turn.
-  const char* of(const void* weights, int64_t w) const {
-    const int64_t offset = w * row_bytes + column_bytes;
-    return has_turn(w) && offset < next.bytes ? next.begin + offset
-                                              : static_cast<const char*>(weights);
-  }
+  // Whether this panel requests during a tile's multiplication; `number` counts them.
+  bool has_turn(int64_t number) const { return uint32_t(number) % uint32_t(num_panels) == uint32_t(panel); }
 };
 
 }  // namespace sere::moe

@@ -17,22 +17,38 @@ inline void keep_in_register(Vector& value) {
 
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
-// The even elements of 16 bfloat16, then the odd ones. A byte shuffle, unlike a shift, does not
-// need the ports of the FMA units.
-inline Floats even(const bf16* from) {
-  const __m256i bytes = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 4, 5, -1, -1, 8, 9, -1, -1, 12, 13,
-                                         -1, -1, 0, 1, -1, -1, 4, 5, -1, -1, 8, 9, -1, -1, 12, 13);
-  return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i*)from), bytes));
-}
-inline Floats odd(const bf16* from) {
-  const __m256 words = _mm256_loadu_ps((const float*)from);
-  return _mm256_and_ps(words, _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffff0000u))));
+// sum + a * b, in the place of sum and where it is written: a compiler that reorders these keeps more
+// operands at once than there are registers.
+inline Floats accumulate(Floats sum, Floats a, Floats b) {
+  asm volatile("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  return sum;
 }
 
-// Lane i is the sum of the lanes of v[i], each in the same order.
-inline Quad sum4(const Floats v[4]) {
-  const __m256 ab = _mm256_unpacklo_ps(v[0], v[1]) + _mm256_unpackhi_ps(v[0], v[1]);
-  const __m256 cd = _mm256_unpacklo_ps(v[2], v[3]) + _mm256_unpackhi_ps(v[2], v[3]);
+inline constexpr Words kHighHalves = Words{} + 0xffff0000u;
+
+// The even elements of 16 bfloat16, then the odd ones. Beside twelve sums no register is left for a
+// constant, nor for a weight that is loaded early.
+template <int kSums>
+inline Floats even(const bf16* from) {
+  if constexpr (kSums < 12) return (Floats)(load_as<Words>(from) << 16);
+  Floats words;
+  asm volatile("vmovups %1, %0\n\tvpslld $16, %0, %0" : "=x"(words) : "m"(*(const __m256_u*)from));
+  return words;
+}
+template <int kSums>
+inline Floats odd(const bf16* from) {
+  if constexpr (kSums < 12) return (Floats)(load_as<Words>(from) & kHighHalves);
+  Floats words;
+  asm volatile("vmovups %1, %0\n\tvandps %2, %0, %0"
+               : "=&x"(words)
+               : "m"(*(const __m256_u*)from), "m"(kHighHalves));
+  return words;
+}
+
+// Lane 0 is the sum of the lanes of a, lane 1 of b and so on, each in the same order.
+inline Quad sum4(Floats a, Floats b, Floats c, Floats d) {
+  const __m256 ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
+  const __m256 cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
   const __m256 sums = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xee);
   return _mm256_castps256_ps128(sums) + _mm256_extractf128_ps(sums, 1);
 }

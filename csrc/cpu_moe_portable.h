@@ -11,16 +11,18 @@ template <typename Vector>
 inline void keep_in_register(Vector&) {}
 
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
+inline Floats accumulate(Floats sum, Floats a, Floats b) { return multiply_add(a, b, sum); }
 
 // The even elements of 8 bfloat16, then the odd ones.
+template <int>
 inline Floats even(const bf16* from) { return (Floats)(load_as<Words>(from) << 16); }
+template <int>
 inline Floats odd(const bf16* from) { return (Floats)(load_as<Words>(from) & 0xffff0000u); }
 
-// Lane i is the sum of the lanes of v[i], each in the same order.
-inline Quad sum4(const Floats v[4]) {
-  Quad sums;
-  for (int i = 0; i < 4; ++i) sums[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
-  return sums;
+// Lane 0 is the sum of the lanes of a, lane 1 of b and so on, each in the same order.
+inline Quad sum4(Floats a, Floats b, Floats c, Floats d) {
+  const auto sum = [](Floats v) { return (v[0] + v[1]) + (v[2] + v[3]); };
+  return Quad{sum(a), sum(b), sum(c), sum(d)};
 }
 
 }  // namespace sere::moe

@@ -25,19 +25,20 @@ struct Float32 {
   static constexpr int kParts = 2;
   static constexpr int kStep = kParts * kLanes;
 
-  template <int kPart>
+  // Part of a step, for a tile of kSums.
+  template <int kPart, int kSums>
   static Floats weight(const T* from) {
     if constexpr (std::is_same_v<T, float>) {
       return load(from + kPart * kLanes);
     } else {
-      return kPart == 0 ? even(from) : odd(from);
+      return kPart == 0 ? even<kSums>(from) : odd<kSums>(from);
     }
   }
   template <int kPart>
   static Floats row(const float* from) {
     return load(from + kPart * kLanes);
   }
-  static Floats multiply_add(Floats sum, Floats w, Floats x) { return moe::multiply_add(w, x, sum); }
+  static Floats multiply_add(Floats sum, Floats w, Floats x) { return accumulate(sum, w, x); }
 
   // Where column k of a row is.
   static int64_t position(int64_t k) {
@@ -47,8 +48,8 @@ struct Float32 {
   static void pack(const T* from, int64_t depth, float* to) {
     int64_t k = 0;
     for (; k + kStep <= depth; k += kStep) {
-      store(to + k, weight<0>(from + k));
-      store(to + k + kLanes, weight<1>(from + k));
+      store(to + k, weight<0, 1>(from + k));
+      store(to + k + kLanes, weight<1, 1>(from + k));
     }
     for (; k < depth; ++k) to[position(k)] = to_float(from[k]);
   }
@@ -76,7 +77,7 @@ struct NativeBf16 {
   static constexpr int kParts = 1;
   static constexpr int kStep = 2 * kLanes;
 
-  template <int kPart>
+  template <int kPart, int kSums>
   static __m512bh weight(const bf16* from) {
     return (__m512bh)_mm512_loadu_si512(from);
   }
@@ -130,27 +131,32 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead
   const typename Math::Row* x_row[kRows];
   for (int i = 0; i < kWeights; ++i) w_row[i] = o.weights + (w + i) * o.depth;
   for (int r = 0; r < kRows; ++r) x_row[r] = o.rows[r];
+  // Where to request: at a place of their own, which costs little, if it is another panel's turn.
+  const bool requests = ahead.has_turn(w / kWeights);
   const char* next[kWeights];
-  for (int i = 0; i < kWeights; ++i) next[i] = ahead.of(w_row[i], w + i);
+  for (int i = 0; i < kWeights; ++i) {
+    const int64_t offset = (w + i) * ahead.row_bytes + ahead.column_bytes;
+    const bool within = requests & (offset < ahead.next.bytes);
+    next[i] = within ? ahead.next.begin + offset : (const char*)w_row[i];
+  }
 
-  Floats sums[kRows][4 * kQuads] = {};
-  // Inlined whatever it costs, and unrolled: only then are sums in registers.
+  Floats sums[kRows][4 * kQuads];
+  unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
+    unrolled<4 * kQuads>([&]<int i>() __attribute__((always_inline)) { sums[r][i] = Floats{}; });
+  });
   const auto part = [&]<int kPart>(const T* const* from, int64_t k_from, int64_t k)
                         __attribute__((always_inline)) {
-    decltype(Math::template weight<kPart>(from[0])) values[kWeights];
-#pragma GCC unroll 8
-    for (int i = 0; i < kWeights; ++i) {
-      values[i] = Math::template weight<kPart>(from[i] + k_from);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+    decltype(Math::template weight<kPart, kRows * kWeights>(from[0])) values[kWeights];
+    unrolled<kWeights>([&]<int i>() __attribute__((always_inline)) {
+      values[i] = Math::template weight<kPart, kRows * kWeights>(from[i] + k_from);
+    });
+    unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
       auto x = Math::template row<kPart>(x_row[r] + k);
       keep_in_register(x);  // else a compiler may load it again for every weight
-#pragma GCC unroll 8
-      for (int i = 0; i < kWeights; ++i) {
+      unrolled<kWeights>([&]<int i>() __attribute__((always_inline)) {
         sums[r][i] = Math::multiply_add(sums[r][i], values[i], x);
-      }
-    }
+      });
+    });
   };
   const auto step = [&](const T* const* from, int64_t k_from, int64_t k)
                         __attribute__((always_inline)) {
@@ -163,14 +169,12 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead
   };
   int64_t k = 0;
   for (; k + kLine <= o.columns; k += kLine) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kStepsPerLine; ++i) {
+    unrolled<kStepsPerLine>([&]<int i>() __attribute__((always_inline)) {
       step(w_row, k + i * Math::kStep, k + i * Math::kStep);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kWeights; ++i) {
+    });
+    unrolled<kWeights>([&]<int i>() __attribute__((always_inline)) {
       __builtin_prefetch(next[i] + k * sizeof(T), 0, 2);
-    }
+    });
   }
   for (; k + Math::kStep <= o.columns; k += Math::kStep) step(w_row, k, k);
   if (k < o.columns) {
@@ -183,16 +187,15 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead
     step(rest_row, 0, k);
   }
 
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int q = 0; q < kQuads; ++q) {
+  unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
+    unrolled<kQuads>([&]<int q>() __attribute__((always_inline)) {
+      const Floats* four = sums[r] + 4 * q;
       float* out = o.out + r * o.out_stride + w + 4 * q;
-      Quad total = sum4(sums[r] + 4 * q);
+      Quad total = sum4(four[0], four[1], four[2], four[3]);
       if (!o.first) total += load_as<Quad>(out);
       std::memcpy(out, &total, sizeof(total));
-    }
-  }
+    });
+  });
 }
 
 // All weight rows from row `w` on, kWeights at a time and the rest in smaller tiles.

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "cpu_moe_common.h"
 
@@ -32,6 +34,15 @@ inline Vector load_as(const T* from) {
 inline Floats load(const float* from) { return load_as<Floats>(from); }
 inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
 inline Floats broadcast(float value) { return Floats{} + value; }
+
+// f(0), f(1), ... f(kCount - 1), where each is a constant: an array that only they index is kept in
+// registers from the start, which a compiler that unrolls a loop notices too late to rely on.
+template <int kCount, typename Function>
+[[gnu::always_inline]] inline void unrolled(const Function& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f.template operator()<i>(), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
 
 }  // namespace sere::moe
 
