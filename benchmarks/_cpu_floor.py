@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sere_sglang.cpu.large_pages import use_large_pages
 from sere_sglang.cpu.moe import fused_moe, native_module
 
 SIZES = {1: (512, 352), 3: (1024, 512), 7: (2048, 576), 16: (2048, 1376)}
@@ -152,6 +153,7 @@ def _layers(hidden_size: int, inter_size: int) -> list[tuple[torch.Tensor, torch
         values = torch.empty(shape, dtype=torch.bfloat16)
         for part in values.view(-1).split(len(block)):
             part.copy_(block[: len(part)])
+        use_large_pages(values)  # as a server does
         return values
 
     return [

@@ -1,7 +1,8 @@
-"""Seam: ``moe_forward_native``, SGLang's MoE on its CPU engine without AMX.
+"""Seam: ``moe_forward_native``, SGLang's MoE on its CPU engine without AMX, and ``load_model``.
 
-It counts tokens per expert with ``scatter_``, so a row that holds one expert twice, which
-re-routing produces, breaks it. Ours stands in for it while SERE is on.
+The first counts tokens per expert with ``scatter_``, so a row that holds one expert twice, which
+re-routing produces, breaks it. Ours stands in for it while SERE is on. After the second, the
+experts' weights are moved to large pages.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ from typing import Any
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
+from sere_sglang.cpu.large_pages import use_large_pages
 from sere_sglang.cpu.moe import fused_moe
 from sere_sglang.errors import SereError
 from sere_sglang.patches.seam import hook
+from sere_sglang.runtime.moe_layers import moe_layers
 
+_LOAD = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 _TARGET = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
 
 
 def install() -> None:
+    """Before what times layers after they load."""
+    hook(_LOAD, _place_weights, HookType.AFTER)
     hook(
         _TARGET,
         _run,
@@ -28,6 +34,11 @@ def install() -> None:
         runs="until it fails",
         otherwise=_run_sglangs,
     )
+
+
+def _place_weights(_result: Any, runner: Any) -> None:
+    for layer in moe_layers(runner.model).values():
+        use_large_pages(*layer.parameters())
 
 
 def _run(

@@ -42,9 +42,9 @@ def install(*, device: str) -> None:
     """In a scheduler process, before its model loads."""
     from sere_sglang.patches import cpu_moe
 
-    hook("sglang.srt.model_executor.model_runner.ModelRunner.load_model", _time, HookType.AFTER)
     if device == "cpu":
         cpu_moe.install()
+    hook("sglang.srt.model_executor.model_runner.ModelRunner.load_model", _time, HookType.AFTER)
 
 
 def report(handshake: dict[str, Any]) -> None:

@@ -58,14 +58,14 @@ def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any)
 
     register_moe_runner_backend_name("sere")
     rank.start(asked)
+    if server_args.device == "cpu":
+        cpu_moe.install()
     model_runner.install()
     topk.install()
     forward_batch.install()
     rank_decision.install()
     internal_state.install()
     decode_log.install()
-    if server_args.device == "cpu":
-        cpu_moe.install()
 
 
 def _after_init(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:

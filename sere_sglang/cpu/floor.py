@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from sere_sglang.cpu.isa import isa as isa_in_use
+from sere_sglang.cpu.large_pages import use_large_pages
 from sere_sglang.cpu.moe import native_module
 
 _BLOCK = (1024, 1024)  # of uint8, in each of two tensors
@@ -53,6 +54,7 @@ def measure_floor(
     least, _, most = _WORKING_SET
     num_blocks = min(max(working_set, least), most) // least
     first, second = (torch.ones(num_blocks, *_BLOCK, dtype=torch.uint8) for _ in range(2))
+    use_large_pages(first, second)  # as the weights that are read
     blocks = torch.arange(num_blocks, dtype=torch.int32)
 
     def read() -> int:
