@@ -26,7 +26,9 @@ struct Ahead {
   }
 
   // Whether this panel requests during a tile's multiplication; `number` counts them.
-  bool has_turn(int64_t number) const { return uint32_t(number) % uint32_t(num_panels) == uint32_t(panel); }
+  bool has_turn(int64_t number) const {
+    return uint32_t(number) % uint32_t(num_panels) == uint32_t(panel);
+  }
 };
 
 }  // namespace sere::moe

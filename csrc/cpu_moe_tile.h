@@ -58,10 +58,11 @@ struct Float32 {
       std::copy_n(from, count, to + begin);
     } else {
       int64_t i = 0;
-      if (begin % 2 == 0) {
-        for (; i + 2 <= count; i += 2) {
-          float* pair = to + position(begin + i);
-          pair[0] = from[i], pair[kLanes] = from[i + 1];
+      for (; i < count && (begin + i) % kStep != 0; ++i) to[position(begin + i)] = from[i];
+      for (; i + kStep <= count; i += kStep) {
+        for (int lane = 0; lane < kLanes; ++lane) {
+          to[begin + i + lane] = from[i + 2 * lane];
+          to[begin + i + lane + kLanes] = from[i + 2 * lane + 1];
         }
       }
       for (; i < count; ++i) to[position(begin + i)] = from[i];
@@ -92,7 +93,11 @@ struct NativeBf16 {
   static int64_t position(int64_t k) { return k; }
   static void pack(const bf16* from, int64_t depth, bf16* to) { std::copy_n(from, depth, to); }
   static void pack(const float* from, int64_t begin, int64_t count, bf16* to) {
-    for (int64_t i = 0; i < count; ++i) to[begin + i] = from_float<bf16>(from[i]);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const __mmask16 lanes = count - i < kLanes ? (1u << (count - i)) - 1 : 0xffffu;
+      const __m256bh values = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, from + i));
+      _mm256_mask_storeu_epi16(to + begin + i, lanes, (__m256i)values);
+    }
   }
 };
 #endif
