@@ -6,8 +6,8 @@
 namespace sere::moe {
 
 // Rows at a time, and for so many of them, weight rows at a time: up to 24 sums in 32 registers. Many
-// rows, because widening a weight takes the ports of the FMA units; many weight rows beside few rows,
-// because memory is read faster in more streams.
+// rows, because widening a weight takes the ports of the FMA units; more weight rows beside fewer,
+// so that a load serves more multiplications.
 inline constexpr int kTileRows = 8;
 inline constexpr int tile_weights(int rows) {
   return rows <= 2 ? 8 : rows <= 4 ? 6 : rows <= 6 ? 4 : 3;
