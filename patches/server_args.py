@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,9 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
     with engine.reported(record):
         if record.device == "cpu":
             cpu_isa.isa()  # refuses a SERE_CPU_ISA that does not run here, before workers start
+            # Torch's allocator then asks for large pages at once; moving weights to them later
+            # (cpu/large_pages.py) takes seconds per gigabyte. Its workers inherit this.
+            os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         hf_config = model_config_of(record).hf_config.to_dict()
         resolved = prepare(
             record.model_path,
