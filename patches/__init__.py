@@ -171,9 +171,12 @@ PATCHES = (
     Patch(
         "cpu_moe",
         "SGLang's MoE without AMX breaks on a row that holds one expert twice; ours replaces it "
-        "while SERE is on.",
+        "while SERE is on, and its weights move to large pages once they are loaded.",
         "it takes such rows, and reads each active expert's weights once",
-        hooks=("sglang.srt.layers.moe.fused_moe_native.moe_forward_native",),
+        hooks=(
+            f"{_RUNNER}.load_model",
+            "sglang.srt.layers.moe.fused_moe_native.moe_forward_native",
+        ),
     ),
     # What runs a model without serving it
     Patch(
