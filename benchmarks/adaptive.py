@@ -2,7 +2,7 @@
 
     python -m benchmarks.adaptive [--seconds 20] [--rounds 5]
 
-The demo model with its experts padded to 6.3 MB each (serving.padded_model): its quality is real,
+The demo model with its experts padded (serving.padded_model): its quality is real,
 and its steps are bound by the bytes of its experts. Clients come and go between 1 and 48; each asks
 one request after the other, so prefills fall in between. All policies meet the same clients, in
 turns.
@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks._common import RESULTS_DIR, hardware_slug, write_result
 from benchmarks.serving import quality
 from benchmarks.serving.experiment import heldout_prompts, median_interval
-from benchmarks.serving.padded_model import write_padded_model
+from benchmarks.serving.padded_model import WIDTH, write_padded_model
 from benchmarks.serving.server import Server, serve
 from sere_sglang.profile import load_profile
 from sere_sglang.schedule.expectation import Expectation, expect, statistics_of
@@ -94,7 +94,7 @@ def main() -> None:
         _measure_quality(server, texts, found)
     rows = [_row(name, measured, found["off"]) for name, measured in found.items()]
     _print(rows)
-    path = write_result("adaptive", rows, model="demo model, experts padded to 6.3 MB")
+    path = write_result("adaptive", rows, model=f"demo model, experts padded to {WIDTH} columns")
     from benchmarks.serving.adaptive_plot import draw
 
     picture = Path(os.environ.get("OUT") or RESULTS_DIR / hardware_slug()) / "adaptive.png"
