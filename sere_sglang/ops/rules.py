@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 import numbers
 from typing import Protocol, cast
 
 import torch
 
-from sere_sglang.ops.dispatch import UnavailableError, select_impl
+from sere_sglang.ops import dispatch
+from sere_sglang.ops.dispatch import UnavailableError
+from sere_sglang.ops.jit import BuildError
 from sere_sglang.ops.reroute import MAX_TOP_K, _integer
 from sere_sglang.ops.rules_call import FILLS, MAX_ROWS, RULES, Routed, RuleCall
 from sere_sglang.ops.table import MAX_EXPERTS
 
+logger = logging.getLogger(__name__)
+
 IMPLEMENTATIONS = {
     "torch": "sere_sglang.ops.rules_reference",
+    "cpu": "sere_sglang.ops.rules_cpu",
 }
-"""Name -> module with ``apply(call) -> Routed``, built by the module of that name for `reroute`."""
+"""Name -> module with ``is_available`` and ``build`` as in `dispatch`, and ``apply``."""
 
 
 class Implementation(Protocol):
+    def is_available(self, device_type: str) -> str | None: ...
+
+    def build(self) -> None: ...
+
     def apply(self, call: RuleCall) -> Routed: ...
 
 
@@ -151,23 +162,42 @@ def apply_rule(
 
 
 def load_rules(impl: str, device_type: str) -> Implementation:
-    """The module behind `impl`; ``auto`` is what `reroute` uses here, or torch where it has none.
+    """The module behind `impl`, built; ``auto`` is C++ for CPU tensors where it builds, else torch.
 
     Raises:
         ValueError: no such name.
         RuntimeError: it does not serve this device or does not build here.
     """
-    from sere_sglang.ops.dispatch import load_impl
+    if impl != "auto":
+        return _load(impl, device_type)
+    return _load(_auto(device_type), device_type)
 
-    name = impl
-    if impl == "auto":
-        name = select_impl(device_type)
-        name = name if name in IMPLEMENTATIONS else "torch"
-    load_impl(name, device_type)
-    if name not in IMPLEMENTATIONS:
-        choices = ", ".join(["auto", *IMPLEMENTATIONS])
+
+@functools.cache
+def _auto(device_type: str) -> str:
+    if device_type != "cpu":
+        return "torch"
+    try:
+        _load("cpu", device_type)
+    except BuildError as error:
+        logger.warning("the rules in C++ do not build: %s", error)
+        return "torch"
+    return "cpu"
+
+
+@functools.cache
+def _load(name: str, device_type: str) -> Implementation:
+    choices = ", ".join(["auto", *IMPLEMENTATIONS])
+    if name not in IMPLEMENTATIONS and name in dispatch.IMPLEMENTATIONS:
         raise UnavailableError(f"impl {name!r} has no rules yet; choose one of: {choices}")
-    return cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"impl {name!r} is no implementation; choose one of: {choices}")
+    module = cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
+    reason = module.is_available(device_type)
+    if reason is not None:
+        raise UnavailableError(f"impl {name!r}: {reason}")
+    module.build()
+    return module
 
 
 def _untouched(call: RuleCall) -> Routed:

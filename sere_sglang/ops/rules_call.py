@@ -43,17 +43,17 @@ class RuleCall:
     weights: torch.Tensor  # float32 [T, K], not to be written
     num_experts: int
     num_valid: int
-    protected: torch.Tensor | None  # bool [T]
-    scores: torch.Tensor | None  # float32 [T, E]
-    similarity: torch.Tensor | None  # float32 [E, E]
-    keep: int  # S of `similarity`, k0 of `piggyback` and `topk`, else 1
-    threshold: float
-    budget: int  # B
-    warmup: bool
-    truncate: bool
-    loss: float  # a float32
-    fill_weight: float  # a float32
-    renormalize: float  # a float32
+    protected: torch.Tensor | None = None  # bool [T]
+    scores: torch.Tensor | None = None  # float32 [T, E]
+    similarity: torch.Tensor | None = None  # float32 [E, E]
+    keep: int = 1  # S of `similarity`, k0 of `piggyback` and `topk`, else 1
+    threshold: float = 0.0
+    budget: int = 1  # B
+    warmup: bool = True
+    truncate: bool = False
+    loss: float = 0.0  # a float32, as the next two
+    fill_weight: float = 0.0
+    renormalize: float = 0.0
 
     @property
     def loss_limit(self) -> int:

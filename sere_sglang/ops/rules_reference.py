@@ -13,6 +13,15 @@ from sere_sglang.ops.reroute import reroute
 from sere_sglang.ops.rules_call import FRACTION_BITS, LARGEST_TERM, Routed, RuleCall
 
 
+def is_available(device_type: str) -> str | None:
+    """Every device will do."""
+    return None
+
+
+def build() -> None:
+    """Nothing to compile."""
+
+
 def apply(call: RuleCall) -> Routed:
     """See `sere_sglang.ops.apply_rule`; arguments are validated there."""
     return _Batch(call).routed()

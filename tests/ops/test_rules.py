@@ -17,7 +17,7 @@ from sere_sglang.ops import Routed, available_impls, reroute
 from sere_sglang.ops.rules import IMPLEMENTATIONS
 from sere_sglang.ops.rules_call import LARGEST_TERM, MAX_ROWS, RULES
 
-IMPLS = [name for name in available_impls("cpu") if name in IMPLEMENTATIONS]
+IMPLS = [name for name in available_impls("cpu") if name in IMPLEMENTATIONS]  # torch, cpu
 MANY = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -60,10 +60,10 @@ class Batch:
 
 
 @st.composite
-def batches(draw: st.DrawFn, max_rows: int = 24, max_experts: int = 40) -> Batch:
+def batches(draw: st.DrawFn, max_rows: int = 24, max_experts: int = 40, max_k: int = 9) -> Batch:
     rule = draw(st.sampled_from(RULES))
     lowest_k = 1 if rule in ("budget", "energy") else 2
-    top_k = draw(st.integers(lowest_k, 9))
+    top_k = draw(st.integers(lowest_k, max_k))
     experts = draw(st.integers(top_k, max_experts))
     rows = draw(st.integers(1, 4) | st.integers(0, max_rows))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
@@ -153,7 +153,7 @@ def test_equals_the_reference_bit_for_bit(impl_name: str) -> None:
     """At sizes too large for the oracle; a power of the mass alone may round differently."""
 
     @settings(MANY, max_examples=60)
-    @given(batches(max_rows=128, max_experts=256))
+    @given(batches(max_rows=128, max_experts=256, max_k=32))
     def run(batch: Batch) -> None:
         got, want = batch.run(impl_name), batch.run("torch")
         assert torch.equal(got.ids, want.ids) and torch.equal(got.active, want.active)
@@ -307,6 +307,12 @@ def test_bad_input_names_the_argument(rule: str, options: dict[str, Any], messag
     }
     with pytest.raises(ValueError, match=message):
         apply_rule(rule, **given_)
+
+
+def test_a_kernel_without_rules_says_so() -> None:
+    ids, weights = torch.tensor([[0, 1]]), torch.tensor([[0.6, 0.4]])
+    with pytest.raises(RuntimeError, match="impl 'triton' has no rules yet; choose one of: auto"):
+        apply_rule("topk", ids, weights, similarity=torch.eye(2), k0=1, impl="triton")
 
 
 def test_more_rows_than_the_sums_hold_are_refused() -> None:
