@@ -226,6 +226,41 @@ def test_largest_sums_do_not_overflow(impl_name: str) -> None:
 
 
 @pytest.mark.parametrize("impl_name", IMPLS)
+def test_sums_are_rounded_to_the_nearest_and_ties_to_even(impl_name: str) -> None:
+    unit = 2.0**-32
+    ids, weights = torch.tensor([[0, 1]]), torch.tensor([[0.5, 1.25 * 2.0**-16]])  # 1.5625 units
+    for limit, dropped in ((1, False), (2, True)):
+        got = apply_rule(
+            "energy", ids, weights, similarity=torch.eye(3), loss=limit * unit, impl=impl_name
+        )
+        assert bool(got.lost is not None and got.lost[0, 1] > 0) == dropped
+    scores = torch.tensor([[2.0, 2.5, 3.5, 4.0]]) * unit  # 2, 2, 4, 4 units
+    for budget, active in ((1, [2]), (2, [2, 3]), (3, [0, 2, 3])):
+        got = apply_rule(
+            "budget",
+            torch.tensor([[0, 1, 2, 3]]),
+            torch.ones(1, 4),
+            scores=scores,
+            budget=budget,
+            warmup=False,
+            impl=impl_name,
+        )
+        assert got.lost is not None and (got.lost[0] == 0).nonzero().flatten().tolist() == active
+
+
+@pytest.mark.parametrize("impl_name", IMPLS)
+def test_a_surplus_slot_takes_what_another_gave_up(impl_name: str) -> None:
+    """A = {2, 3}. Slot 1 moves to 2 and is surplus, 8 moves to 3, so slot 3 finds 3 taken."""
+    ids = torch.tensor([[2, 7, 8, 3], [3, 2, -1, -1]])
+    weights = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.6, 0.4, 0.0, 0.0]])
+    similarity = torch.eye(9)
+    similarity[7, 2] = similarity[8, 3] = 0.5
+    got = apply_rule("similarity", ids, weights, similarity=similarity, primary_k=1, impl=impl_name)
+    assert got.ids.tolist() == [[2, 7, 3, 8], [3, 2, -1, -1]]
+    torch.testing.assert_close(got.weights[0], torch.tensor([0.7, 0.0, 0.3, 0.0]))
+
+
+@pytest.mark.parametrize("impl_name", IMPLS)
 @pytest.mark.parametrize("rows", [1, 3, 24])
 def test_distinct_rows_compute_what_equal_ids_did(impl_name: str, rows: int) -> None:
     """Through the real CPU runner: today's SERE, which may hold an expert twice in a row."""
