@@ -1,26 +1,49 @@
 """Re-routing on the CPU: ours against the torch reference and the published operation sequence.
 
-    python -m benchmarks.cpu_reroute [--quick]
+    python -m benchmarks.cpu_reroute [--quick] [--rules]
 
 ``us_native`` calls the compiled function, ``us`` the public in-place op (argument checks and
 torch's dispatch included). Writes ``cpu_reroute.json``: rows ``{"T", "E", "K", "us", ...}``.
+Then every rule of ``apply_rule`` at one size, into ``cpu_rules.json``; ``--rules``: only those.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from benchmarks import published_sequence
 from benchmarks._common import interleaved_median, write_result
-from sere_sglang.ops import LayerTable, cpu, encode_control, reference, reroute_
+from sere_sglang.ops import (
+    LayerTable,
+    apply_rule,
+    cpu,
+    encode_control,
+    reference,
+    reroute_,
+    rules_cpu,
+    rules_reference,
+)
+from sere_sglang.ops.rules_call import RuleCall
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024)
 SHAPES = ((60, 4), (64, 6), (128, 8), (256, 8), (512, 10))  # (E, K)
 PRIMARY_K = 2
 THRESHOLD = 0.3
+RULES_AT = (64, 128, 8)  # (T, E, K)
+RULE_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "similarity S=2": ("similarity", {"primary_k": PRIMARY_K}),
+    "piggyback k0=2": ("piggyback", {"k0": 2}),
+    "budget B=64": ("budget", {"budget": 64}),
+    "budget B=64, truncate": ("budget", {"budget": 64, "fill": "truncate"}),
+    "topk k0=4": ("topk", {"k0": 4}),
+    "energy .02": ("energy", {"loss": 0.02}),
+    "energy .02, fill .5": ("energy", {"loss": 0.02, "fill_weight": 0.5, "renormalize": 0.25}),
+}
 
 
 def make_inputs(tokens: int, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,12 +95,61 @@ def measure(tokens: int, experts: int, top_k: int, budget_s: float) -> dict[str,
     return row
 
 
+def measure_rules(budget_s: float) -> list[dict[str, Any]]:
+    """Every rule at one size: the public function (checks and new tensors included), and C++."""
+    tokens, experts, top_k = RULES_AT
+    generator = torch.Generator().manual_seed(tokens * experts)
+    popular = torch.randn(experts, generator=generator)
+    scores = (popular + torch.randn(tokens, experts, generator=generator)).softmax(dim=1)
+    weights, ids = scores.topk(top_k)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    similarity = make_inputs(tokens, experts, top_k)[1]
+    rows = []
+    print(f"\n{'rule':24}{'active':>8}{'us':>10}{'us_native':>10}{'us_torch':>10}")
+    for name, (rule, options) in RULE_OPTIONS.items():
+        inputs: dict[str, Any] = {"scores": scores, "similarity": similarity}
+        call = RuleCall(
+            rule=rule,
+            ids=ids.to(torch.int32),
+            weights=weights,
+            num_experts=experts,
+            num_valid=tokens,
+            **inputs,
+            keep=options.get("primary_k", options.get("k0", 1)),
+            truncate="fill" in options,
+            **{key: options[key] for key in options.keys() & RuleCall.__dataclass_fields__},
+        )
+        functions = {
+            "us": functools.partial(apply_rule, rule, ids, weights, **inputs, **options),
+            "us_native": functools.partial(rules_cpu.apply, call),
+            "us_torch": functools.partial(rules_reference.apply, call),
+        }
+        results = [function() for function in functions.values()]
+        assert all(torch.equal(r.ids, results[0].ids) for r in results)
+        active = int(results[0].active.sum())
+        seconds = interleaved_median(functions, budget_s=budget_s)
+        row: dict[str, Any] = {"rule": name, "T": tokens, "E": experts, "K": top_k}
+        row |= {"active": active} | {key: value * 1e6 for key, value in seconds.items()}
+        rows.append(row)
+        figures = "".join(f"{row[key]:10.1f}" for key in ("us", "us_native", "us_torch"))
+        print(f"{name:24}{active:8}{figures}", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    budget_s = 0.2 if parser.parse_args().quick else 1.5
+    parser.add_argument("--rules", action="store_true", help="only the rules of apply_rule")
+    options = parser.parse_args()
+    budget_s = 0.2 if options.quick else 1.5
     torch.set_num_threads(1)
     cpu.build()
+    if not options.rules:
+        measure_all(budget_s)
+    print(write_result("cpu_rules", measure_rules(budget_s), threads=1))
+
+
+def measure_all(budget_s: float) -> None:
     rows = []
     columns = ("us", "us_native", "us_torch", "us_published", "times_torch", "times_published")
     print("    T   E  K " + "".join(f"{name:>16}" for name in columns))

@@ -1,4 +1,4 @@
-"""``reroute()`` and its implementations. Nothing here imports SGLang.
+"""``reroute()``, ``apply_rule()`` and their implementations. Nothing here imports SGLang.
 
 A new implementation is a module as `dispatch` describes it, plus one line in its registry; the
 tests of ``tests/ops`` then run over it wherever it is available.
@@ -17,6 +17,8 @@ from sere_sglang.ops.counters import COUNTER_FIELDS, new_counters
 from sere_sglang.ops.dispatch import available_impls, select_impl
 from sere_sglang.ops.jit import BuildError
 from sere_sglang.ops.reroute import reroute, reroute_
+from sere_sglang.ops.rules import apply_rule
+from sere_sglang.ops.rules_call import Routed
 from sere_sglang.ops.table import LayerTable
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "BuildError",
     "Control",
     "LayerTable",
+    "Routed",
+    "apply_rule",
     "available_impls",
     "decode_control",
     "encode_control",

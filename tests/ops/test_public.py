@@ -65,6 +65,18 @@ def test_reroute_needs_no_sglang() -> None:
     assert ids == "[[0, 0], [1, 1]]\nFalse"
 
 
+def test_apply_rule_needs_no_sglang() -> None:
+    ids = python(
+        "import torch\n"
+        "from sere_sglang import apply_rule\n"
+        "p = torch.tensor([[.5, .3, .2], [.1, .6, .3]])\n"
+        "weights, ids = p.topk(2)\n"
+        "print(apply_rule('topk', ids, weights, scores=p, k0=1).ids.tolist())\n"
+        "print(any(name.split('.')[0] == 'sglang' for name in sys.modules))"
+    )
+    assert ids == "[[0, 1], [1, 0]]\nFalse"
+
+
 def test_the_signature_is_the_contract() -> None:
     parameters = inspect.signature(sere_sglang.reroute).parameters.values()
     assert [(p.name, p.kind is p.KEYWORD_ONLY, p.default) for p in parameters] == [
@@ -77,6 +89,32 @@ def test_the_signature_is_the_contract() -> None:
         ("protected", True, None),
         ("impl", True, "auto"),
     ]
+
+
+def test_the_signature_of_apply_rule_is_the_contract() -> None:
+    parameters = inspect.signature(sere_sglang.apply_rule).parameters.values()
+    required = inspect.Parameter.empty
+    assert [(p.name, p.default) for p in parameters if p.kind is not p.KEYWORD_ONLY] == [
+        ("rule", required),
+        ("topk_ids", required),
+        ("topk_weights", required),
+    ]
+    assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == {
+        "scores": None,
+        "similarity": None,
+        "primary_k": None,
+        "threshold": 0.0,
+        "k0": None,
+        "budget": None,
+        "warmup": True,
+        "fill": "piggyback",
+        "loss": None,
+        "fill_weight": 0.0,
+        "renormalize": 0.0,
+        "num_valid": None,
+        "protected": None,
+        "impl": "auto",
+    }
 
 
 def test_no_other_name_is_there() -> None:
@@ -141,4 +179,4 @@ def test_no_rows_and_ids_that_are_views() -> None:
 
 def test_the_examples_of_the_semantics_are_true() -> None:
     failed, run = doctest.testfile(str(ROOT / "docs/semantics.md"), module_relative=False)
-    assert run == 7 and failed == 0
+    assert run == 16 and failed == 0

@@ -1,0 +1,191 @@
+// `apply_rule` on the CPU. One thread: a decode batch takes microseconds.
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+
+#include "rules_core.h"
+
+namespace sere {
+
+using tvm::ffi::Optional;
+using tvm::ffi::TensorView;
+
+// Where an expert outside P goes, or itself if it is critical; looked up once for each.
+struct StandIns {
+  int32_t ids[kMaxExperts];
+
+  explicit StandIns(int experts) { std::fill(ids, ids + experts, -1); }
+
+  int32_t of(const RuleProblem& p, const ExpertSet& primaries, int32_t id) {
+    if (primaries.has[id]) return id;
+    if (ids[id] >= 0) return ids[id];
+    const float* similar = p.similarity + int64_t(id) * p.experts;
+    int32_t best = primaries.ids[0];
+    for (int i = 1; i < primaries.count; ++i) {
+      if (similar[primaries.ids[i]] > similar[best]) best = primaries.ids[i];
+    }
+    return ids[id] = is_critical(similar[best], p.threshold) ? id : best;
+  }
+};
+
+// A, and for `similarity` the stand-ins that its rows take.
+void choose(const RuleProblem& p, ExpertSet& a, StandIns& stand_ins) {
+  ExpertSet used(p.experts);
+  const bool sure = p.rule != Rule::kBudget || p.warmup;
+  vote(p, sure ? p.keep : 0, a, used);
+  used.list(p.experts);
+  if (used.count == 0) return;
+  if (p.rule == Rule::kBudget) add_within_budget(p, a);
+  if (p.rule == Rule::kEnergy) add_within_loss(p, used, a);
+  a.list(p.experts);
+  if (p.rule != Rule::kSimilarity || a.count == 0) return;
+  // The critical experts join after all have looked for a stand-in among the primary ones.
+  for (int i = 0; i < used.count; ++i) stand_ins.of(p, a, used.ids[i]);
+  for (int i = 0; i < used.count; ++i) {
+    a.has[used.ids[i]] |= stand_ins.ids[used.ids[i]] == used.ids[i];
+  }
+  a.list(p.experts);
+}
+
+void fill_row(const RuleProblem& p, const ExpertSet& a, const StandIns& stand_ins, int at) {
+  const int32_t* own = p.row_ids(at);
+  const float* weights = p.row_weights(at);
+  const int top_k = p.top_k;
+  uint32_t live = 0, own_in = 0;
+  float mass = 0.0f;
+  for (int k = 0; k < top_k; ++k) {
+    if (!is_expert(own[k], p.experts)) continue;
+    live |= 1u << k;
+    own_in |= uint32_t(a.has[own[k]]) << k;
+    mass += weights[k];
+    if (!a.has[own[k]]) p.lost[int64_t(at) * p.experts + own[k]] = weights[k];
+  }
+  NewRow row;
+  row.taken = 0;
+  std::fill(row.weights, row.weights + top_k, 0.0f);
+  const auto keep = [&](uint32_t slots) {
+    for (int k = 0; k < top_k; ++k) {
+      if (slots >> k & 1) row.put(k, own[k], weights[k]);
+    }
+  };
+  if (p.rule == Rule::kSimilarity) {
+    for (int k = 0; k < top_k; ++k) {
+      if (!(live >> k & 1)) continue;
+      const int32_t stand_in = a.has[own[k]] ? own[k] : stand_ins.ids[own[k]];
+      int met = 0;
+      while (met < k && !(row.taken >> met & 1 && row.ids[met] == stand_in)) ++met;
+      if (met < k) {
+        row.weights[met] += weights[k];
+      } else {
+        row.put(k, stand_in, weights[k]);
+      }
+    }
+  } else if (p.rule == Rule::kTopk || p.rule == Rule::kEnergy || p.truncate) {
+    const bool topk = p.rule == Rule::kTopk, energy = p.rule == Rule::kEnergy;
+    const uint32_t kept = topk ? primary_slots(weights, top_k, p.keep) & live : own_in;
+    keep(kept);
+    if (energy && p.fill_weight > 0.0f && kept != live) {
+      const float* scores = p.row_scores(at);
+      float total = 0.0f;
+      for (int k = 0; k < top_k; ++k) total += live >> k & 1 ? scores[own[k]] : 0.0f;
+      const float unit = ratio(mass, total, 0.0f);
+      put_next_best(p, a, scores, live & ~kept, row);
+      for (int k = 0; k < top_k; ++k) {
+        if (row.taken >> k & 1 && !(kept >> k & 1)) {
+          row.weights[k] = row.weights[k] * unit * p.fill_weight;
+        }
+      }
+    }
+    scale(row, top_k, mass, energy ? p.renormalize : 1.0f, kept == live);
+  } else {
+    put_next_best(p, a, p.row_scores(at), live, row);
+    const float factor = ratio(mass, row.sum(top_k), 0.0f);
+    for (int k = 0; k < top_k; ++k) row.weights[k] *= factor;
+  }
+  make_distinct(p, a, own, live, row);
+  for (int k = 0; k < top_k; ++k) {
+    if (!(live >> k & 1)) continue;
+    p.new_ids[int64_t(at) * top_k + k] = row.ids[k];
+    p.new_weights[int64_t(at) * top_k + k] = row.weights[k];
+  }
+}
+
+// Padding rows repeat the first valid row without an empty slot, or hold A's lowest.
+void fill_padding(const RuleProblem& p, const ExpertSet& a) {
+  int32_t ids[kMaxTopK];
+  float weights[kMaxTopK] = {};
+  for (int k = 0; k < p.top_k; ++k) ids[k] = a.ids[k < a.count ? k : 0];
+  for (int row = 0; row < p.valid; ++row) {
+    const int32_t* from = p.new_ids + int64_t(row) * p.top_k;
+    const auto held = [&](int32_t id) { return is_expert(id, p.experts); };
+    if (!std::all_of(from, from + p.top_k, held)) continue;
+    std::copy(from, from + p.top_k, ids);
+    std::copy_n(p.new_weights + int64_t(row) * p.top_k, p.top_k, weights);
+    break;
+  }
+  for (int row = p.valid; row < p.rows; ++row) {
+    std::copy_n(ids, p.top_k, p.new_ids + int64_t(row) * p.top_k);
+    std::copy_n(weights, p.top_k, p.new_weights + int64_t(row) * p.top_k);
+  }
+}
+
+void run(const RuleProblem& p) {
+  ExpertSet a(p.experts);
+  StandIns stand_ins(p.experts);
+  choose(p, a, stand_ins);
+  if (a.count > 0) {
+    for (int row = 0; row < p.valid; ++row) {
+      if (!p.keeps_row(row)) fill_row(p, a, stand_ins, row);
+    }
+    fill_padding(p, a);
+  }
+  for (int64_t i = 0; i < int64_t(p.valid) * p.top_k; ++i) {
+    if (is_expert(p.new_ids[i], p.experts)) p.active[p.new_ids[i]] = 1;
+  }
+}
+
+template <typename T>
+T* pointer(const Optional<TensorView>& tensor) {
+  return tensor.has_value() ? static_cast<T*>(tensor.value().data_ptr()) : nullptr;
+}
+
+// Arguments were checked by sere_sglang.ops.apply_rule.
+void apply_rule(TensorView ids, TensorView weights, Optional<TensorView> scores,
+                Optional<TensorView> similarity, Optional<TensorView> is_protected,
+                TensorView new_ids, TensorView new_weights, TensorView active, TensorView lost,
+                int64_t rule, int64_t num_valid, int64_t keep, int64_t budget, bool warmup,
+                bool truncate, int64_t loss_limit, double threshold, double fill_weight,
+                double renormalize) {
+  RuleProblem p;
+  p.ids = static_cast<const int32_t*>(ids.data_ptr());
+  p.weights = static_cast<const float*>(weights.data_ptr());
+  p.scores = pointer<const float>(scores);
+  p.similarity = pointer<const float>(similarity);
+  p.is_protected = pointer<const uint8_t>(is_protected);
+  p.rows = int(ids.size(0));
+  p.valid = int(num_valid);
+  p.top_k = int(ids.size(1));
+  p.experts = int(active.size(0));
+  p.rule = Rule(rule);
+  p.keep = int(keep);
+  p.budget = int(budget);
+  p.warmup = warmup;
+  p.truncate = truncate;
+  p.loss_limit = loss_limit;
+  p.threshold = float(threshold);
+  p.fill_weight = float(fill_weight);
+  p.renormalize = float(renormalize);
+  p.new_ids = static_cast<int32_t*>(new_ids.data_ptr());
+  p.new_weights = static_cast<float*>(new_weights.data_ptr());
+  p.active = static_cast<uint8_t*>(active.data_ptr());
+  p.lost = static_cast<float*>(lost.data_ptr());
+  if (p.experts > kMaxExperts || p.top_k > kMaxTopK) {
+    TVM_FFI_THROW(ValueError) << "apply_rule: at most 1024 experts and top-32";
+  }
+  run(p);
+}
+
+}  // namespace sere
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(apply_rule, sere::apply_rule);

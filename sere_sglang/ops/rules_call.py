@@ -1,0 +1,61 @@
+"""What a rule is given and what it gives back: shared by `rules` and its implementations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+RULES = ("similarity", "piggyback", "budget", "topk", "energy")
+FILLS = ("piggyback", "truncate")
+
+FRACTION_BITS = 32
+"""Sums over rows are int64 of this many binary places: they do not depend on the order of rows.
+
+The resolution is 2^-32 (2.3e-10), so a weight below 1.07e-5 has no energy. What a row adds is at
+most `LARGEST_TERM`, which is 2^17 in units of weight squared; `MAX_ROWS` of them stay below 2^63.
+"""
+LARGEST_TERM = 1 << 49
+MAX_ROWS = 8192
+
+
+class Routed(NamedTuple):
+    """One layer's choices after a rule. T rows, K slots, E experts."""
+
+    ids: torch.Tensor
+    """int32 ``[T, K]``; distinct within a row."""
+    weights: torch.Tensor
+    """float32 ``[T, K]``"""
+    active: torch.Tensor
+    """bool ``[E]``: the experts that some valid row holds now, which is what a layer loads."""
+    lost: torch.Tensor | None
+    """float32 ``[T, E]``: routing weight of a row's slots whose expert is not in A, before the
+    rule; what a surrogate would compensate. None if the rule was off."""
+
+
+@dataclass(frozen=True)
+class RuleCall:
+    """Checked arguments of one call: tensors contiguous and on one device, options in range."""
+
+    rule: str
+    ids: torch.Tensor  # int32 [T, K], not to be written
+    weights: torch.Tensor  # float32 [T, K], not to be written
+    num_experts: int
+    num_valid: int
+    protected: torch.Tensor | None = None  # bool [T]
+    scores: torch.Tensor | None = None  # float32 [T, E]
+    similarity: torch.Tensor | None = None  # float32 [E, E]
+    keep: int = 1  # S of `similarity`, k0 of `piggyback` and `topk`, else 1
+    threshold: float = 0.0
+    budget: int = 1  # B
+    warmup: bool = True
+    truncate: bool = False
+    loss: float = 0.0  # a float32, as the next two
+    fill_weight: float = 0.0
+    renormalize: float = 0.0
+
+    @property
+    def loss_limit(self) -> int:
+        """The loss budget in units of the fixed-point sums: exact, loss being a float32."""
+        return int(self.loss * self.num_valid * (1 << FRACTION_BITS))

@@ -1,0 +1,272 @@
+"""``impl="torch"`` of `apply_rule`: the rules in plain torch operations, on any device.
+
+The readable statement of docs/semantics.md, "Rules beside similarity". Shapes depend on nothing but
+the inputs' shapes and nothing is read back from the device.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sere_sglang.ops.reference import _expert_set, _rank_slots
+from sere_sglang.ops.reroute import reroute
+from sere_sglang.ops.rules_call import FRACTION_BITS, LARGEST_TERM, Routed, RuleCall
+
+
+def is_available(device_type: str) -> str | None:
+    """Every device will do."""
+    return None
+
+
+def build() -> None:
+    """Nothing to compile."""
+
+
+def apply(call: RuleCall) -> Routed:
+    """See `sere_sglang.ops.apply_rule`; arguments are validated there."""
+    return _Batch(call).routed()
+
+
+class _Batch:
+    """The masks that every rule reads, and the steps that lead from them to new rows."""
+
+    def __init__(self, call: RuleCall) -> None:
+        self.call = call
+        self.ids = call.ids.to(torch.int64)  # [T, K]
+        self.weights = call.weights
+        num_rows = self.ids.shape[0]
+        self.routed_slot = (self.ids >= 0) & (self.ids < call.num_experts)
+        self.index = self.ids.where(self.routed_slot, 0)
+        rows = torch.arange(num_rows, device=self.ids.device)
+        self.valid = rows < call.num_valid
+        kept = torch.zeros_like(self.valid) if call.protected is None else call.protected
+        self.protected = self.valid & kept
+        self.changes = (self.valid & ~kept)[:, None] & self.routed_slot  # slots a rule may change
+        self.rank = _rank_slots(self.ids, self.weights)
+        self.mass = _sum(self.weights, self.routed_slot)
+
+    def routed(self) -> Routed:
+        members = self._members()
+        some = members.any()
+        changes = self.changes & some
+        own_in = members[self.index] & self.routed_slot
+        placed, weights, taken = self._place(members, own_in)
+        placed, weights = self._distinct(members, own_in, changes, placed, weights, taken)
+        ids = placed.where(changes, self.ids)
+        weights = weights.where(changes, self.weights)
+
+        lost = torch.zeros(
+            (ids.shape[0], self.call.num_experts), dtype=torch.float32, device=ids.device
+        )
+        lost.scatter_add_(1, self.index, self.weights.where(changes & ~own_in, 0.0))
+        pads = (~self.valid)[:, None] & some
+        padding_ids, padding_weights = self._padding(ids, weights, members)
+        ids = padding_ids.where(pads, ids)
+        weights = padding_weights.where(pads, weights)
+        held = self.valid[:, None] & self.routed_slot
+        active = _expert_set(ids, held, self.call.num_experts)
+        return Routed(ids.to(torch.int32), weights, active, lost)
+
+    # ---- set A
+
+    def _members(self) -> torch.Tensor:
+        """bool ``[E]``: A."""
+        call = self.call
+        live = self.valid[:, None] & self.routed_slot
+        first = live & ((self.rank < call.keep) | self.protected[:, None])
+        members = _expert_set(self.ids, first, call.num_experts)
+        if call.rule == "similarity":
+            # P and the critical experts; where P is empty nothing changes.
+            after = self._moved()
+            return _expert_set(after, live, call.num_experts) & members.any()
+        if call.rule == "budget":
+            return self._within_budget(members, live)
+        if call.rule == "energy":
+            return self._within_loss(members, live)
+        return members
+
+    def _within_budget(self, first: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+        call = self.call
+        assert call.scores is not None
+        if not call.warmup:
+            first = _expert_set(self.ids, live & self.protected[:, None], call.num_experts)
+        summed = (_fixed(call.scores) * self.valid[:, None]).sum(dim=0)
+        # Those that are in already come first, the others by their sum; ties by the lowest id.
+        order = summed.where(~first, torch.iinfo(torch.int64).max).argsort(
+            descending=True, stable=True
+        )
+        place = torch.empty_like(order)
+        place[order] = torch.arange(call.num_experts, device=order.device)
+        return (first | (place < call.budget)) & live.any()
+
+    def _within_loss(self, stay: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+        call = self.call
+        used = _expert_set(self.ids, live, call.num_experts)
+        energy = torch.zeros(call.num_experts, dtype=torch.int64, device=self.ids.device)
+        squares = _fixed(self.weights * self.weights) * self.changes
+        energy.scatter_add_(0, self.index.flatten(), squares.flatten())
+        droppable = used & ~stay
+        value, order = energy.where(droppable, torch.iinfo(torch.int64).max).sort(stable=True)
+        spent = value.where(droppable[order], 0).cumsum(dim=0)
+        dropped = torch.empty_like(droppable)
+        dropped[order] = droppable[order] & (spent <= call.loss_limit)
+        return used & ~dropped
+
+    # ---- what a row holds of A, in which slot and with which weight
+
+    def _place(
+        self, members: torch.Tensor, own_in: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids and weights ``[T, K]``, and which of the slots they are said for."""
+        call = self.call
+        if call.rule == "similarity":
+            return self._meet()
+        if call.rule == "topk":
+            return self._keep((self.rank < call.keep) & self.routed_slot, exponent=1.0)
+        if call.rule == "energy":
+            return self._keep_and_fill(members, own_in)
+        if call.truncate:
+            return self._keep(own_in, exponent=1.0)
+        nothing = torch.zeros_like(own_in)
+        ids, scores, taken = self._next_best(members, nothing, self.routed_slot)
+        factor = _ratio(self.mass, _sum(scores, taken), otherwise=0.0)
+        return ids, scores * factor[:, None], taken
+
+    def _moved(self) -> torch.Tensor:
+        call = self.call
+        assert call.similarity is not None
+        return reroute(
+            call.ids,
+            call.similarity,
+            primary_k=call.keep,
+            threshold=call.threshold,
+            topk_weights=call.weights,
+            num_valid=call.num_valid,
+            protected=call.protected,
+            impl="torch",
+        ).to(torch.int64)
+
+    def _meet(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Slots that met on one expert: all their weight in the lowest of them."""
+        ids = self._moved()
+        same = (ids[:, :, None] == ids[:, None, :]) & self.routed_slot[:, None, :]
+        weights = _sum(self.weights[:, None, :].expand_as(same), same)
+        return ids, weights, ~same.tril(-1).any(dim=2) & self.routed_slot
+
+    def _keep(
+        self, kept: torch.Tensor, exponent: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Own experts only, their weights scaled towards the row's original mass."""
+        return self.ids, self._scaled(self.weights, kept, kept, exponent), kept
+
+    def _keep_and_fill(
+        self, members: torch.Tensor, own_in: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        call = self.call
+        if call.fill_weight == 0.0:
+            return self._keep(own_in, call.renormalize)
+        assert call.scores is not None
+        own_scores = call.scores.gather(1, self.index)
+        unit = _ratio(self.mass, _sum(own_scores, self.routed_slot), otherwise=0.0)
+        ids, scores, filled = self._next_best(members, own_in, self.routed_slot & ~own_in)
+        ids = self.ids.where(own_in, ids)
+        weights = self.weights.where(own_in, scores * unit[:, None] * call.fill_weight)
+        taken = own_in | filled
+        return ids, self._scaled(weights, taken, own_in, call.renormalize), taken
+
+    def _scaled(
+        self, weights: torch.Tensor, taken: torch.Tensor, own: torch.Tensor, exponent: float
+    ) -> torch.Tensor:
+        """Times (original mass / new mass)^exponent, in rows that lost a slot."""
+        if exponent == 0.0:
+            return weights
+        ratio = _ratio(self.mass, _sum(weights, taken), otherwise=1.0)
+        factor = ratio if exponent == 1.0 else ratio.clamp(min=0.0).pow(exponent)
+        lossless = (own | ~self.routed_slot).all(dim=1)
+        return weights * factor.where(~lossless, 1.0)[:, None]
+
+    def _next_best(
+        self, members: torch.Tensor, held: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For `slots`, in slot order, the row's best of A by score that it does not hold yet.
+
+        Returns ids, scores, and which of the slots got one (A may be too small).
+        """
+        scores = self.call.scores
+        assert scores is not None
+        wanted = members & ~self._in_row(self.ids, held)
+        value, order = scores.where(wanted, float("-inf")).sort(dim=1, descending=True, stable=True)
+        nth = (slots.cumsum(dim=1) - 1).clamp(min=0)
+        filled = slots & (nth < wanted.sum(dim=1, keepdim=True))
+        nth = nth.clamp(max=self.call.num_experts - 1)
+        return order.gather(1, nth), value.gather(1, nth).where(filled, 0.0), filled
+
+    # ---- rows stay distinct
+
+    def _distinct(
+        self,
+        members: torch.Tensor,
+        own_in: torch.Tensor,
+        changes: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        taken: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Freed slots hold unused members of A, lowest first, then own experts; weight 0."""
+        freed = changes & ~taken
+        unused = members & ~self._in_row(ids, taken)
+        nth = (freed.cumsum(dim=1) - 1).clamp(min=0)
+        fits = freed & (nth < unused.sum(dim=1, keepdim=True))
+        lowest = unused.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        filler = lowest.gather(1, nth.clamp(max=self.call.num_experts - 1))
+
+        # The row holds all of A: a surplus slot keeps its own expert, unless that is in A, and so
+        # in the row; then it takes one of the row's that another slot gave up.
+        surplus = freed & ~fits
+        takes = surplus & own_in
+        given_up = self.routed_slot & ~own_in & ~surplus
+        donors = given_up.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        donor = donors.gather(1, (takes.cumsum(dim=1) - 1).clamp(min=0))
+        own = self.ids.gather(1, donor).where(takes, self.ids)
+        rest = filler.where(fits, own)
+        return rest.where(freed, ids), weights.where(taken, 0.0)
+
+    def _in_row(self, ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """bool ``[T, E]``: what a row holds in `slots`."""
+        experts = self.call.num_experts
+        found = torch.zeros((ids.shape[0], experts + 1), dtype=torch.bool, device=ids.device)
+        found.scatter_(1, ids.where(slots, experts), True)
+        return found[:, :experts]
+
+    def _padding(
+        self, ids: torch.Tensor, weights: torch.Tensor, members: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and weights ``[1, K]``: the first valid row without an empty slot, or A's lowest."""
+        usable = self.valid & self.routed_slot.all(dim=1)
+        first = usable.to(torch.uint8).argmax().view(1)
+        top_k = ids.shape[1]
+        slot = torch.arange(top_k, device=ids.device)
+        ascending = members.to(torch.uint8).argsort(descending=True, stable=True)
+        lowest = ascending[slot.where(slot < members.sum(), 0)]
+        some = usable.any()
+        row_weights = weights.index_select(0, first).where(some, 0.0)
+        return ids.index_select(0, first).where(some, lowest[None]), row_weights
+
+
+def _sum(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension, float32, one slot after the other as the C++ does."""
+    total = torch.zeros(values.shape[:-1], dtype=torch.float32, device=values.device)
+    for k in range(values.shape[-1]):
+        total = total + values[..., k].where(where[..., k], 0.0)
+    return total
+
+
+def _ratio(above: torch.Tensor, below: torch.Tensor, otherwise: float) -> torch.Tensor:
+    empty = below == 0.0
+    return (above / below.where(~empty, 1.0)).where(~empty, otherwise)
+
+
+def _fixed(values: torch.Tensor) -> torch.Tensor:
+    """int64, nearest, ties to even: scaling by a power of two is exact."""
+    scaled = (values * float(1 << FRACTION_BITS)).round()
+    return scaled.clamp(max=float(LARGEST_TERM)).to(torch.int64)

@@ -1,0 +1,356 @@
+"""`apply_rule`: every rule and implementation against the oracle, and what all rules promise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import rules_oracle
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sere_sglang import apply_rule
+from sere_sglang.cpu.moe import fused_moe
+from sere_sglang.ops import Routed, available_impls, reroute
+from sere_sglang.ops.rules import IMPLEMENTATIONS
+from sere_sglang.ops.rules_call import LARGEST_TERM, MAX_ROWS, RULES
+
+IMPLS = [name for name in available_impls("cpu") if name in IMPLEMENTATIONS]  # torch, cpu
+MANY = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@dataclass
+class Batch:
+    rule: str
+    ids: torch.Tensor
+    weights: torch.Tensor
+    options: dict[str, Any]
+
+    def run(self, impl: str) -> Routed:
+        return apply_rule(self.rule, self.ids, self.weights, impl=impl, **self.options)
+
+    def expected(self) -> rules_oracle.Outcome:
+        o = self.options
+        rows = self.ids.shape[0]
+        protected = o["protected"]
+        return rules_oracle.apply(
+            rules_oracle.Input(
+                rule=self.rule,
+                ids=self.ids.tolist(),
+                weights=self.weights.tolist(),
+                experts=o["scores"].shape[1],
+                num_valid=rows if o["num_valid"] is None else o["num_valid"],
+                protected=[False] * rows if protected is None else protected.tolist(),
+                scores=o["scores"].tolist(),
+                similarity=o["similarity"].tolist(),
+                keep={"similarity": o["primary_k"], "piggyback": o["k0"], "topk": o["k0"]}.get(
+                    self.rule, 1
+                ),
+                threshold=o["threshold"],
+                budget=o["budget"],
+                warmup=o["warmup"],
+                truncate=o["fill"] == "truncate",
+                loss=rules_oracle.float32(o["loss"]),
+                fill_weight=o["fill_weight"],
+                renormalize=o["renormalize"],
+            )
+        )
+
+
+@st.composite
+def batches(draw: st.DrawFn, max_rows: int = 24, max_experts: int = 40, max_k: int = 9) -> Batch:
+    rule = draw(st.sampled_from(RULES))
+    lowest_k = 1 if rule in ("budget", "energy") else 2
+    top_k = draw(st.integers(lowest_k, max_k))
+    experts = draw(st.integers(top_k, max_experts))
+    rows = draw(st.integers(1, 4) | st.integers(0, max_rows))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    score_levels = draw(st.sampled_from([0, 0, 3, 8]))
+    logits = uniform(rows, experts) * 6
+    if score_levels:
+        logits = (logits / 6 * score_levels).floor()
+    scores = logits.sigmoid() if draw(st.booleans()) else logits.softmax(dim=1)
+    if draw(st.integers(0, 5)) == 0:
+        scores = scores * (uniform(rows, experts) < 0.6)  # experts without any score
+    router = draw(st.sampled_from(["plain", "biased", "foreign"]))
+    bias = {
+        "plain": torch.zeros(experts),
+        "biased": 0.5 * uniform(experts),
+        "foreign": 9 * uniform(rows, experts),
+    }
+    ids = (scores + bias[router]).topk(top_k, dim=1).indices if rows else torch.zeros(0, top_k)
+    ids = ids.gather(1, uniform(rows, top_k).argsort(dim=1)) if draw(st.booleans()) else ids
+    ids = ids.to(torch.int32 if draw(st.booleans()) else torch.int64)
+    weights = scores.gather(1, ids.long())
+    if draw(st.booleans()):
+        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-6)
+    weights = weights * draw(st.sampled_from([1.0, 2.5]))
+    if draw(st.integers(0, 4)) == 0:
+        weights = (uniform(rows, top_k) * 4).floor() / 4  # ties, and zeros
+    holes = draw(st.sampled_from([0.0, 0.0, 0.2, 0.8, 1.0]))
+    ids = torch.where(uniform(rows, top_k) < holes, -1, ids)
+    similarity_levels = draw(st.sampled_from([3, 1000]))
+    similarity = (uniform(experts, experts) * similarity_levels).floor() / similarity_levels
+    loss = draw(st.sampled_from([0.0, 1.0]) | st.floats(0, 0.25, width=32))
+    if draw(st.booleans()):  # what one expert has, so that the budget is met exactly
+        energy = (weights * weights)[ids == draw(st.integers(0, experts - 1))].sum()
+        loss = min(1.0, float(energy) / max(rows, 1))
+    return Batch(
+        rule=rule,
+        ids=ids,
+        weights=weights,
+        options={
+            "scores": scores,
+            "similarity": similarity,
+            "primary_k": draw(st.integers(1, max(1, top_k - 1))),
+            "threshold": draw(st.sampled_from([0.0, 0.5, 0.75])),
+            "k0": draw(st.integers(1, max(1, top_k - 1))),
+            "budget": draw(st.integers(1, experts)),
+            "warmup": draw(st.booleans()),
+            "fill": draw(st.sampled_from(["piggyback", "truncate"])),
+            "loss": loss,
+            "fill_weight": draw(st.sampled_from([0.0, 0.5, 1.25])),
+            "renormalize": draw(st.sampled_from([0.0, 0.25, 1.0])),
+            "num_valid": draw(st.none() | st.integers(0, rows)),
+            "protected": (uniform(rows) < 0.3) if draw(st.booleans()) else None,
+        },
+    )
+
+
+@pytest.mark.parametrize("impl_name", IMPLS)
+def test_equals_the_oracle(impl_name: str) -> None:
+    @settings(MANY, max_examples=500)
+    @given(batches())
+    def run(batch: Batch) -> None:
+        before = batch.ids.clone(), batch.weights.clone()
+        got, want = batch.run(impl_name), batch.expected()
+        assert got.ids.dtype == torch.int32 and got.weights.dtype == torch.float32
+        assert got.ids.tolist() == want.ids
+        if want.ids:
+            wanted = torch.tensor(want.weights)
+            torch.testing.assert_close(got.weights, wanted, rtol=3e-6, atol=1e-7)
+        assert set(got.active.nonzero().flatten().tolist()) == want.active
+        if batch.ids.shape[0]:
+            assert got.lost is not None
+            lost = torch.zeros_like(got.lost)
+            for t, row in enumerate(want.lost):
+                for e, weight in row.items():
+                    lost[t, e] = weight
+            assert torch.equal(got.lost, lost)
+        assert torch.equal(batch.ids, before[0]) and torch.equal(batch.weights, before[1])
+
+    run()
+
+
+@pytest.mark.parametrize("impl_name", [name for name in IMPLS if name != "torch"])
+def test_equals_the_reference_bit_for_bit(impl_name: str) -> None:
+    """At sizes too large for the oracle; a power of the mass alone may round differently."""
+
+    @settings(MANY, max_examples=60)
+    @given(batches(max_rows=128, max_experts=256, max_k=32))
+    def run(batch: Batch) -> None:
+        got, want = batch.run(impl_name), batch.run("torch")
+        assert torch.equal(got.ids, want.ids) and torch.equal(got.active, want.active)
+        if batch.options["renormalize"] in (0.0, 1.0) or batch.rule != "energy":
+            assert torch.equal(got.weights, want.weights)
+        else:
+            torch.testing.assert_close(got.weights, want.weights, rtol=1e-6, atol=0)
+        assert (got.lost is None) == (want.lost is None)
+        assert got.lost is None or want.lost is None or torch.equal(got.lost, want.lost)
+
+    run()
+
+
+@pytest.mark.parametrize("impl_name", IMPLS)
+def test_rows_are_distinct_and_hold_no_hole_that_they_did_not_have(impl_name: str) -> None:
+    @settings(MANY)
+    @given(batches())
+    def run(batch: Batch) -> None:
+        got = batch.run(impl_name)
+        rows = len(batch.ids) if batch.options["num_valid"] is None else batch.options["num_valid"]
+        for before, after in zip(batch.ids.tolist()[:rows], got.ids.tolist()[:rows], strict=True):
+            assert [e < 0 for e in before] == [e < 0 for e in after]
+            held = [e for e in after if e >= 0]
+            assert len(set(held)) == len(held)
+
+    run()
+
+
+@pytest.mark.parametrize("impl_name", IMPLS)
+def test_the_order_of_the_rows_does_not_matter(impl_name: str) -> None:
+    @settings(MANY)
+    @given(batches(), st.randoms(use_true_random=False))
+    def run(batch: Batch, rng: Any) -> None:
+        rows = len(batch.ids)
+        options = batch.options | {"num_valid": None}
+        order = torch.tensor(rng.sample(range(rows), rows), dtype=torch.int64)
+        shuffled = dict(options, scores=options["scores"][order])
+        if options["protected"] is not None:
+            shuffled["protected"] = options["protected"][order]
+        got = Batch(batch.rule, batch.ids, batch.weights, options).run(impl_name)
+        again = Batch(batch.rule, batch.ids[order], batch.weights[order], shuffled).run(impl_name)
+        assert torch.equal(again.ids, got.ids[order])
+        assert torch.equal(again.weights, got.weights[order])
+        assert torch.equal(again.active, got.active)
+
+    run()
+
+
+@pytest.mark.parametrize("impl_name", IMPLS)
+def test_largest_sums_do_not_overflow(impl_name: str) -> None:
+    """8192 rows of the largest term: the sum is 2^62, and saturates rather than wraps."""
+    ids = torch.tensor([[0, 1, 2]]).repeat(MAX_ROWS, 1)
+    huge = float(LARGEST_TERM)  # far above what a term may be
+    weights = torch.tensor([[2 * huge, huge, 1e-3]]).repeat(MAX_ROWS, 1)
+    scores = torch.tensor([[huge, huge, 0.5, 0.25]]).repeat(MAX_ROWS, 1)
+    got = apply_rule("energy", ids, weights, scores=scores, loss=1.0, impl=impl_name)
+    assert got.active.tolist() == [True, True, True, False]  # the surplus slot keeps its expert
+    assert got.weights[0].tolist() == [2 * huge, huge, 0.0]
+    budget = apply_rule(
+        "budget",
+        ids,
+        weights,
+        scores=scores,
+        budget=3,
+        warmup=False,
+        fill="truncate",
+        impl=impl_name,
+    )
+    assert budget.active.tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("impl_name", IMPLS)
+def test_sums_are_rounded_to_the_nearest_and_ties_to_even(impl_name: str) -> None:
+    unit = 2.0**-32
+    ids, weights = torch.tensor([[0, 1]]), torch.tensor([[0.5, 1.25 * 2.0**-16]])  # 1.5625 units
+    for limit, dropped in ((1, False), (2, True)):
+        got = apply_rule(
+            "energy", ids, weights, similarity=torch.eye(3), loss=limit * unit, impl=impl_name
+        )
+        assert bool(got.lost is not None and got.lost[0, 1] > 0) == dropped
+    scores = torch.tensor([[2.0, 2.5, 3.5, 4.0]]) * unit  # 2, 2, 4, 4 units
+    for budget, active in ((1, [2]), (2, [2, 3]), (3, [0, 2, 3])):
+        got = apply_rule(
+            "budget",
+            torch.tensor([[0, 1, 2, 3]]),
+            torch.ones(1, 4),
+            scores=scores,
+            budget=budget,
+            warmup=False,
+            impl=impl_name,
+        )
+        assert got.lost is not None and (got.lost[0] == 0).nonzero().flatten().tolist() == active
+
+
+@pytest.mark.parametrize("impl_name", IMPLS)
+def test_a_surplus_slot_takes_what_another_gave_up(impl_name: str) -> None:
+    """A = {2, 3}. Slot 1 moves to 2 and is surplus, 8 moves to 3, so slot 3 finds 3 taken."""
+    ids = torch.tensor([[2, 7, 8, 3], [3, 2, -1, -1]])
+    weights = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.6, 0.4, 0.0, 0.0]])
+    similarity = torch.eye(9)
+    similarity[7, 2] = similarity[8, 3] = 0.5
+    got = apply_rule("similarity", ids, weights, similarity=similarity, primary_k=1, impl=impl_name)
+    assert got.ids.tolist() == [[2, 7, 3, 8], [3, 2, -1, -1]]
+    torch.testing.assert_close(got.weights[0], torch.tensor([0.7, 0.0, 0.3, 0.0]))
+
+
+@pytest.mark.parametrize("impl_name", IMPLS)
+@pytest.mark.parametrize("rows", [1, 3, 24])
+def test_distinct_rows_compute_what_equal_ids_did(impl_name: str, rows: int) -> None:
+    """Through the real CPU runner: today's SERE, which may hold an expert twice in a row."""
+    generator = torch.Generator().manual_seed(rows)
+    experts, top_k, hidden, inter = 12, 4, 64, 48
+    logits = torch.randn(rows, experts, generator=generator)
+    weights, ids = logits.softmax(dim=1).topk(top_k, dim=1)
+    similarity = torch.rand(experts, experts, generator=generator)
+    x = torch.randn(rows, hidden, generator=generator)
+    w13 = torch.randn(experts, 2 * inter, hidden, generator=generator) / hidden**0.5
+    w2 = torch.randn(experts, hidden, inter, generator=generator) / inter**0.5
+    equal_ids = reroute(ids, similarity, primary_k=1, topk_weights=weights)
+    assert any(len(set(row)) < top_k for row in equal_ids.tolist())
+    got = apply_rule("similarity", ids, weights, similarity=similarity, primary_k=1, impl=impl_name)
+    assert all(len(set(row)) == top_k for row in got.ids.tolist())
+    before = fused_moe(x, w13, w2, equal_ids, weights, activation="silu")
+    after = fused_moe(x, w13, w2, got.ids, got.weights, activation="silu")
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl_name", IMPLS)
+def test_similarity_that_is_off_changes_nothing(impl_name: str) -> None:
+    ids, weights = torch.tensor([[3, 1], [0, 2], [2, 1]]), torch.rand(3, 2)
+    for primary_k in (-1, 0, 2, 5):
+        got = apply_rule(
+            "similarity",
+            ids,
+            weights,
+            similarity=torch.eye(5),
+            primary_k=primary_k,
+            num_valid=2,
+            impl=impl_name,
+        )
+        assert got.ids.tolist() == ids.tolist() and torch.equal(got.weights, weights)
+        assert got.active.tolist() == [True] * 4 + [False] and got.lost is None
+
+
+GOOD: dict[str, Any] = {"scores": torch.full((2, 4), 0.25), "similarity": torch.eye(4)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "message"),
+    [
+        ("best", {}, "rule 'best' is none of: similarity, piggyback"),
+        ("piggyback", {"k0": 1, "scores": None}, "scores is missing: rule 'piggyback' needs"),
+        ("budget", {"budget": 2, "scores": None}, "scores is missing"),
+        ("energy", {"loss": 0.1, "fill_weight": 0.5, "scores": None}, "scores is missing"),
+        ("topk", {"k0": 1, "scores": None, "similarity": None}, "scores is missing"),
+        ("similarity", {"primary_k": 1, "similarity": None}, "similarity is missing"),
+        ("similarity", {}, "primary_k is missing"),
+        ("topk", {}, "k0 is missing"),
+        ("topk", {"k0": 2}, r"k0 must be in \[1, K=2\), got 2"),
+        ("piggyback", {"k0": 0}, r"k0 must be in \[1, K=2\), got 0"),
+        ("budget", {"budget": 0}, r"budget must be in \[1, E=4\], got 0"),
+        ("budget", {"budget": 5}, r"budget must be in \[1, E=4\], got 5"),
+        ("budget", {"budget": 2, "fill": "zero"}, "fill 'zero' is none of: piggyback, truncate"),
+        ("energy", {}, "loss is missing"),
+        ("energy", {"loss": 1.5}, r"loss must be in \[0, 1\], got 1.5"),
+        ("energy", {"loss": float("nan")}, "loss must be in"),
+        ("energy", {"loss": 0.1, "fill_weight": -1.0}, "fill_weight must be in"),
+        ("energy", {"loss": 0.1, "renormalize": 2.0}, "renormalize must be in"),
+        ("topk", {"k0": 1, "num_valid": 3}, r"num_valid must be in \[0, T=2\]"),
+        ("topk", {"k0": 1, "protected": torch.zeros(3, dtype=torch.bool)}, "protected must be"),
+        ("topk", {"k0": 1, "scores": torch.ones(3, 4)}, "scores must be"),
+        ("topk", {"k0": 1, "scores": torch.full((2, 4), float("nan"))}, "scores contains NaN"),
+        ("topk", {"k0": 1, "scores": -torch.ones(2, 4)}, "not the logits"),
+        ("topk", {"k0": 1, "topk_weights": torch.full((2, 2), float("nan"))}, "topk_weights cont"),
+        ("topk", {"k0": 1, "topk_ids": torch.tensor([[0, 1], [3, 3]])}, "twice in row 1"),
+        ("topk", {"k0": 1, "topk_ids": torch.tensor([[0, 1], [3, 4]])}, "topk_ids must be -1 or"),
+        ("topk", {"k0": 1, "impl": "fast"}, "impl 'fast' is no implementation"),
+    ],
+)
+def test_bad_input_names_the_argument(rule: str, options: dict[str, Any], message: str) -> None:
+    given_: dict[str, Any] = {
+        "topk_ids": torch.tensor([[0, 1], [2, -1]]),
+        "topk_weights": torch.tensor([[0.5, 0.5], [1.0, 0.0]]),
+        **GOOD,
+        **options,
+    }
+    with pytest.raises(ValueError, match=message):
+        apply_rule(rule, **given_)
+
+
+def test_a_kernel_without_rules_says_so() -> None:
+    ids, weights = torch.tensor([[0, 1]]), torch.tensor([[0.6, 0.4]])
+    with pytest.raises(RuntimeError, match="impl 'triton' has no rules yet; choose one of: auto"):
+        apply_rule("topk", ids, weights, similarity=torch.eye(2), k0=1, impl="triton")
+
+
+def test_more_rows_than_the_sums_hold_are_refused() -> None:
+    ids, weights = torch.zeros(MAX_ROWS + 1, 1).int(), torch.ones(MAX_ROWS + 1, 1)
+    with pytest.raises(ValueError, match="8193 rows; at most 8192"):
+        apply_rule("energy", ids, weights, similarity=torch.eye(2), loss=0.1)
