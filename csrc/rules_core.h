@@ -14,7 +14,7 @@ namespace sere {
 // sere_sglang/ops/rules_call.py
 enum class Rule : int { kSimilarity, kPiggyback, kBudget, kTopk, kEnergy };
 constexpr float kFixedOne = 4294967296.0f;        // 2^32: FRACTION_BITS
-constexpr float kLargestTerm = 562949953421312.0f;  // 2^49: LARGEST_TERM
+constexpr float kLargestTerm = 17592186044416.0f;  // 2^44: LARGEST_TERM
 
 struct RuleProblem {
   const int32_t* ids;       // [T, K]

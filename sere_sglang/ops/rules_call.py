@@ -13,10 +13,11 @@ FILLS = ("piggyback", "truncate")
 FRACTION_BITS = 32
 """Sums over rows are int64 of this many binary places: they do not depend on the order of rows.
 
-The resolution is 2^-32 (2.3e-10), so a weight below 1.07e-5 has no energy. What a row adds is at
-most `LARGEST_TERM`, which is 2^17 in units of weight squared; `MAX_ROWS` of them stay below 2^63.
+The resolution is 2^-32 (2.3e-10), so a weight below 1.07e-5 has no energy. What a slot adds is at
+most `LARGEST_TERM`, which is 2^12 in units of weight squared: the running sum over all experts that
+`energy` spends, of `MAX_ROWS` rows of 32 slots, stays below 2^63.
 """
-LARGEST_TERM = 1 << 49
+LARGEST_TERM = 1 << 44
 MAX_ROWS = 8192
 
 

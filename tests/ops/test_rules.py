@@ -226,6 +226,19 @@ def test_largest_sums_do_not_overflow(impl_name: str) -> None:
 
 
 @pytest.mark.parametrize("impl_name", IMPLS)
+def test_the_running_sum_over_experts_does_not_overflow(impl_name: str) -> None:
+    """Expert 0 is everybody's first; the others' energies are far above the budget together."""
+    experts, top_k = 64, 32
+    ids = torch.zeros(MAX_ROWS, top_k, dtype=torch.int32)
+    for row in (0, 1):
+        ids[row::2, 1:] = torch.arange(1, top_k) + row * (top_k - 1)
+    weights = torch.full(ids.shape, 256.0)
+    weights[:, 0] = 257.0
+    options = {"scores": torch.rand(MAX_ROWS, experts), "loss": 1e-3, "impl": impl_name}
+    assert int(apply_rule("energy", ids, weights, **options).active.sum()) == 2 * top_k - 1
+
+
+@pytest.mark.parametrize("impl_name", IMPLS)
 def test_sums_are_rounded_to_the_nearest_and_ties_to_even(impl_name: str) -> None:
     unit = 2.0**-32
     ids, weights = torch.tensor([[0, 1]]), torch.tensor([[0.5, 1.25 * 2.0**-16]])  # 1.5625 units
