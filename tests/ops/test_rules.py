@@ -234,8 +234,9 @@ def test_the_running_sum_over_experts_does_not_overflow(impl_name: str) -> None:
         ids[row::2, 1:] = torch.arange(1, top_k) + row * (top_k - 1)
     weights = torch.full(ids.shape, 256.0)
     weights[:, 0] = 257.0
-    options = {"scores": torch.rand(MAX_ROWS, experts), "loss": 1e-3, "impl": impl_name}
-    assert int(apply_rule("energy", ids, weights, **options).active.sum()) == 2 * top_k - 1
+    scores = torch.rand(MAX_ROWS, experts)
+    got = apply_rule("energy", ids, weights, scores=scores, loss=1e-3, impl=impl_name)
+    assert int(got.active.sum()) == 2 * top_k - 1
 
 
 @pytest.mark.parametrize("impl_name", IMPLS)
