@@ -236,6 +236,15 @@ def _check_tensors(
         raise TypeError(f"topk_ids must be int32 or int64, got {topk_ids.dtype}")
     if topk_ids.dim() != 2:
         raise ValueError(f"topk_ids must be [T, K], got {list(topk_ids.shape)}")
+    given = {
+        "topk_weights": topk_weights,
+        "scores": scores,
+        "similarity": similarity,
+        "protected": protected,
+    }
+    for name, tensor in given.items():
+        if not isinstance(tensor, torch.Tensor) and (tensor is not None or name == "topk_weights"):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     num_rows, top_k = topk_ids.shape
     if similarity is not None and similarity.dim() != 2:
         raise ValueError(f"similarity must be square [E, E], got {list(similarity.shape)}")
@@ -251,8 +260,6 @@ def _check_tensors(
     for name, (tensor, form, shape) in shapes.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if list(tensor.shape) != shape:
             raise ValueError(f"{name} must be {form} = {shape}, got {list(tensor.shape)}")
         if tensor.device != topk_ids.device:
