@@ -37,8 +37,9 @@ step "style" "$PYTHON" -m ruff check .
 step "format" "$PYTHON" -m ruff format --check .
 step "types" "$PYTHON" -m mypy
 if [ -n "$quick" ]; then
-  step "tests of ops, schedule, profile, patches, packaging" "$PYTHON" -m pytest tests/ops \
-    tests/schedule tests/profile tests/patches tests/packaging -n 2 --durations=5 \
+  step "tests of ops, schedule, runtime, profile, patches, packaging" "$PYTHON" -m pytest \
+    tests/ops tests/schedule tests/runtime tests/profile tests/patches tests/packaging \
+    -n 2 --durations=5 \
     --ignore=tests/profile/test_calibrate.py
   finish "quick checks passed; not run: whatever starts SGLang, benchmarks, the compile check"
   exit

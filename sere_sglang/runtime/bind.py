@@ -42,7 +42,7 @@ class Binding:
 
     def check_all_ran(self) -> None:
         """After a forward: a layer that never reached the seam would be served without SERE."""
-        silent = [stage.layer_id for stage in self.stages if stage.calls == 0]
+        silent = [stage.layer_id for stage in self.stages if not stage.ran]
         if silent:
             raise SereError(
                 f"--moe-backend sere: MoE layer(s) {_ranges(silent)} of {self.model_name} ran "

@@ -235,6 +235,7 @@ class SereRuntime:
 
         def apply() -> None:
             self.settings = settings
+            self.window = None  # of the settings before
             if policy is not None:
                 self._take_policy(policy)
             if again:
@@ -299,9 +300,10 @@ class SereRuntime:
         if self.trouble is not None:
             return "sere: failed, exact"
         text = f"sere: {self.point}"
-        if self.window is not None:
-            before, after = self.window.active_before.mean(), self.window.active_after.mean()
-            text += f", active experts: {before:.1f} -> {after:.1f}"
+        window = self.window
+        if window is not None and self.point.enabled:
+            before, after = window.active_before.mean(), window.active_after.mean()
+            text += f", active experts: {before:.1f} -> {after:.1f} ({window.forwards} steps)"
         return text
 
     def _take_policy(self, policy: Policy) -> None:

@@ -42,13 +42,13 @@ class RerouteStage:
     impl: str = "auto"
     fuse: bool = False
     """Plain softmax routers: top-k and re-routing in one launch (`run_fused`)."""
-    calls: int = field(default=0, init=False)
+    ran: bool = field(default=False, init=False)
     fused_ids: torch.Tensor | None = field(default=None, init=False)
     """What `run_fused` returned; `run` has nothing left to do for it."""
 
     def run(self, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
         """Re-route topk_ids [T, K (+ fused shared slots)] in place; weights keep their values."""
-        self.calls += 1
+        self.ran = True  # written, never read here: what torch.compile reads, it compiles again for
         if not self.switch.launch or topk_ids.shape[0] == 0:
             return
         if self.fused_ids is not None and self.fused_ids is topk_ids:

@@ -64,7 +64,7 @@ def _runtime(rank: int, trace: Path, *, measures: bool) -> SereRuntime:
         for i, layer in enumerate(layers)
     ]
     for stage in stages:
-        stage.calls = 1
+        stage.ran = True
     cost = MoeCost.from_bandwidth(
         expert_ms=0.02,
         slot_ms=0.001,

@@ -62,7 +62,7 @@ def select(
         "fused": fused_launches - before,
     }
     if stage is not None:
-        found |= {"counters": stage.counters.tolist(), "calls": stage.calls}
+        found |= {"counters": stage.counters.tolist(), "ran": stage.ran}
     return found
 
 

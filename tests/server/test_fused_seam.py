@@ -46,7 +46,7 @@ def test_fused_and_apart_agree(seen: dict[str, Any], how: str) -> None:
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert fused["counters"] == apart["counters"], "re-routed once, not twice"
     assert fused["counters"][REROUTED] > 0
-    assert fused["calls"] == apart["calls"] == 1
+    assert fused["ran"] and apart["ran"]
 
 
 @pytest.mark.parametrize("how", ["off", "no stage"])

@@ -183,7 +183,13 @@ def test_the_decode_line(server: Server) -> None:
     server.set_sere(**STATIC)
     server.generate(PROMPTS, 60)
     lines = [x for x in server.log.read_text().splitlines() if "Decode batch" in x]
-    assert any("sere: S=1 rho=0, active experts:" in x for x in lines)
+    assert any(
+        re.search(r"sere: S=1 rho=0, active experts: [\d.]+ -> [\d.]+ \(\d+", x) for x in lines
+    )
+    server.set_sere(enabled=False)
+    server.generate(PROMPTS, 60)
+    last = [x for x in server.log.read_text().splitlines() if "Decode batch" in x][-1]
+    assert "sere: exact" in last and "active experts" not in last
 
 
 def test_top_shows_this_server(server: Server) -> None:
