@@ -44,7 +44,7 @@ def runtime(**options: object) -> SereRuntime:
         for i in range(LAYERS)
     ]
     for stage in stages:
-        stage.calls = 1
+        stage.ran = True
     made = SereRuntime(config)
     cost = MoeCost.from_bandwidth(
         expert_ms=0.01, slot_ms=1e-5, num_layers=LAYERS, num_experts=48, top_k=TOP_K
