@@ -75,10 +75,7 @@ def command(
     Every policy meets the same arrivals. Steps take what the cost model says of the experts that
     the profile's popularity makes a batch of that size activate. Nothing is served.
     """
-    from sere_sglang.cli.drawing import require_matplotlib
-
-    require_matplotlib("sere-sglang simulate")
-    from sere_sglang.cli.simulation_plot import draw
+    from sere_sglang.cli.drawing import can_draw
     from sere_sglang.profile import load_profile
     from sere_sglang.schedule.cost import StepModel
     from sere_sglang.schedule.cost_file import CostModel, check_cost_fits, load_cost
@@ -120,8 +117,14 @@ def command(
     _print(runs)
     rows = [run.summary() for run in runs]
     (out / "simulate.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    draw(runs, out / "simulate.png")
-    print(f"wrote {out / 'simulate.json'} and {out / 'simulate.png'}")
+    print(f"wrote {out / 'simulate.json'}")
+    if can_draw():
+        from sere_sglang.cli.simulation_plot import draw
+
+        draw(runs, out / "simulate.png")
+        print(f"wrote {out / 'simulate.png'}")
+    else:
+        print("no picture: matplotlib is not here (pip install 'sere-sglang[plot]')")
 
 
 def _policies(

@@ -7,8 +7,6 @@ different machines at once.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -19,9 +17,11 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from sere_sglang.cache import cache_folder
 
@@ -157,7 +157,7 @@ def build_library(
     library = cache_dir() / f"{name}-{_cache_key(paths, command)}.so"
     if library.is_file():
         return library
-    with _build_lock(library):
+    with FileLock(library.with_suffix(".lock")):
         if not library.is_file():  # another process may have built it meanwhile
             _compile(name, command, library)
     return library
@@ -280,11 +280,3 @@ def _cpu_features() -> str:
     wanted = ("model name", "flags", "Features", "CPU part")
     seen = {line.split(":")[0].strip(): line for line in reversed(lines) if ":" in line}
     return "\n".join(seen[key] for key in wanted if key in seen)
-
-
-@contextlib.contextmanager
-def _build_lock(library: Path) -> Iterator[None]:
-    """Held while a library is built; the system drops it when the holder dies."""
-    with open(library.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -12,6 +14,14 @@ from sere_sglang.runtime.stage import RerouteStage, Switch
 from sere_sglang.schedule.point import OFF, OperatingPoint
 
 EXPERTS, TOP_K, CALLS = 16, 4, 20
+
+
+@pytest.fixture(autouse=True)
+def _dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The server tests, which may run in this process too, switch it off by the environment."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    with torch._dynamo.config.patch(disable=False):
+        yield
 
 
 @pytest.mark.parametrize("impl", available_impls("cpu"))
