@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 from importlib import metadata
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import sere_sglang
+from sere_sglang.config import SereConfig, flag_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text()
@@ -68,3 +70,9 @@ def test_files_that_the_architecture_names_exist() -> None:
 def test_links_between_documents_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+def test_the_readme_lists_every_flag_and_no_other() -> None:
+    rows = re.findall(r"^\| (`--.*?`) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    listed = {flag for row in rows for flag in re.findall(r"--[a-z-]+", row)}
+    assert listed == {flag_of(f.name) for f in dataclasses.fields(SereConfig)}
