@@ -21,8 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from sere_sglang.cache import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -157,6 +155,8 @@ def build_library(
     library = cache_dir() / f"{name}-{_cache_key(paths, command)}.so"
     if library.is_file():
         return library
+    from filelock import FileLock  # which torch requires too: it is there where a kernel is built
+
     with FileLock(library.with_suffix(".lock")):
         if not library.is_file():  # another process may have built it meanwhile
             _compile(name, command, library)
