@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,6 @@ from benchmarks._common import write_result
 from benchmarks.serving import quality
 from benchmarks.serving.experiment import heldout_prompts, static
 from benchmarks.serving.server import Server, serve
-from sere_sglang.calibration import CalibrationJob, calibrate
-from sere_sglang.calibration.collection import CollectionSpec
 from sere_sglang.profile import MoeModelInfo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,8 +46,13 @@ def main() -> None:
     profile = folder / "sere_profile.safetensors"
     if not profile.exists():
         print("calibrating, with what --sere-scale multiplies by ...", file=sys.stderr)
-        spec = CollectionSpec(measures=("frobenius", "residual"))
-        calibrate(CalibrationJob(model=str(asked.model), out=profile, spec=spec))
+        command = [sys.executable, "-m", "sere_sglang.cli.main", "calibrate", "--resume"]
+        command += [f"--model={asked.model}", f"--out={profile}"]
+        command += ["--measure=frobenius", "--measure=residual"]
+        if not profile.with_name(f"{profile.name}.partial").exists():
+            command.remove("--resume")
+        if status := subprocess.run(command, check=False).returncode:
+            sys.exit(status)
     texts = heldout_prompts(asked.model)
     points = range(1, MoeModelInfo.from_folder(asked.model).top_k)
     flags = ["--moe-backend=sere", f"--sere-profile={profile}", "--chunked-prefill-size=16384"]
