@@ -25,9 +25,9 @@ import numpy as np
 
 from benchmarks._common import RESULTS_DIR, hardware_slug, write_result
 from benchmarks.serving import quality
-from benchmarks.serving.experiment import heldout_prompts, median_interval
+from benchmarks.serving.experiment import heldout_prompts, interval
 from benchmarks.serving.padded_model import write_padded_model
-from benchmarks.serving.server import Server, serve
+from benchmarks.serving.server import IMPORTS_CHECKOUT, Server, serve
 from sere_sglang.profile import load_profile
 from sere_sglang.schedule.expectation import Expectation, expect, statistics_of
 from sere_sglang.schedule.trace import TraceStep, read_trace
@@ -77,10 +77,9 @@ def main() -> None:
         "--moe-backend=sere", f"--sere-profile={profile}", f"--sere-trace={trace}",
         "--chunked-prefill-size=16384", "--served-model-name=default", quality.SERVER_FLAG,
     ]  # fmt: skip
-    env = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     expected = expect(statistics_of(load_profile(profile)))
     found = {name: Measured() for name in POLICIES}
-    with serve(model, folder / "server.log", *flags, env=env) as server:
+    with serve(model, folder / "server.log", *flags, env=IMPORTS_CHECKOUT) as server:
         for at in range(-1, arguments.rounds):  # the first one warms up
             for name, settings in POLICIES.items():
                 server.set_sere(**settings, reset_counters=True)
@@ -184,7 +183,7 @@ def _row(name: str, measured: Measured, off: Measured) -> dict[str, Any]:
         "policy": name,
         "tok_s": statistics.median(measured.tok_s),
         "ratio": statistics.median(ratios),
-        "ratio_interval": median_interval(ratios),
+        "ratio_interval": interval(ratios),
         "tpot_p50_ms": float(np.percentile(measured.gaps, 50)),
         "tpot_p99_ms": float(np.percentile(measured.gaps, 99)),
         "active": statistics.fmean(measured.active),

@@ -24,7 +24,6 @@ from benchmarks.serving.experiment import (
     ADAPTIVE,
     OFF,
     PLAIN,
-    ROOT,
     Routing,
     Speed,
     both_servers,
@@ -36,7 +35,7 @@ from benchmarks.serving.experiment import (
 )
 from benchmarks.serving.floor_model import FloorModel
 from benchmarks.serving.padded_model import write_padded_model
-from benchmarks.serving.server import Server
+from benchmarks.serving.server import ROOT, Server
 from sere_sglang.profile import load_profile
 from sere_sglang.schedule.cost_file import described
 from sere_sglang.schedule.expectation import expect, statistics_of

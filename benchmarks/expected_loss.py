@@ -11,7 +11,7 @@ experts). Writes ``expected_loss.json``.
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks._common import write_result
 from benchmarks.serving import quality
 from benchmarks.serving.experiment import heldout_prompts
-from benchmarks.serving.server import Server, serve
+from benchmarks.serving.server import IMPORTS_CHECKOUT, Server, serve
 from sere_sglang.profile import load_profile
 from sere_sglang.schedule.expectation import Expectation, expect, statistics_of
 from sere_sglang.schedule.point import OFF, OperatingPoint
@@ -43,9 +43,10 @@ def main() -> None:
     expected = expect(statistics_of(load_profile(profile)))
     texts = heldout_prompts(MODEL)
     flags = ["--moe-backend=sere", f"--sere-profile={profile}", "--chunked-prefill-size=16384"]
-    env = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     rows = []
-    with serve(MODEL, folder / "server.log", *flags, quality.SERVER_FLAG, env=env) as server:
+    with serve(
+        MODEL, folder / "server.log", *flags, quality.SERVER_FLAG, env=IMPORTS_CHECKOUT
+    ) as server:
         server.set_sere(enabled=False)
         exact = {batch: _log_probs(server, texts, batch) for batch in BATCHES}
         for about, settings in _settings(expected):
@@ -63,7 +64,7 @@ def main() -> None:
                         "batch": batch,
                         "point": state["operating_point"]["name"],
                         "expected_loss": loss,
-                        "kl": statistics.fmean(map(quality.mean_kl, exact[batch], seen)),
+                        "kl": quality.mean_kl(exact[batch], seen),
                         "expected_active": active / expected.num_layers,
                         "active": _active(state["counters"]) if point.enabled else None,
                     }
@@ -84,13 +85,9 @@ def _settings(expected: Expectation) -> Iterator[tuple[dict[str, Any], dict[str,
         yield about, {"policy": "adaptive", "min_gain": 0.0} | about
 
 
-def _log_probs(server: Server, texts: list[dict[str, Any]], batch: int) -> list[np.ndarray]:
-    batches = []
-    for first in range(0, STREAMS, batch):
-        own = [texts[i % len(texts)] for i in range(first, first + batch)]
-        prompts, forced = ([t[k] for t in own] for k in ("prompt_ids", "continuation_ids"))
-        batches.append(quality.forced_log_probs(server, prompts, forced))
-    return batches
+def _log_probs(server: Server, texts: list[dict[str, Any]], batch: int) -> np.ndarray:
+    own = [texts[i % len(texts)] for i in range(math.ceil(STREAMS / batch) * batch)]
+    return quality.forced_in_batches(server, own, batch)
 
 
 def _point(shown: dict[str, Any]) -> OperatingPoint:

@@ -15,7 +15,6 @@ the median over rounds, low and high bound it at 95 % (bootstrap).
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
 import sys
@@ -26,9 +25,9 @@ from typing import Any
 import torch
 
 from benchmarks._common import write_result
-from benchmarks.serving.experiment import heldout_prompts, median_interval
+from benchmarks.serving.experiment import heldout_prompts, interval
 from benchmarks.serving.load import run_load
-from benchmarks.serving.server import SGLANG, Server, serve
+from benchmarks.serving.server import IMPORTS_CHECKOUT, SGLANG, Server, serve
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "demo_model"
@@ -60,16 +59,15 @@ def main() -> None:
 
 
 def _servers(stack: ExitStack, model: Path, folder: Path) -> dict[str, Server]:
-    env = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     flags = ("--chunked-prefill-size=16384", "--served-model-name=default")
     like = (sys.executable, "-m", "benchmarks.runner_only_server")
     launcher = (SGLANG, "serve") if torch.cuda.is_available() else like
     return {
         "without": stack.enter_context(
-            serve(model, folder / "without.log", *flags, env=env, launcher=launcher)
+            serve(model, folder / "without.log", *flags, env=IMPORTS_CHECKOUT, launcher=launcher)
         ),
         "sere": stack.enter_context(
-            serve(model, folder / "sere.log", *flags, "--moe-backend=sere", env=env)
+            serve(model, folder / "sere.log", *flags, "--moe-backend=sere", env=IMPORTS_CHECKOUT)
         ),
     }
 
@@ -93,7 +91,7 @@ def _measure(
     rows = []
     for case, found in speeds.items():
         ratios = [a / b for a, b in zip(found, speeds["without"], strict=True)]
-        low, high = median_interval(ratios)
+        low, high = interval(ratios)
         row = {
             "case": case,
             "streams": len(prompts),

@@ -11,7 +11,6 @@ switched off, in the same batches. Intervals are bootstrapped over sequences. Wr
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import subprocess
 import sys
@@ -24,8 +23,8 @@ from rich.progress import Progress
 
 from benchmarks._common import write_result
 from benchmarks.serving import quality
-from benchmarks.serving.experiment import heldout_prompts, static
-from benchmarks.serving.server import Server, serve
+from benchmarks.serving.experiment import heldout_prompts, interval, static_settings
+from benchmarks.serving.server import IMPORTS_CHECKOUT, Server, serve
 from sere_sglang.profile import MoeModelInfo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +55,6 @@ def main() -> None:
     texts = heldout_prompts(asked.model)
     points = range(1, MoeModelInfo.from_folder(asked.model).top_k)
     flags = ["--moe-backend=sere", f"--sere-profile={profile}", "--chunked-prefill-size=16384"]
-    env = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     exact: dict[tuple[int, int], np.ndarray] = {}
     rows = []
     total = len(RULES) * len(asked.batches) * asked.seeds * len(points)
@@ -64,15 +62,17 @@ def main() -> None:
         task = bar.add_task("decoding", total=total)
         for rule, extra in RULES.items():
             log = folder / "server.log"
-            with serve(asked.model, log, *flags, quality.SERVER_FLAG, *extra, env=env) as server:
+            with serve(
+                asked.model, log, *flags, quality.SERVER_FLAG, *extra, env=IMPORTS_CHECKOUT
+            ) as server:
                 for batch, seed in ((b, s) for b in asked.batches for s in range(asked.seeds)):
                     own = _shuffled(texts, batch, seed)
                     if (batch, seed) not in exact:
                         server.set_sere(enabled=False)
-                        exact[batch, seed] = _log_probs(server, own, batch)
+                        exact[batch, seed] = quality.forced_in_batches(server, own, batch)
                     for primary_k in points:
-                        server.set_sere(**_settings(primary_k), reset_counters=True)
-                        seen = _log_probs(server, own, batch)
+                        server.set_sere(**static_settings(primary_k), reset_counters=True)
+                        seen = quality.forced_in_batches(server, own, batch)
                         rows.append(
                             {
                                 "model": asked.model.name,
@@ -89,29 +89,11 @@ def main() -> None:
     print(f"wrote {write_result('quality', rows, model=asked.model.name)}")
 
 
-def _settings(primary_k: int) -> dict[str, Any]:
-    settings = static(primary_k).settings
-    assert settings is not None
-    return settings
-
-
 def _shuffled(texts: list[dict[str, Any]], batch: int, seed: int) -> list[dict[str, Any]]:
     """Whole batches, of every text at least once."""
     own = list(texts)
     random.Random(seed).shuffle(own)
     return own + own[: -len(own) % batch]
-
-
-def _log_probs(server: Server, texts: list[dict[str, Any]], batch: int) -> np.ndarray:
-    """float32 [sequences, steps, vocab]; step 0 is the prefill's."""
-    batches = []
-    for first in range(0, len(texts), batch):
-        prompts, forced = (
-            [text[key] for text in texts[first : first + batch]]
-            for key in ("prompt_ids", "continuation_ids")
-        )
-        batches.append(quality.forced_log_probs(server, prompts, forced))
-    return np.concatenate(batches)
 
 
 def _shares(server: Server) -> dict[str, float]:
@@ -129,11 +111,9 @@ def _costs(
     kl = (np.exp(p) * (p - q)).sum(-1)  # [sequences, steps]
     forced = np.asarray([text["continuation_ids"] for text in texts])[:, 1:, None]
     nll = -np.take_along_axis(q, forced, -1) + np.take_along_axis(p, forced, -1)
-    draws = np.random.default_rng(0).integers(len(kl), size=(2000, len(kl)))
-    low, high = np.percentile(kl.mean(1)[draws].mean(1), (2.5, 97.5))
     return {
         "kl": float(kl.mean()),
-        "kl_ci": [float(low), float(high)],
+        "kl_ci": list(interval(kl.mean(1), np.mean)),
         "kl_p99": float(np.percentile(kl, 99)),
         "delta_nll": float(nll.mean()),
         "top1_agreement": float((p.argmax(-1) == q.argmax(-1)).mean()),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,15 +79,14 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
     from sglang.srt.arg_groups.overrides import model_config_of
 
     from sere_sglang.cpu import isa as cpu_isa
+    from sere_sglang.cpu.large_pages import ask_allocator_for_large_pages
     from sere_sglang.patches import engine, moe_rows
     from sere_sglang.preflight import prepare
 
     with engine.reported(record):
         if record.device == "cpu":
             cpu_isa.isa()  # refuses a SERE_CPU_ISA that does not run here, before workers start
-            # Torch's allocator then asks for large pages at once; moving weights to them later
-            # (cpu/large_pages.py) takes seconds per gigabyte. Its workers inherit this.
-            os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+            ask_allocator_for_large_pages()
         hf_config = model_config_of(record).hf_config.to_dict()
         resolved = prepare(
             record.model_path,

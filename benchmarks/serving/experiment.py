@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.load import run_load
-from benchmarks.serving.server import Server, serve
-
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.serving.server import IMPORTS_CHECKOUT, Server, serve
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,13 @@ ADAPTIVE = Routing("adaptive", {"enabled": True, "policy": "adaptive", "min_batc
 
 def static(primary_k: int) -> Routing:
     """The published method at this S, with rho = 0."""
+    return Routing(f"S={primary_k}", static_settings(primary_k))
+
+
+def static_settings(primary_k: int) -> dict[str, Any]:
+    """The live settings that make a server `static`."""
     settings = {"policy": "static", "primary_k": primary_k, "threshold": 0.0, "min_batch": 1}
-    return Routing(f"S={primary_k}", {"enabled": True, **settings})
+    return {"enabled": True, **settings}
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,21 @@ class Speed:
         return statistics.median(self.tok_s.values())
 
     def over(self, other: Speed) -> tuple[float, tuple[float, float]]:
-        """Median ratio over the rounds of both, and its interval (`median_interval`)."""
+        """Median ratio over the rounds of both, and its interval (`interval`)."""
         both = self.tok_s.keys() & other.tok_s.keys()
         ratios = [self.tok_s[at] / other.tok_s[at] for at in sorted(both)]
-        return statistics.median(ratios), median_interval(ratios)
+        return statistics.median(ratios), interval(ratios)
 
 
-def median_interval(samples: list[float], level: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of the median, by resampling."""
+def interval(
+    samples: Sequence[float] | np.ndarray,
+    of: Callable[..., np.ndarray] = np.median,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Confidence interval of the median, or of another statistic with an axis, by resampling."""
     draws = np.random.default_rng(0).choice(samples, (4000, len(samples)))
     tail = 50 * (1 - level)
-    low, high = np.percentile(np.median(draws, axis=1), [tail, 100 - tail])
+    low, high = np.percentile(of(draws, axis=1), [tail, 100 - tail])
     return float(low), float(high)
 
 
@@ -105,7 +111,6 @@ def both_servers(
     model: Path, profile: Path, logs: Path, *flags: str, told: Callable[[str], None]
 ) -> Iterator[dict[str, Server]]:
     """`{"plain": ..., "sere": ...}` serving `model`; logs go to `logs`/<name>.log."""
-    env = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with ExitStack() as stack:
         servers: dict[str, Server] = {}
         for name, extra in (
@@ -113,7 +118,9 @@ def both_servers(
             ("sere", ["--moe-backend=sere", f"--sere-profile={profile}"]),
         ):
             log = logs / f"{name}.log"
-            servers[name] = stack.enter_context(serve(model, log, *flags, *extra, env=env))
+            servers[name] = stack.enter_context(
+                serve(model, log, *flags, *extra, env=IMPORTS_CHECKOUT)
+            )
             told(f"[green]up[/] {name} server at {servers[name].url} (log: {log})")
         yield servers
 
@@ -135,7 +142,7 @@ def count_active(server: Server, routing: Routing, run: Callable[[], Any]) -> tu
     if not routing.reroutes:
         # Exact routing, counted: a threshold of 1 moves nothing but exact twins.
         top_k = server.sere()["top_k"]
-        server.set_sere(**{**(static(top_k - 1).settings or {}), "threshold": 1.0})
+        server.set_sere(**static_settings(top_k - 1) | {"threshold": 1.0})
     server.set_sere(reset_counters=True)
     run()
     layers = list(server.sere()["counters"].values())

@@ -68,6 +68,18 @@ def forced_log_probs(
     return np.stack(rows)
 
 
+def forced_in_batches(server: Server, texts: list[dict[str, Any]], batch: int) -> np.ndarray:
+    """`forced_log_probs` of whole batches of `heldout_prompts`, one after the other."""
+    batches = []
+    for first in range(0, len(texts), batch):
+        prompts, forced = (
+            [text[key] for text in texts[first : first + batch]]
+            for key in ("prompt_ids", "continuation_ids")
+        )
+        batches.append(forced_log_probs(server, prompts, forced))
+    return np.concatenate(batches)
+
+
 def mean_kl(reference: np.ndarray, other: np.ndarray) -> float:
     """KL(reference || other) in nats, averaged over requests and decode steps (not step 0)."""
     p, q = (x[:, 1:].astype(np.float64) for x in (reference, other))

@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 SGLANG = str(Path(sys.executable).with_name("sglang"))
+ROOT = Path(__file__).resolve().parents[2]
 CPU_ENGINE = {"SGLANG_USE_CPU_ENGINE": "1"}
+IMPORTS_CHECKOUT = {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+}
+"""Environment of a server that is to import modules of these benchmarks."""
 CPU_FLAGS = [
     "--device=cpu",
     "--attention-backend=torch_native",

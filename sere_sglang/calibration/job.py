@@ -15,6 +15,7 @@ import torch
 from sere_sglang.calibration.collection import CollectionSpec, check_enough, load_partial
 from sere_sglang.calibration.text import CalibrationText, check_files, read_windows
 from sere_sglang.cpu import isa as cpu_isa
+from sere_sglang.cpu.large_pages import ask_allocator_for_large_pages
 from sere_sglang.errors import SereError
 from sere_sglang.profile import MoeModelInfo, default_place
 from sere_sglang.profile.model_files import downloaded, model_folder, weights_fingerprint
@@ -115,6 +116,7 @@ def choose_device(device: str) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         cpu_isa.isa()
+        ask_allocator_for_large_pages()
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
         # Compiling SGLang's few small compiled functions takes longer than running them.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -42,7 +42,7 @@ def build_profile(
         model=job.model,
         architecture=model.architecture,
         fingerprint=model.fingerprint,
-        weights=model.weights,
+        weights=job.weights,
         num_layers=model.num_layers,
         num_experts=model.num_experts,
         top_k=model.top_k,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 
 import torch
@@ -13,6 +14,14 @@ logger = logging.getLogger(__name__)
 LARGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14  # allow them here
 _MADV_COLLAPSE = 25  # and make them now, from pages in use; Linux 6.1
+
+
+def ask_allocator_for_large_pages() -> None:
+    """Of processes that start from now on: torch's allocator then asks the system at once.
+
+    Moving what is in use later (`use_large_pages`) takes most of a second per gigabyte.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def use_large_pages(*tensors: torch.Tensor) -> int:

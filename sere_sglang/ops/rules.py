@@ -13,6 +13,7 @@ import torch
 from sere_sglang.ops import dispatch
 from sere_sglang.ops.dispatch import UnavailableError
 from sere_sglang.ops.jit import BuildError
+from sere_sglang.ops.reference import _expert_set
 from sere_sglang.ops.reroute import MAX_TOP_K, _integer
 from sere_sglang.ops.rules_call import FILLS, MAX_ROWS, RULES, Routed, RuleCall
 from sere_sglang.ops.table import MAX_EXPERTS
@@ -202,10 +203,8 @@ def _load(name: str, device_type: str) -> Implementation:
 
 def _untouched(call: RuleCall) -> Routed:
     ids = call.ids[: call.num_valid].to(torch.int64)
-    active = torch.zeros(call.num_experts + 1, dtype=torch.bool, device=ids.device)
-    routed = (ids >= 0) & (ids < call.num_experts)
-    active[ids.where(routed, call.num_experts).flatten()] = True
-    return Routed(call.ids.clone(), call.weights.clone(), active[: call.num_experts], None)
+    active = _expert_set(ids, (ids >= 0) & (ids < call.num_experts), call.num_experts)
+    return Routed(call.ids.clone(), call.weights.clone(), active, None)
 
 
 def _floats(tensor: torch.Tensor) -> torch.Tensor:

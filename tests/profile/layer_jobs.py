@@ -26,6 +26,7 @@ def same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def a_job(model: Path, out: Path, **changes: Any) -> CalibrationJob:

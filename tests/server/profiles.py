@@ -6,7 +6,13 @@ from pathlib import Path
 
 import torch
 
-from sere_sglang.profile import MoeModelInfo, ProfileMetadata, SereProfile, save_profile
+from sere_sglang.profile import (
+    DEFAULT_FILE_NAME,
+    MoeModelInfo,
+    ProfileMetadata,
+    SereProfile,
+    save_profile,
+)
 
 
 def random_profile(model: Path, *, seed: int = 0) -> SereProfile:
@@ -30,8 +36,17 @@ def random_profile(model: Path, *, seed: int = 0) -> SereProfile:
     return SereProfile(metadata, similarity)
 
 
+def without_profile(model: Path, folder: Path) -> Path:
+    """`folder`, with links to the files of `model` but for its profile."""
+    folder.mkdir()
+    for file in model.iterdir():
+        if file.name != DEFAULT_FILE_NAME:
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
 def write_profile(model: Path, path: Path | None = None) -> Path:
     """Beside the weights, where the server looks for it, unless `path` is given."""
-    path = path or model / "sere_profile.safetensors"
+    path = path or model / DEFAULT_FILE_NAME
     save_profile(random_profile(model), path)
     return path

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sere_sglang.profile import SereProfile, save_profile
 from tests.server.harness import refusal_of, run_to_exit
-from tests.server.profiles import random_profile, write_profile
+from tests.server.profiles import random_profile, without_profile, write_profile
 
 Checkpoint = Callable[[str], Path]
 
@@ -45,11 +45,7 @@ def _edited(model: Path, path: Path, edit: Callable[[SereProfile], object]) -> P
 
 
 def test_no_profile_to_be_found(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for file in checkpoint("qwen3_moe").iterdir():
-        if file.name != "sere_profile.safetensors":
-            (bare / file.name).symlink_to(file)
+    bare = without_profile(checkpoint("qwen3_moe"), tmp_path / "bare")
     # A process of its own, as a user has it.
     message = _message(run_to_exit(f"--model-path={bare}", "--moe-backend=sere"))
     assert "--sere-profile" in message

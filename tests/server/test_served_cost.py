@@ -16,6 +16,7 @@ import pytest
 from sere_sglang.schedule.cost_file import load_cost
 from tests.server.cost_files import write_cost
 from tests.server.harness import CPU_ENGINE, Server, refusal_of, run
+from tests.server.profiles import without_profile
 
 Checkpoint = Callable[[str], Path]
 DOCTOR = (sys.executable, "-m", "sere_sglang.cli.main", "doctor")
@@ -35,11 +36,7 @@ def test_server_info_holds_the_table(sere: Server) -> None:
 
 def test_doctor_prints_what_it_writes(sere: Server, checkpoint: Checkpoint, tmp_path: Path) -> None:
     """The grid of the server of the same model; a profile is not needed."""
-    model = tmp_path / "without a profile"
-    model.mkdir()
-    for file in checkpoint("qwen3_moe").iterdir():
-        if file.name != "sere_profile.safetensors":
-            (model / file.name).symlink_to(file)
+    model = without_profile(checkpoint("qwen3_moe"), tmp_path / "without a profile")
     out = tmp_path / "cost.json"
     done = _doctor(f"--model={model}", f"--out={out}")
     assert done.returncode == 0, done.stderr[-3000:]

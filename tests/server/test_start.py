@@ -17,7 +17,7 @@ from conftest import SERE
 from sere_sglang.profile import load_profile, save_profile
 from tests.server.checks import PROMPTS
 from tests.server.harness import CPU_ENGINE, Server, refusal_of, run, serve
-from tests.server.profiles import random_profile
+from tests.server.profiles import random_profile, without_profile
 
 Checkpoint = Callable[[str], Path]
 HERE = Path(__file__).parent
@@ -61,11 +61,7 @@ def test_launch_server_module_with_config_file(checkpoint: Checkpoint, tmp_path:
 
 
 def test_auto_calibrates_before_it_serves(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for file in checkpoint("qwen3_moe").iterdir():
-        if file.name != "sere_profile.safetensors":
-            (bare / file.name).symlink_to(file)
+    bare = without_profile(checkpoint("qwen3_moe"), tmp_path / "bare")
     log = tmp_path / "log"
     with serve(bare, log, "--moe-backend=sere", "--sere-profile=auto") as server:
         assert server.sere()["enabled"]
