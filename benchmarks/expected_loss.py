@@ -25,7 +25,7 @@ from benchmarks.serving.experiment import heldout_prompts
 from benchmarks.serving.server import IMPORTS_CHECKOUT, Server, serve
 from sere_sglang.profile import load_profile
 from sere_sglang.schedule.expectation import Expectation, expect, statistics_of
-from sere_sglang.schedule.point import OFF, OperatingPoint
+from sere_sglang.schedule.point import described
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "demo_model"
@@ -56,7 +56,7 @@ def main() -> None:
                 )
                 seen = _log_probs(server, texts, batch)
                 state = server.sere()
-                point = _point(state["operating_point"])
+                point = described(state["operating_point"])
                 active, loss = expected.effect(batch, point)
                 rows.append(
                     {
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _settings(expected: Expectation) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    thresholds = sorted({rho for _, rho in expected.points})[::2]
+    thresholds = sorted({p.threshold for p in expected.points})[::2]
     for s in range(1, expected.top_k):
         for rho in thresholds:
             about = {"primary_k": s, "threshold": rho}
@@ -88,17 +88,6 @@ def _settings(expected: Expectation) -> Iterator[tuple[dict[str, Any], dict[str,
 def _log_probs(server: Server, texts: list[dict[str, Any]], batch: int) -> np.ndarray:
     own = [texts[i % len(texts)] for i in range(math.ceil(STREAMS / batch) * batch)]
     return quality.forced_in_batches(server, own, batch)
-
-
-def _point(shown: dict[str, Any]) -> OperatingPoint:
-    """The inverse of `OperatingPoint.describe`."""
-    if not shown["enabled"]:
-        return OFF
-    layers = tuple(
-        (int(layer), OperatingPoint(True, *own) if own else OFF)
-        for layer, own in shown["layers"].items()
-    )
-    return OperatingPoint(True, shown["primary_k"], shown["threshold"], layers)
 
 
 def _active(counters: dict[str, dict[str, int]]) -> float:

@@ -17,10 +17,12 @@ import torch
 
 from benchmarks._common import write_result
 from sere_sglang.config import SereConfig
+from sere_sglang.config_check import checked, resolved
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable
 from sere_sglang.profile import load_profile
 from sere_sglang.runtime.bind import Binding
 from sere_sglang.runtime.control import ControlBlock
+from sere_sglang.runtime.counters import FIELDS
 from sere_sglang.runtime.rank import SereRuntime
 from sere_sglang.runtime.stage import RerouteStage, Switch
 from sere_sglang.schedule.composition import BatchComposition
@@ -32,15 +34,23 @@ LAYERS, TOP_K, STEPS = 48, 6, 20_000
 
 def runtime(**options: object) -> SereRuntime:
     """A rank that measures, as tensor-parallel rank 0 does, with 48 layers."""
-    config = SereConfig(moe_backend="sere", **options).check().resolve_defaults(top_k=TOP_K)  # type: ignore[arg-type]
+    config = resolved(checked(SereConfig(moe_backend="sere", **options)), top_k=TOP_K)  # type: ignore[arg-type]
     profile = load_profile(PROFILE)
     table = LayerTable(profile.similarity[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     control = ControlBlock(device, range(LAYERS), 8192)
-    counters = torch.zeros(LAYERS, len(COUNTER_FIELDS), dtype=torch.int64, device=device)
+    counters = torch.zeros(LAYERS, len(FIELDS), dtype=torch.int64, device=device)
     switch = Switch()
     stages = [
-        RerouteStage(i, TOP_K, table, control.words[i], control.row_class, counters[i], switch)
+        RerouteStage(
+            i,
+            TOP_K,
+            table,
+            control.words[i],
+            control.row_class,
+            counters[i, : len(COUNTER_FIELDS)],
+            switch,
+        )
         for i in range(LAYERS)
     ]
     for stage in stages:

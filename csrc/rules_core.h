@@ -22,9 +22,10 @@ struct RuleProblem {
   const float* scores;      // [T, E] or null
   const float* similarity;  // [E, E] or null
   const uint8_t* is_protected;  // [T] or null
+  const uint8_t* is_fast;       // [T] or null
   int rows, valid, top_k, experts;
   Rule rule;
-  int keep;  // S, k0 or 1
+  int keep, fast_keep;  // S, k0 or 1
   int budget;
   bool warmup, truncate;
   int64_t loss_limit;
@@ -36,6 +37,8 @@ struct RuleProblem {
   float* lost;      // [T, E]
 
   bool keeps_row(int row) const { return is_protected != nullptr && is_protected[row] != 0; }
+  bool is_fast_row(int row) const { return is_fast != nullptr && is_fast[row] != 0; }
+  int sure_slots(int row) const { return is_fast_row(row) ? fast_keep : keep; }
   const int32_t* row_ids(int row) const { return ids + int64_t(row) * top_k; }
   const float* row_weights(int row) const { return weights + int64_t(row) * top_k; }
   const float* row_scores(int row) const { return scores + int64_t(row) * experts; }
@@ -94,12 +97,14 @@ struct NewRow {
 
 // ---- set A
 
-// Experts in slots of rank < keep, and all those of protected rows; `used`: of any slot.
-inline void vote(const RuleProblem& p, int keep, ExpertSet& in, ExpertSet& used) {
+// Experts in a row's sure slots, if they `count`, and all of protected rows; `used`: of any slot.
+inline void vote(const RuleProblem& p, bool count, ExpertSet& in, ExpertSet& used) {
   for (int row = 0; row < p.valid; ++row) {
     const int32_t* ids = p.row_ids(row);
     uint32_t chosen = 0xffffffffu;
-    if (!p.keeps_row(row)) chosen = keep < 1 ? 0 : primary_slots(p.row_weights(row), p.top_k, keep);
+    if (!p.keeps_row(row)) {
+      chosen = count ? primary_slots(p.row_weights(row), p.top_k, p.sure_slots(row)) : 0;
+    }
     for (int k = 0; k < p.top_k; ++k) {
       if (!is_expert(ids[k], p.experts)) continue;
       used.has[ids[k]] = 1;
@@ -117,6 +122,7 @@ void sort_first(int32_t* ids, int size, int count, Before before) {
 inline void add_within_budget(const RuleProblem& p, ExpertSet& in) {
   int64_t sums[kMaxExperts] = {};
   for (int row = 0; row < p.valid; ++row) {
+    if (p.is_fast_row(row)) continue;
     const float* scores = p.row_scores(row);
     for (int e = 0; e < p.experts; ++e) sums[e] += fixed_point(scores[e]);
   }
@@ -136,7 +142,7 @@ inline void add_within_budget(const RuleProblem& p, ExpertSet& in) {
 inline void add_within_loss(const RuleProblem& p, const ExpertSet& used, ExpertSet& in) {
   int64_t energy[kMaxExperts] = {};
   for (int row = 0; row < p.valid; ++row) {
-    if (p.keeps_row(row)) continue;
+    if (p.keeps_row(row) || p.is_fast_row(row)) continue;
     const int32_t* ids = p.row_ids(row);
     const float* weights = p.row_weights(row);
     for (int k = 0; k < p.top_k; ++k) {

@@ -32,8 +32,7 @@ struct StandIns {
 // A, and for `similarity` the stand-ins that its rows take.
 void choose(const RuleProblem& p, ExpertSet& a, StandIns& stand_ins) {
   ExpertSet used(p.experts);
-  const bool sure = p.rule != Rule::kBudget || p.warmup;
-  vote(p, sure ? p.keep : 0, a, used);
+  vote(p, p.rule != Rule::kBudget || p.warmup, a, used);
   used.list(p.experts);
   if (used.count == 0) return;
   if (p.rule == Rule::kBudget) add_within_budget(p, a);
@@ -83,7 +82,7 @@ void fill_row(const RuleProblem& p, const ExpertSet& a, const StandIns& stand_in
     }
   } else if (p.rule == Rule::kTopk || p.rule == Rule::kEnergy || p.truncate) {
     const bool topk = p.rule == Rule::kTopk, energy = p.rule == Rule::kEnergy;
-    const uint32_t kept = topk ? primary_slots(weights, top_k, p.keep) & live : own_in;
+    const uint32_t kept = topk ? primary_slots(weights, top_k, p.sure_slots(at)) & live : own_in;
     keep(kept);
     if (energy && p.fill_weight > 0.0f && kept != live) {
       const float* scores = p.row_scores(at);
@@ -145,6 +144,29 @@ void run(const RuleProblem& p) {
   }
 }
 
+// sere_sglang/ops/counters.py, and behind them the loss; the order of slots is that of the sum.
+void add_counters(const RuleProblem& p, int64_t* counters) {
+  ExpertSet used(p.experts);
+  int64_t moved = 0, lost = 0;
+  for (int row = 0; row < p.valid; ++row) {
+    const int32_t *own = p.row_ids(row), *now = p.new_ids + int64_t(row) * p.top_k;
+    for (int k = 0; k < p.top_k; ++k) {
+      if (!is_expert(own[k], p.experts)) continue;
+      used.has[own[k]] = 1;
+      moved += own[k] != now[k];
+      const float weight = p.lost[int64_t(row) * p.experts + own[k]];
+      lost += fixed_point(weight * weight);
+    }
+  }
+  used.list(p.experts);
+  counters[kForwards] += p.valid > 0;
+  counters[kRows] += p.valid;
+  counters[kActiveBefore] += used.count;
+  counters[kActiveAfter] += std::count(p.active, p.active + p.experts, 1);
+  counters[kRerouted] += moved;
+  counters[kNumCounters] += p.valid > 0 ? lost / p.valid : 0;
+}
+
 template <typename T>
 T* pointer(const Optional<TensorView>& tensor) {
   return tensor.has_value() ? static_cast<T*>(tensor.value().data_ptr()) : nullptr;
@@ -153,8 +175,9 @@ T* pointer(const Optional<TensorView>& tensor) {
 // Arguments were checked by sere_sglang.ops.apply_rule.
 void apply_rule(TensorView ids, TensorView weights, Optional<TensorView> scores,
                 Optional<TensorView> similarity, Optional<TensorView> is_protected,
+                Optional<TensorView> is_fast, Optional<TensorView> counters,
                 TensorView new_ids, TensorView new_weights, TensorView active, TensorView lost,
-                int64_t rule, int64_t num_valid, int64_t keep, int64_t budget, bool warmup,
+                int64_t rule, int64_t num_valid, int64_t keep, int64_t fast_keep, int64_t budget, bool warmup,
                 bool truncate, int64_t loss_limit, double threshold, double fill_weight,
                 double renormalize) {
   RuleProblem p;
@@ -163,12 +186,14 @@ void apply_rule(TensorView ids, TensorView weights, Optional<TensorView> scores,
   p.scores = pointer<const float>(scores);
   p.similarity = pointer<const float>(similarity);
   p.is_protected = pointer<const uint8_t>(is_protected);
+  p.is_fast = pointer<const uint8_t>(is_fast);
   p.rows = int(ids.size(0));
   p.valid = int(num_valid);
   p.top_k = int(ids.size(1));
   p.experts = int(active.size(0));
   p.rule = Rule(rule);
   p.keep = int(keep);
+  p.fast_keep = int(fast_keep);
   p.budget = int(budget);
   p.warmup = warmup;
   p.truncate = truncate;
@@ -184,6 +209,7 @@ void apply_rule(TensorView ids, TensorView weights, Optional<TensorView> scores,
     TVM_FFI_THROW(ValueError) << "apply_rule: at most 1024 experts and top-32";
   }
   run(p);
+  if (counters.has_value()) add_counters(p, pointer<int64_t>(counters));
 }
 
 }  // namespace sere

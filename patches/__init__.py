@@ -178,6 +178,13 @@ PATCHES = (
             "sglang.srt.layers.moe.fused_moe_native.moe_forward_native",
         ),
     ),
+    Patch(
+        "surrogates",
+        "On the CPU engine, rule energy: a layer's output gets what low-rank stand-ins of the "
+        "experts that its tokens lost make of its input.",
+        "callbacks around MoE layers",
+        hooks=("sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.forward",),
+    ),
     # What runs a model without serving it
     Patch(
         "calibration",
@@ -215,7 +222,7 @@ PINNED = {
     "_sere_collection": "ServerArgs: what a calibration collects (calibration.py)",
     "_sere_doctor": "ServerArgs: doctor's question (doctor.py)",
     "_sere_noted": "ForwardBatch: what its requests asked for (forward_batch.py)",
-    "_sere_stage": "TopKConfig: its layer's re-routing stage (sere_sglang/runtime/stage.py)",
+    "_sere_stage": "TopKConfig, FusedMoE: their layer's stage (sere_sglang/runtime/stage.py)",
     "_sere": "endpoint of /set_internal_state: it is ours already (http_server.py)",
 }
 """Every attribute that we put on an object of SGLang's."""

@@ -12,6 +12,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang.patches.guard import Guarded
 from sere_sglang.runtime import rank
+from sere_sglang.runtime.shown import log_line
 
 _LOGGER = "sglang.srt.managers.scheduler_components.metrics_reporter"
 
@@ -26,5 +27,5 @@ def install() -> None:
 def _add(record: logging.LogRecord) -> bool:
     active = rank.current()
     if active is not None and isinstance(record.msg, str) and record.msg.startswith("Decode batch"):
-        record.msg = f"{record.msg.rstrip(', ')}, {active.summary()}"
+        record.msg = f"{record.msg.rstrip(', ')}, {log_line(active)}"
     return True

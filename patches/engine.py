@@ -13,6 +13,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang import config
+from sere_sglang.config_check import checked
 from sere_sglang.errors import SereError, exit_on_error
 from sere_sglang.patches import guard, http_server, request_quality
 from sere_sglang.patches.seam import hook, resolve
@@ -32,7 +33,7 @@ def accept_keywords() -> None:
             asked = config.SereConfig(**{**asked.as_dict(), "moe_backend": "sere"})
             keywords["moe_runner_backend"] = "auto"
         record = record_class(**keywords)
-        config.attach(record, asked.check())
+        config.attach(record, checked(asked))
         return record
 
     engine.server_args_class = staticmethod(build)

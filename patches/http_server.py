@@ -114,7 +114,9 @@ def check(asked: Any, state: Mapping[str, Any]) -> None:
     if not isinstance(asked, Mapping):
         raise SereError(_not_an_object(asked))
     try:
-        Settings.from_state(state).updated(asked, top_k=state["top_k"])
+        rule = Settings.from_state(state).updated(asked, top_k=state["top_k"]).rule
+        if rule in state["unavailable_rules"]:
+            raise SereError(f"rule {rule} cannot be had: {state['unavailable_rules'][rule]}")
     except SereError as error:
         raise SereError(f"sere: {error}") from None
 

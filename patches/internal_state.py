@@ -15,7 +15,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sere_sglang.errors import SereError
 from sere_sglang.patches.number_keys import PREFIX, STOP, unflatten
 from sere_sglang.patches.seam import hook, resolve
-from sere_sglang.runtime import rank
+from sere_sglang.runtime import rank, shown
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +45,13 @@ def install() -> None:
 def _add_state(result: Any, *_args: Any) -> None:
     active = rank.current()
     if active is not None:
-        result.internal_state["sere"] = active.state()
+        result.internal_state["sere"] = shown.state(active)
 
 
 def _add_essential_state(result: Any, *_args: Any) -> None:
     active = rank.current()
     if active is not None:
-        result.internal_state["sere"] = active.essential_state()
+        result.internal_state["sere"] = shown.essential_state(active)
 
 
 def _set_state(original: Callable[..., Any], controller: Any, recv_req: Any) -> Any:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sere_sglang.errors import SereError, shown
 from sere_sglang.schedule.names import policy_names
+from sere_sglang.schedule.point import RULES
 from sere_sglang.schedule.settings import COMMANDS, Settings
 
 PREFIX = "sere."
@@ -21,18 +22,22 @@ STOP = "stop"
 """A command from the HTTP process itself, which nobody else may send: re-routing ends."""
 
 _NONE = -1  # of the settings that may be null; they are positive otherwise
-_OPTIONAL = ("max_batch", "tpot_slo_ms")
-_FLAGS = ("enabled", *COMMANDS, STOP)
-_WHOLE = ("primary_k", "fast_primary_k", "min_batch", "max_batch")
+_OPTIONAL = ("max_batch", "tpot_slo_ms", "max_experts")
+_FLAGS = ("enabled", "surrogates", *COMMANDS, STOP)
+_WHOLE = ("primary_k", "fast_primary_k", "min_batch", "max_batch", "max_experts")
+_NAMES: Mapping[str, Callable[[], tuple[str, ...]]] = {
+    "policy": policy_names,
+    "rule": lambda: RULES,
+}
 _KNOWN = frozenset(f.name for f in dataclasses.fields(Settings)) | {*COMMANDS, STOP}
 
 
 def flatten(changes: Mapping[str, Any]) -> dict[str, float]:
     """`{"primary_k": 2}` -> `{"sere.primary_k": 2}`; booleans become 0 or 1, null becomes -1, a
-    policy its place among `policy_names`, which are the same in every process."""
+    policy or rule its place among their names, which are the same in every process."""
     numbers = dict(changes)
-    if "policy" in numbers:
-        numbers["policy"] = policy_names().index(numbers["policy"])
+    for key in _NAMES.keys() & numbers:
+        numbers[key] = _NAMES[key]().index(numbers[key])
     return {PREFIX + k: _NONE if v is None else v + 0 for k, v in numbers.items()}
 
 
@@ -58,8 +63,9 @@ def _decoded(name: str, value: Any) -> Any:
         raise SereError(f"{PREFIX}{name} is no number: {shown(value)}")
     if name in _FLAGS:
         return bool(_among(name, value, 2))
-    if name == "policy":
-        return policy_names()[_among(name, value, len(policy_names()))]
+    if name in _NAMES:
+        names = _NAMES[name]()
+        return names[_among(name, value, len(names))]
     if name in _OPTIONAL and value == _NONE:
         return None
     # JSON and msgpack may have made 2.0 of a 2; whatever else is wrong `Settings.check` sees.

@@ -52,6 +52,7 @@ def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any)
         internal_state,
         model_runner,
         rank_decision,
+        surrogates,
         topk,
     )
     from sere_sglang.runtime import rank
@@ -60,6 +61,7 @@ def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any)
     rank.start(asked)
     if server_args.device == "cpu":
         cpu_moe.install()
+        surrogates.install()
     model_runner.install()
     topk.install()
     forward_batch.install()
@@ -109,8 +111,8 @@ def _report(result: dict[str, Any], scheduler: Any) -> None:
     if doctor.is_asked(scheduler.server_args):
         doctor.report(result)
     elif config.config_of(scheduler.server_args).enabled:
-        from sere_sglang.runtime import rank
+        from sere_sglang.runtime import rank, shown
 
         active = rank.current()
         assert active is not None
-        result["sere"] = active.describe()
+        result["sere"] = shown.constants(active)

@@ -18,6 +18,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.server_args import add_moe_runner_backend_choices
 
 from sere_sglang import config
+from sere_sglang.config_check import checked
 from sere_sglang.errors import SereError, exit_on_error
 from sere_sglang.patches.seam import declare, require_applied
 
@@ -54,7 +55,7 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Names
         asked = dataclasses.replace(asked, moe_backend="sere")
         args.moe_runner_backend = "auto"
     with exit_on_error():
-        asked.check()
+        checked(asked)
     record = original(cls, args)
     config.attach(record, asked)
     record._sere_from_cli = True

@@ -51,7 +51,8 @@ def _reroute(*args: Any, **kwargs: Any) -> None:
     if stage is not None:
         ids = kwargs["topk_ids"] if "topk_ids" in kwargs else args[0]
         weights = kwargs["topk_weights"] if "topk_weights" in kwargs else args[1]
-        stage.run(ids, weights)
+        config = kwargs["topk_config"] if "topk_config" in kwargs else args[2]
+        stage.run(ids, weights, kwargs.get("router_logits"), config)
 
 
 def _select(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -12,8 +12,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from sere_sglang.errors import SereError
 from sere_sglang.schedule.names import policy_names
+from sere_sglang.schedule.point import RULES, SIMILARITY
 from sere_sglang.schedule.request_quality import QUALITIES, QualityRules, parse_allowed
 from sere_sglang.schedule.settings import Settings
 
@@ -31,7 +31,7 @@ def _option(default: Any, help: str, **flag: Any) -> Any:
 
 @dataclass(frozen=True)
 class SereConfig:
-    """What the operator asked for; None means "not given", resolved by `resolve_defaults`."""
+    """What the operator asked for; None means "not given", resolved by `config_check.resolved`."""
 
     moe_backend: str = _option(
         "default",
@@ -47,6 +47,16 @@ class SereConfig:
         "model folder or hub repository, else what calibrate wrote into this user's cache).",
         metavar="PATH",
     )
+    sere_rule: str | None = _option(
+        None,
+        "Which experts a batch loads, and what its tokens get instead of the others. similarity: "
+        "SERE, the most similar one. piggyback: the token's own next-best that is loaded. topk: "
+        "each token's best few only. budget: --sere-max-experts, by summed router score. energy: "
+        "all but those whose routing weight fits in --sere-quality-budget, what a token loses "
+        "made up for by the profile's surrogates. auto: energy. Rules beside similarity need the "
+        "CPU engine so far (default: similarity).",
+        choices=(*RULES, "auto"),
+    )
     sere_policy: str | None = _option(
         None,
         "How the degree of skipping is chosen for each forward. adaptive: the largest predicted "
@@ -57,8 +67,9 @@ class SereConfig:
     )
     sere_primary_k: int | None = _option(
         None,
-        "static: S, each token's S highest-weighted experts are primary and never re-routed; "
-        "1 <= S < top-k, smaller skips more (default: half of the model's top-k).",
+        "static: S, each token's S highest-weighted experts are primary and never re-routed (k0 "
+        "of rules piggyback and topk); 1 <= S < top-k, smaller skips more (default: half of the "
+        "model's top-k).",
         type=int,
         metavar="S",
     )
@@ -72,7 +83,8 @@ class SereConfig:
     sere_quality_budget: float | None = _option(
         None,
         "adaptive and slo: expected loss that a batch may cost at most, as a share of the MoE "
-        "layers' output energy; 0 is exact, 1 the worst that re-routing can do "
+        "layers' output energy; 0 is exact, 1 the worst that re-routing can do. Under rule energy "
+        "also of static, and what the kernel may drop "
         f"(default: {DEFAULT_QUALITY_BUDGET:g}).",
         type=float,
         metavar="LOSS",
@@ -134,6 +146,19 @@ class SereConfig:
         "--measure residual among its measures (default: weights stay as the router gave them).",
         action="store_true",
     )
+    sere_max_experts: int | None = _option(
+        None,
+        "static under rule budget: experts that a batch loads in each layer, more only if its "
+        "tokens' best ones are more.",
+        type=int,
+        metavar="B",
+    )
+    sere_surrogates: str | None = _option(
+        None,
+        "Under rule energy, give what a token loses a low-rank stand-in of its own expert, where "
+        "the profile was calibrated with --surrogate-rank (default: on).",
+        choices=("on", "off"),
+    )
     sere_cost: str | None = _option(
         None,
         "What this model's MoE layers cost, written by 'sere-sglang doctor --model MODEL --out "
@@ -160,68 +185,20 @@ class SereConfig:
     def enabled(self) -> bool:
         return self.moe_backend == "sere"
 
-    def check(self) -> SereConfig:
-        """Validate what needs no model. Returns self; raises `SereError` naming the flag."""
-        if not self.enabled:
-            given = [flag_of(f.name) for f in _sere_fields() if getattr(self, f.name) is not None]
-            if given:
-                raise SereError(
-                    f"{', '.join(given)} given without --moe-backend sere: "
-                    "add --moe-backend sere, or drop the flag"
-                )
-            return self
-        _check_choice("moe_backend", self.moe_backend, BACKENDS)
-        _check_choice("sere_policy", self.sere_policy, policy_names())
-        _check_choice("sere_on_error", self.sere_on_error, ON_ERROR)
-        _check_choice("sere_quality", self.sere_quality, QUALITIES)
-        for name in ("sere_primary_k", "sere_fast_primary_k"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SereError(
-                    f"{flag_of(name)} {value}: must be at least 1 "
-                    "and smaller than the model's top-k"
-                )
-        for name in ("sere_threshold", "sere_fast_threshold"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise SereError(
-                    f"{flag_of(name)} {value:g}: similarities lie in [0, 1], so must the threshold"
-                )
-        for name in ("sere_quality_budget", "sere_min_gain"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise SereError(f"{flag_of(name)} {value:g}: must lie in [0, 1]")
-        if self.sere_tpot_slo_ms is not None and not self.sere_tpot_slo_ms > 0:
-            raise SereError(f"--sere-tpot-slo-ms {self.sere_tpot_slo_ms:g}: must be positive")
-        if self.sere_policy == "slo" and self.sere_tpot_slo_ms is None:
-            raise SereError("--sere-policy slo needs its target: add --sere-tpot-slo-ms MS")
-        if self.sere_tpot_slo_ms is not None and self.policy != "slo":
-            raise SereError(
-                f"--sere-tpot-slo-ms is the target of --sere-policy slo, not of {self.policy}: "
-                "change the policy or drop the flag"
-            )
-        allowed = self.quality_rules()
-        if allowed.default not in allowed.allowed:
-            raise SereError(
-                f"--sere-quality {allowed.default} is not in --sere-allow-quality "
-                f"{','.join(allowed.allowed)}"
-            )
-        low = 1 if self.sere_min_batch is None else self.sere_min_batch
-        if low < 1:
-            raise SereError(f"--sere-min-batch {low}: must be at least 1")
-        if self.sere_max_batch is not None and self.sere_max_batch < low:
-            raise SereError(
-                f"--sere-max-batch {self.sere_max_batch} is below --sere-min-batch {low}: "
-                "no batch would ever be re-routed"
-            )
-        return self
+    @property
+    def rule(self) -> str:
+        """The rule asked for; ``auto`` is the best that this version has."""
+        return "energy" if self.sere_rule == "auto" else self.sere_rule or SIMILARITY
 
     @property
     def policy(self) -> str:
         """The policy asked for, by name or by the flags that only it has."""
         if self.sere_policy is not None:
             return self.sere_policy
-        if self.sere_primary_k is not None or self.sere_threshold is not None:
+        if any(
+            getattr(self, f"sere_{name}") is not None
+            for name in ("primary_k", "threshold", "max_experts")
+        ):
             return "static"
         return "slo" if self.sere_tpot_slo_ms is not None else "adaptive"
 
@@ -233,38 +210,13 @@ class SereConfig:
         return QualityRules(self.sere_quality or "balanced", allowed)
 
     def live_settings(self) -> Settings:
-        """What a server starts with, once `resolve_defaults` has run."""
+        """What a server starts with, once `config_check.resolved` has run."""
         fields = {f.name for f in dataclasses.fields(Settings)}
-        given = {name: getattr(self, f"sere_{name}") for name in fields - {"enabled"}}
-        return Settings(enabled=True, **given)
-
-    def resolve_defaults(self, *, top_k: int) -> SereConfig:
-        """Fill every unset option for a model with `top_k` routed experts per token."""
-        for name in ("sere_primary_k", "sere_fast_primary_k"):
-            value = getattr(self, name)
-            if value is not None and value >= top_k:
-                raise SereError(
-                    f"{flag_of(name)} {value}: must be smaller than the model's "
-                    f"top-k ({top_k} routed experts per token), or nothing is ever re-routed"
-                )
-        defaults: dict[str, Any] = {
-            "sere_policy": self.policy,
-            "sere_primary_k": max(1, top_k // 2),
-            "sere_threshold": 0.0,
-            "sere_quality_budget": DEFAULT_QUALITY_BUDGET,
-            "sere_min_gain": DEFAULT_MIN_GAIN,
-            "sere_quality": "balanced",
-            "sere_allow_quality": ",".join(QUALITIES),
-            "sere_fast_primary_k": 1,
-            "sere_fast_threshold": 0.0,
-            # A batch of one or two has hardly any experts to stand in for others.
-            "sere_min_batch": 1 if self.policy == "static" else 3,
-            "sere_on_error": "exit",
-        }
-        unset = {name: v for name, v in defaults.items() if getattr(self, name) is None}
-        if top_k < 2:
-            raise SereError("--moe-backend sere: top-1 routing has no secondary experts to skip")
-        return dataclasses.replace(self, **unset)
+        own: dict[str, Any] = {
+            "enabled": True, "rule": self.rule, "surrogates": self.sere_surrogates != "off"
+        }  # fmt: skip
+        given = {name: getattr(self, f"sere_{name}") for name in fields - own.keys()}
+        return Settings(**own, **given)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -305,12 +257,3 @@ def attach(record: Any, config: SereConfig) -> None:
 def config_of(record: Any) -> SereConfig:
     """The config riding on a ``ServerArgs`` record; the default one when there is none."""
     return getattr(record, _RECORD_ATTRIBUTE, None) or SereConfig()
-
-
-def _sere_fields() -> list[dataclasses.Field[Any]]:
-    return [f for f in dataclasses.fields(SereConfig) if f.name.startswith("sere_")]
-
-
-def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
-    if value is not None and value not in choices:
-        raise SereError(f"{flag_of(name)} {value}: choose from {', '.join(choices)}")

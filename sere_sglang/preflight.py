@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sere_sglang.config import SereConfig
+from sere_sglang.config_check import resolved
 from sere_sglang.errors import SereError
 from sere_sglang.profile import (
     AUTO,
@@ -40,7 +41,7 @@ def prepare(
     """
     try:
         model = MoeModelInfo.from_config(hf_config, name=model_path, revision=revision)
-        resolved = restrict(asked).resolve_defaults(top_k=model.top_k)
+        config = resolved(restrict(asked), top_k=model.top_k)
         path = _profile(model, asked.sere_profile, calibrate)
         profile = load_profile(path)
         check_profile_fits(profile, model, path)
@@ -54,7 +55,7 @@ def prepare(
             raise
         logger.warning("Serving WITHOUT SERE (--sere-on-error fallback): %s", error)
         return SereConfig()
-    return dataclasses.replace(resolved, sere_profile=str(path))
+    return dataclasses.replace(config, sere_profile=str(path))
 
 
 def _profile(

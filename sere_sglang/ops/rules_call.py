@@ -45,9 +45,11 @@ class RuleCall:
     num_experts: int
     num_valid: int
     protected: torch.Tensor | None = None  # bool [T]
+    fast: torch.Tensor | None = None  # bool [T]; not of `similarity`
     scores: torch.Tensor | None = None  # float32 [T, E]
     similarity: torch.Tensor | None = None  # float32 [E, E]
     keep: int = 1  # S of `similarity`, k0 of `piggyback` and `topk`, else 1
+    fast_keep: int = 1  # the same of fast rows
     threshold: float = 0.0
     budget: int = 1  # B
     warmup: bool = True

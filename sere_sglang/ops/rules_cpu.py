@@ -27,8 +27,8 @@ def build() -> None:
     _function()
 
 
-def apply(call: RuleCall) -> Routed:
-    """See `sere_sglang.ops.apply_rule`; arguments are validated there."""
+def apply(call: RuleCall, counters: torch.Tensor | None = None) -> Routed:
+    """See `Implementation.apply`."""
     num_rows = call.ids.shape[0]
     routed = Routed(
         call.ids.clone(),
@@ -42,10 +42,13 @@ def apply(call: RuleCall) -> Routed:
         call.scores,
         call.similarity,
         call.protected,
+        call.fast,
+        counters,
         *routed,
         RULES.index(call.rule),
         call.num_valid,
         call.keep,
+        call.fast_keep,
         call.budget,
         call.warmup,
         call.truncate,

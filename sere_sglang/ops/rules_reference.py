@@ -22,9 +22,13 @@ def build() -> None:
     """Nothing to compile."""
 
 
-def apply(call: RuleCall) -> Routed:
-    """See `sere_sglang.ops.apply_rule`; arguments are validated there."""
-    return _Batch(call).routed()
+def apply(call: RuleCall, counters: torch.Tensor | None = None) -> Routed:
+    """See `Implementation.apply`."""
+    batch = _Batch(call)
+    routed = batch.routed()
+    if counters is not None:
+        batch.count(routed, counters)
+    return routed
 
 
 class _Batch:
@@ -43,6 +47,10 @@ class _Batch:
         self.protected = self.valid & kept
         self.changes = (self.valid & ~kept)[:, None] & self.routed_slot  # slots a rule may change
         self.rank = _rank_slots(self.ids, self.weights)
+        fast = torch.zeros_like(self.valid) if call.fast is None else call.fast
+        self.speaks = (self.valid & ~fast)[:, None]  # rows that sums over rows are taken of
+        sure = torch.full_like(rows, call.keep).where(~fast, call.fast_keep)
+        self.sure = self.rank < sure[:, None]
         self.mass = _sum(self.weights, self.routed_slot)
 
     def routed(self) -> Routed:
@@ -67,13 +75,29 @@ class _Batch:
         active = _expert_set(ids, held, self.call.num_experts)
         return Routed(ids.to(torch.int32), weights, active, lost)
 
+    def count(self, routed: Routed, counters: torch.Tensor) -> None:
+        """Add to `counters` what this batch did."""
+        call = self.call
+        held = self.valid[:, None] & self.routed_slot
+        assert routed.lost is not None
+        some = self.valid.any().to(torch.int64)
+        before = _expert_set(self.ids, held, call.num_experts).sum()
+        moved = ((routed.ids != call.ids) & held).sum()
+        lost = (
+            _fixed(routed.lost * routed.lost)
+            .sum()
+            .div(self.valid.sum().clamp(min=1), rounding_mode="floor")
+        )
+        step = [some, self.valid.sum(), before, routed.active.sum(), moved, torch.zeros_like(some)]
+        counters += torch.stack([*step, lost])
+
     # ---- set A
 
     def _members(self) -> torch.Tensor:
         """bool ``[E]``: A."""
         call = self.call
         live = self.valid[:, None] & self.routed_slot
-        first = live & ((self.rank < call.keep) | self.protected[:, None])
+        first = live & (self.sure | self.protected[:, None])
         members = _expert_set(self.ids, first, call.num_experts)
         if call.rule == "similarity":
             # P and the critical experts; where P is empty nothing changes.
@@ -90,7 +114,7 @@ class _Batch:
         assert call.scores is not None
         if not call.warmup:
             first = _expert_set(self.ids, live & self.protected[:, None], call.num_experts)
-        summed = (_fixed(call.scores) * self.valid[:, None]).sum(dim=0)
+        summed = (_fixed(call.scores) * self.speaks).sum(dim=0)
         # Those that are in already come first, the others by their sum; ties by the lowest id.
         order = summed.where(~first, torch.iinfo(torch.int64).max).argsort(
             descending=True, stable=True
@@ -103,7 +127,7 @@ class _Batch:
         call = self.call
         used = _expert_set(self.ids, live, call.num_experts)
         energy = torch.zeros(call.num_experts, dtype=torch.int64, device=self.ids.device)
-        squares = _fixed(self.weights * self.weights) * self.changes
+        squares = _fixed(self.weights * self.weights) * (self.changes & self.speaks)
         energy.scatter_add_(0, self.index.flatten(), squares.flatten())
         droppable = used & ~stay
         value, order = energy.where(droppable, torch.iinfo(torch.int64).max).sort(stable=True)
@@ -122,7 +146,7 @@ class _Batch:
         if call.rule == "similarity":
             return self._meet()
         if call.rule == "topk":
-            return self._keep((self.rank < call.keep) & self.routed_slot, exponent=1.0)
+            return self._keep(self.sure & self.routed_slot, exponent=1.0)
         if call.rule == "energy":
             return self._keep_and_fill(members, own_in)
         if call.truncate:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,15 +12,20 @@ from sere_sglang.config import SereConfig
 from sere_sglang.errors import SereError
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable, select_impl
 from sere_sglang.ops.fused import uses_cuda
+from sere_sglang.ops.rules import load_rules
+from sere_sglang.ops.surrogates import Surrogates
 from sere_sglang.profile import SereProfile
 from sere_sglang.runtime.control import ControlBlock
+from sere_sglang.runtime.counters import FIELDS
 from sere_sglang.runtime.moe_layers import (
     moe_layers,
     require_standard_format,
     routed_top_k,
     routers_of,
 )
+from sere_sglang.runtime.rule_stage import RuleStage, exposes_scores
 from sere_sglang.runtime.stage import RerouteStage, Switch, bind_stage
+from sere_sglang.schedule.point import RULES, SIMILARITY
 
 # Rows that can be told apart by quality; decode batches are far smaller.
 _MAX_CLASS_ROWS = 8192
@@ -27,7 +33,11 @@ _MAX_CLASS_ROWS = 8192
 
 @dataclass
 class Binding:
-    """The stages of one rank's model and what they share. counters: int64 [layers, 6]."""
+    """The stages of one rank's model and what they share.
+
+    counters: int64 [layers, 7] (`counters.FIELDS`). unavailable: rule -> why this model cannot be
+    served under it here.
+    """
 
     model_name: str
     stages: list[RerouteStage]
@@ -35,6 +45,7 @@ class Binding:
     counters: torch.Tensor
     switch: Switch
     impl: str
+    unavailable: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layer_ids(self) -> list[int]:
@@ -77,7 +88,8 @@ def bind_model(
     strict = target.type == "cuda" and config.sere_on_error != "fallback"
     impl = select_impl(target, strict=strict)
     control = ControlBlock(target, sorted(layers), _MAX_CLASS_ROWS)
-    counters = torch.zeros(len(layers), len(COUNTER_FIELDS), dtype=torch.int64, device=target)
+    counters = torch.zeros(len(layers), len(FIELDS), dtype=torch.int64, device=target)
+    unavailable = _unavailable_rules(target, {i: routers[i].topk_config for i in layers})
     switch = Switch()
     softmax_routers = [id for id in layers if _is_plain_softmax(routers[id].topk_config)]
     # Built now: at its first use SGLang may be capturing a graph.
@@ -97,16 +109,55 @@ def bind_model(
             ),
             control=control.words[row],
             row_class=control.row_class,
-            counters=counters[row],
+            counters=counters[row, : len(COUNTER_FIELDS)],
             switch=switch,
             impl=impl,
             fuse=fuses and layer_id in softmax_routers,
+            rules=_rules(layers[layer_id], profile, counters[row])
+            if target.type == "cpu"
+            else None,
         )
         # Written by the router from its own ids; it would go stale behind re-routing.
         topk_config.fused_gate_packed_ids = False
         bind_stage(topk_config, stage)
+        bind_stage(layers[layer_id], stage)
         stages.append(stage)
-    return Binding(name, stages, control, counters, switch, impl)
+    return Binding(name, stages, control, counters, switch, impl, unavailable)
+
+
+def _unavailable_rules(device: torch.device, configs: Mapping[int, Any]) -> dict[str, str]:
+    if device.type != "cpu":
+        return dict.fromkeys(
+            (rule for rule in RULES if rule != SIMILARITY),
+            f"it has no {device.type} kernel yet; use the CPU engine",
+        )
+    closed = [layer for layer, config in configs.items() if not exposes_scores(config)]
+    if not closed:
+        return {}
+    reason = f"the router of MoE layer(s) {_ranges(closed)} exposes no scores"
+    return dict.fromkeys(("piggyback", "budget"), reason)
+
+
+def _rules(layer: Any, profile: SereProfile, counters: torch.Tensor) -> RuleStage:
+    tables = profile.tables.get(layer.layer_id, {})
+    weights = tables.get("weight_by_rank")
+    surrogates = None
+    if "surrogate_bias" in tables:
+        bias = tables["surrogate_bias"]
+        none = bias.new_zeros(bias.shape[0], 0, bias.shape[1])
+        inward, outward = (tables.get(f"surrogate_{way}", none) for way in ("in", "out"))
+        surrogates = Surrogates.build(inward, outward, bias, device=counters.device)
+    ranks = int(layer.moe_tp_size) * int(layer.moe_ep_size)
+    return RuleStage(
+        layer_id=layer.layer_id,
+        num_experts=profile.similarity[layer.layer_id].shape[0],
+        # A profile without weights is read as one of weights that add up to 1.
+        squared_mass=1.0 if weights is None else float(weights.sum()) ** 2,
+        implementation=load_rules("auto", "cpu"),
+        counters=counters,
+        surrogates=surrogates,
+        share=1.0 if layer.reduce_results else 1.0 / ranks,
+    )
 
 
 def _is_plain_softmax(topk_config: Any) -> bool:

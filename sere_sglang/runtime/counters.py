@@ -8,8 +8,14 @@ import numpy as np
 import torch
 
 from sere_sglang.ops import COUNTER_FIELDS
+from sere_sglang.ops.rules_call import FRACTION_BITS
 
-_FORWARDS, _ROWS, _BEFORE, _AFTER, _REROUTED, _CRITICAL = range(len(COUNTER_FIELDS))
+FIELDS = (*COUNTER_FIELDS, "loss")
+"""A layer's counters in this package: those of its kernels, then what rules beside ``similarity``
+dropped, the squared routing weight per valid row in units of 2^-32 (`RuleStage`)."""
+
+LOSS_UNIT = 1.0 / (1 << FRACTION_BITS)
+_FORWARDS, _ROWS, _BEFORE, _AFTER, _REROUTED, _CRITICAL, _LOSS = range(len(FIELDS))
 
 
 @dataclass(frozen=True)
@@ -22,10 +28,11 @@ class Window:
     active_after: np.ndarray
     rerouted: np.ndarray
     critical: np.ndarray
+    loss: np.ndarray  # squared routing weight per row
 
 
 class CounterReader:
-    """Copies int64 ``[layers, 6]`` counters to the host every `interval` forwards.
+    """Copies int64 ``[layers, 7]`` counters to the host every `interval` forwards.
 
     On a GPU the copy is queued on the current (forward) stream and collected by a later `poll`
     once it is done; nothing waits. A window without a re-routed forward is not reported.
@@ -78,4 +85,5 @@ class CounterReader:
             active_after=mean[:, _AFTER],
             rerouted=mean[:, _REROUTED],
             critical=mean[:, _CRITICAL],
+            loss=mean[:, _LOSS] * LOSS_UNIT,
         )

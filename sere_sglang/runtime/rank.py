@@ -7,20 +7,21 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sere_sglang.config import SereConfig
-from sere_sglang.errors import cut
-from sere_sglang.ops import COUNTER_FIELDS
+from sere_sglang.errors import SereError, cut
 from sere_sglang.profile import SereProfile
 from sere_sglang.runtime.clock import StepClock
 from sere_sglang.runtime.control import ClassTable
 from sere_sglang.runtime.counters import CounterReader, Window
+from sere_sglang.runtime.rule_stage import RuleForward
 from sere_sglang.schedule.composition import BatchComposition, MoeRows
 from sere_sglang.schedule.cost import MoeCost
-from sere_sglang.schedule.cost_file import describe as describe_cost
 from sere_sglang.schedule.expectation import expect, statistics_of
 from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback, first_feedback
 from sere_sglang.schedule.observer import Observer
-from sere_sglang.schedule.point import OFF, OperatingPoint
+from sere_sglang.schedule.point import OFF, SIMILARITY, OperatingPoint
 from sere_sglang.schedule.policy import Policy, PolicyContext, choose
 from sere_sglang.schedule.registry import make_policy
 from sere_sglang.schedule.request_quality import RowClass, row_classes
@@ -47,6 +48,7 @@ class SereRuntime:
 
     trouble: why this rank could not go on, set by the first `fail`. failed: why all ranks have
         stopped re-routing, set by `stop` at the same step everywhere; with one rank both at once.
+    window: what the counters said last, and the operating point then.
     attempt: counts how often an operator has started it again after a failure.
     """
 
@@ -60,7 +62,7 @@ class SereRuntime:
         self.point: OperatingPoint = OFF
         self.last: BatchComposition | None = None
         self.feedback: Feedback = NO_FEEDBACK
-        self.window: Window | None = None
+        self.window: tuple[Window, OperatingPoint] | None = None
         self.metrics: SereMetrics | None = None
         self.measures = False
         self.moe_rows = MoeRows.OWN
@@ -82,13 +84,18 @@ class SereRuntime:
     def attach(self, binding: Binding, profile: SereProfile, cost: MoeCost) -> None:
         """After the weights have loaded."""
         self.binding = binding
+        try:
+            self._require_rule(self.settings.rule)
+        except SereError as error:
+            raise SereError(f"--sere-rule {self.settings.rule}: {error}") from None
         self.context = PolicyContext(expect(statistics_of(profile)), cost)
         self._reader = CounterReader(binding.counters)
         self._take_policy(make_policy(self.settings.policy, self.context))
         logger.info(
-            "SERE on: %d MoE layers, %s kernel, policy %s, S=%d, rho=%g, profile %s, %s",
+            "SERE on: %d MoE layers, %s kernel, rule %s, policy %s, S=%d, rho=%g, profile %s, %s",
             len(binding.stages),
             binding.impl,
+            self.settings.rule,
             self.settings.policy,
             self.settings.primary_k,
             self.settings.threshold,
@@ -150,24 +157,35 @@ class SereRuntime:
             self.point, num_valid, classes, self._class_table() if classes else ()
         )
         self.binding.switch.launch = self.point.enabled
+        self.binding.switch.rule = self._rule_forward(num_valid, classes)
         if self._trace is not None:
             self._watched("--sere-trace", self._trace.write, composition, self.point, self.feedback)
 
     def end_forward(self) -> None:
         assert self.binding is not None
-        self.binding.switch.launch = True
+        self.binding.switch.launch, self.binding.switch.rule = True, None
         if not self._checked and self.last is not None and self.last.num_tokens:
             self.binding.check_all_ran()
             self._checked = True
         if self.measures or self.metrics is not None:
             self._watched("telemetry", self._read_counters)
 
+    def _rule_forward(self, num_valid: int, classes: bytes) -> RuleForward | None:
+        """What the stages apply instead of re-routing by similarity."""
+        if not self.point.enabled or self.point.rule == SIMILARITY:
+            return None
+        rows = torch.frombuffer(bytearray(classes), dtype=torch.uint8) if classes else None
+        settings = self.settings
+        return RuleForward(
+            self.point, num_valid, rows, settings.fast_primary_k, settings.surrogates
+        )
+
     def exact_forward(self) -> None:
         """In place of `begin_forward` where that cannot be had: the coming forward runs exact."""
         if self.binding is not None:
             self.point = OFF
             self.binding.control.write(OFF, 0)
-            self.binding.switch.launch = False
+            self.binding.switch.launch, self.binding.switch.rule = False, None
 
     @property
     def is_serving(self) -> bool:
@@ -200,7 +218,7 @@ class SereRuntime:
         self.point = OFF
         if self.binding is not None:
             # The control block is written by the next forward, on its own stream.
-            self.binding.switch.launch = False
+            self.binding.switch.launch, self.binding.switch.rule = False, None
         if self.metrics is not None:
             self.metrics.set_failed(True)
 
@@ -220,7 +238,15 @@ class SereRuntime:
 
     def settings_with(self, changes: Mapping[str, Any]) -> Settings:
         """The settings after `changes`, validated; raises `SereError` and changes nothing."""
-        return self.settings.updated(changes, top_k=self.top_k)
+        settings = self.settings.updated(changes, top_k=self.top_k)
+        self._require_rule(settings.rule)
+        return settings
+
+    def _require_rule(self, rule: str) -> None:
+        """Raise `SereError` for a rule that this model cannot be served under."""
+        reason = self.binding.unavailable.get(rule) if self.binding is not None else None
+        if reason is not None:
+            raise SereError(f"rule {rule} cannot be had: {reason}")
 
     def prepared(self, changes: Mapping[str, Any]) -> Callable[[], None]:
         """What applies `changes` of ``/set_internal_state``, everything that can be refused being
@@ -253,58 +279,10 @@ class SereRuntime:
     def top_k(self) -> int:
         return self.binding.stages[0].top_k if self.binding is not None else 1 << 30
 
-    def describe(self) -> dict[str, Any]:
-        """What does not change while the server runs; shown in ``/server_info``."""
-        assert self.binding is not None and self.context is not None
-        return {
-            "profile": self.config.sere_profile,
-            "cost": describe_cost(self.context.cost),
-            "layers": self.binding.layer_ids,
-            "kernel": self.binding.impl,
-            "quality": self.quality_rules.default,
-            "allowed_quality": list(self.quality_rules.allowed),
-        }
-
-    def state(self) -> dict[str, Any]:
-        """Live state: settings, the last operating point, counters since start or reset."""
-        assert self.binding is not None
-        rows = self.binding.counters.tolist()
-        return {
-            **self.essential_state(),
-            "composition": None if self.last is None else dataclasses.asdict(self.last),
-            "feedback": dataclasses.asdict(self.feedback),
-            "step_ms": self._clock.step_ms,
-            "predicted_step_ms": self._predicted_ms(),
-            "counters": {
-                str(layer): dict(zip(COUNTER_FIELDS, row, strict=True))
-                for layer, row in zip(self.binding.layer_ids, rows, strict=True)
-            },
-        }
-
-    def essential_state(self) -> dict[str, Any]:
-        """`state` without what may have failed, in the same form."""
-        return {
-            **dataclasses.asdict(self.settings),
-            "top_k": self.top_k,
-            "failed": self.failed or self.trouble,
-            "operating_point": self.point.describe(),
-            "composition": None,
-            "feedback": dataclasses.asdict(NO_FEEDBACK),
-            "step_ms": None,
-            "predicted_step_ms": None,
-            "counters": {},
-        }
-
-    def summary(self) -> str:
-        """For SGLang's decode log line."""
-        if self.trouble is not None:
-            return "sere: failed, exact"
-        text = f"sere: {self.point}"
-        window = self.window
-        if window is not None and self.point.enabled:
-            before, after = window.active_before.mean(), window.active_after.mean()
-            text += f", active experts: {before:.1f} -> {after:.1f} ({window.forwards} steps)"
-        return text
+    @property
+    def step_ms(self) -> float | None:
+        """Measured time per decode step, smoothed."""
+        return self._clock.step_ms
 
     def _take_policy(self, policy: Policy) -> None:
         assert self.context is not None
@@ -350,7 +328,7 @@ class SereRuntime:
         assert self.last is not None
         window = self._reader.poll()
         if window is not None:
-            self.window = window
+            self.window = window, self.point
             self._observer.note_active(float(window.active_after.sum()))
         if self.metrics is not None:
             self.metrics.count_forward(self.last.mode, self.last.num_tokens, self.point.enabled)
@@ -363,11 +341,11 @@ class SereRuntime:
                 self.metrics.set_point(
                     self.point,
                     self.settings.quality_budget if budget is None else budget,
-                    self._predicted_ms(),
+                    self.predicted_ms(),
                 )
                 self.metrics.set_policy(self.settings)
 
-    def _predicted_ms(self) -> float | None:
+    def predicted_ms(self) -> float | None:
         """Step time that the model behind the decisions expects of the last decode batch."""
         if self.context is None or self.last is None or not self.last.is_decode_like:
             return None

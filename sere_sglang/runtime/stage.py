@@ -9,6 +9,7 @@ import torch
 
 from sere_sglang.ops import LayerTable, reroute_
 from sere_sglang.ops.fused import LOGIT_DTYPES, fused_topk_reroute
+from sere_sglang.runtime.rule_stage import RuleForward, RuleStage
 
 _ATTRIBUTE = "_sere_stage"
 
@@ -19,9 +20,13 @@ class Switch:
 
     While True the kernel is launched and reads the control block; while False an eager forward
     does not even launch it. True by default, so that graph capture always records the launch.
+
+
+    rule: what the coming forward runs at under a rule beside ``similarity``; None under that one.
     """
 
     launch: bool = True
+    rule: RuleForward | None = None
 
 
 @dataclass
@@ -42,12 +47,21 @@ class RerouteStage:
     impl: str = "auto"
     fuse: bool = False
     """Plain softmax routers: top-k and re-routing in one launch (`run_fused`)."""
+    rules: RuleStage | None = None
+    """The rules beside ``similarity``, where they can be had."""
     ran: bool = field(default=False, init=False)
     fused_ids: torch.Tensor | None = field(default=None, init=False)
     """What `run_fused` returned; `run` has nothing left to do for it."""
 
-    def run(self, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        """Re-route topk_ids [T, K (+ fused shared slots)] in place; weights keep their values."""
+    def run(
+        self,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        logits: torch.Tensor | None = None,
+        topk_config: Any = None,
+    ) -> None:
+        """Re-route topk_ids [T, K (+ fused shared slots)] in place; weights keep their values but
+        under another rule than ``similarity``. logits: [T, E] of the router `topk_config`."""
         self.ran = True  # written, never read here: what torch.compile reads, it compiles again for
         if not self.switch.launch or topk_ids.shape[0] == 0:
             return
@@ -55,6 +69,10 @@ class RerouteStage:
             return
         ids = topk_ids[:, : self.top_k]  # fused shared experts are the columns behind
         weights = topk_weights[:, : self.top_k]
+        rule = self.switch.rule
+        if rule is not None and self.rules is not None:
+            self.rules.apply(ids, weights, logits, topk_config, rule)
+            return
         # Some CPU routers leave torch.topk's int64; the kernels take int32 with any row stride.
         ids32, weights32 = ids.to(torch.int32), weights.to(torch.float32)
         # Above the classes' number of rows the control block names one class only.
@@ -101,11 +119,11 @@ class RerouteStage:
         return weights, self.fused_ids
 
 
-def bind_stage(topk_config: Any, stage: RerouteStage) -> None:
-    """Attach `stage` to SGLang's ``TopKConfig``, which reaches the seam with every call."""
-    setattr(topk_config, _ATTRIBUTE, stage)
+def bind_stage(part: Any, stage: RerouteStage) -> None:
+    """Attach `stage` to SGLang's ``TopKConfig`` or ``FusedMoE``, which reach the seams."""
+    setattr(part, _ATTRIBUTE, stage)
 
 
-def stage_of(topk_config: Any) -> RerouteStage | None:
-    """The stage bound to a ``TopKConfig``; None for draft models and servers without SERE."""
-    return getattr(topk_config, _ATTRIBUTE, None)
+def stage_of(part: Any) -> RerouteStage | None:
+    """The stage bound to it; None for draft models and servers without SERE."""
+    return getattr(part, _ATTRIBUTE, None)

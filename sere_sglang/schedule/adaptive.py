@@ -30,8 +30,9 @@ class AdaptivePolicy:
     """Pure: the same composition, settings and feedback give the same point on every rank."""
 
     def __init__(self, expectation: Expectation, cost: MoeCost) -> None:
-        self.ladders = Ladders(expectation)
+        self.expectation = expectation
         self.cost = cost
+        self._ladders: dict[str, Ladders] = {}
         self._cache: dict[tuple[object, ...], OperatingPoint] = {}
 
     def decide(
@@ -40,6 +41,7 @@ class AdaptivePolicy:
         key = (
             composition.num_tokens,
             composition.exact_rows,
+            settings.rule,
             settings.quality_budget,
             settings.min_gain,
             feedback.step,
@@ -51,13 +53,19 @@ class AdaptivePolicy:
             known = self._cache[key] = self._decide(composition, settings, feedback)
         return known
 
-    def predict(self, composition: BatchComposition, model: StepModel) -> Prediction:
+    def ladders(self, rule: str) -> Ladders:
+        """Built when a rule is first asked for."""
+        if rule not in self._ladders:
+            self._ladders[rule] = Ladders(self.expectation.of(rule))
+        return self._ladders[rule]
+
+    def predict(self, composition: BatchComposition, rule: str, model: StepModel) -> Prediction:
         """What each rung would do to this batch.
 
         Exact rows keep their experts active and cost no quality, so they thin out both.
         """
         rows = composition.num_tokens
-        ladder = self.ladders.of(rows)
+        ladder = self.ladders(rule).of(rows)
         free = 1.0 - composition.exact_rows / max(rows, 1)
         active = ladder.active[0] - free * (ladder.active[0] - ladder.active)
         return Prediction(
@@ -69,7 +77,7 @@ class AdaptivePolicy:
     ) -> list[tuple[float, float]]:
         """Every (budget, step_ms) at which a larger budget makes this batch noticeably faster,
         ascending; the first one is exact routing."""
-        seen = self.predict(composition, feedback.step)
+        seen = self.predict(composition, settings.rule, feedback.step)
         exact = float(seen.step_ms[0])
         rungs = [(0.0, exact)]
         slowest_useful = exact / (1.0 + settings.min_gain)
@@ -84,7 +92,7 @@ class AdaptivePolicy:
     ) -> OperatingPoint:
         if settings.quality_budget <= 0.0:
             return OFF  # exact, even where a profile calls two experts twins
-        seen = self.predict(composition, feedback.step)
+        seen = self.predict(composition, settings.rule, feedback.step)
         within = int(np.searchsorted(seen.loss, settings.quality_budget, side="right"))
         exact, fastest = float(seen.step_ms[0]), float(seen.step_ms[within - 1])
         if fastest * (1.0 + settings.min_gain) > exact:
@@ -92,4 +100,4 @@ class AdaptivePolicy:
         # The first rung that is about as fast loses less.
         enough = fastest + _WORTH * (exact - fastest)
         rung = int(np.argmax(seen.step_ms[:within] <= enough))
-        return self.ladders.point(composition.num_tokens, rung)
+        return self.ladders(settings.rule).point(composition.num_tokens, rung)

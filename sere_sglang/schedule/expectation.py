@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sere_sglang.profile import SereProfile
-from sere_sglang.schedule.point import OperatingPoint
+from sere_sglang.schedule.lookup import COMPUTED, present, representatives, row_of, spread
+from sere_sglang.schedule.point import RULES, SIMILARITY, OperatingPoint
+from sere_sglang.schedule.rule_tables import rule_tables
 
-_COMPUTED = (1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256, 1024)
-_MAX_ROWS = _COMPUTED[-1]  # larger batches are looked up as this many: every popular expert is in P
 _QUANTILES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
 _NEAREST = 48  # neighbours of an expert that are looked at one by one
 _CELLS = 32 * 128 * _NEAREST  # of all layers together: half a second
@@ -25,6 +25,7 @@ _COHERENT = 1 / 3
 """How far the errors of a token's slots point the same way: 0 not at all, 1 altogether. With this
 one the measured KL of the demo model follows the loss over all S and batch sizes."""
 _MAX_KEPT = 4096
+_LOSSES, _NUM_LOSSES = (0.001, 0.5), 49  # of `energy`, 14 % from one to the next
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,24 @@ class LayerStatistics:
 class Expectation:
     """Tables over batch sizes (`row_of` finds a batch's row), layers and points; float64.
 
-    points: the (S, rho) that the last axis stands for.
+    points: what the last axis stands for, all of one rule.
     plain: ``[rows, layers]`` active experts of exact routing.
     active: ``[rows, layers, points]`` the same after re-routing.
     loss: ``[rows, layers, points]`` expected squared error of the layer's output, of which each
         slot that moves gives its routing weight times the distance (1 - similarity) to its
         substitute, as a share of all squared routing weight. 0 is exact routing. Averaged over
         layers it is close to proportional to the KL divergence that re-routing causes
-        (docs/scheduling.md).
+        (docs/scheduling.md). Of the other rules as `rule_tables` has it.
     """
 
     layer_ids: tuple[int, ...]
-    points: tuple[tuple[int, float], ...]
+    points: tuple[OperatingPoint, ...]
     top_k: int
     plain: np.ndarray
     active: np.ndarray
     loss: np.ndarray
+    layers: Mapping[int, LayerStatistics] = field(repr=False, compare=False)
+    _others: dict[str, Expectation] = field(default_factory=dict, repr=False, compare=False)
     _effects: dict[tuple[int, OperatingPoint], tuple[float, float]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -65,10 +68,21 @@ class Expectation:
     def num_layers(self) -> int:
         return len(self.layer_ids)
 
+    @property
+    def rule(self) -> str:
+        return self.points[0].rule
+
+    def of(self, rule: str) -> Expectation:
+        """The same model's under another rule; computed when it is first asked for."""
+        if rule == self.rule:
+            return self
+        if rule not in self._others:
+            self._others[rule] = expect(self.layers, rule=rule)
+        return self._others[rule]
+
     def row_of(self, batch: int) -> int:
-        """Row of the tables for a batch of `batch` rows; a smaller batch's where there is none,
-        whose loss is the larger one."""
-        return int(_ROW_OF[min(batch, _MAX_ROWS)])
+        """Row of the tables for a batch of `batch` rows."""
+        return row_of(batch)
 
     def plain_active(self, batch: int) -> float:
         """Active experts of exact routing, summed over the layers."""
@@ -77,8 +91,11 @@ class Expectation:
     def effect(self, batch: int, point: OperatingPoint) -> tuple[float, float]:
         """(active experts summed over the layers, loss averaged over them) of `batch` rows.
 
-        A point need not be one of `points`: the nearest rho of its S stands in.
+        A point need not be one of `points`: of the same S the nearest rho stands in, of ``energy``
+        and ``budget`` the nearest loss or number of experts.
         """
+        if point.enabled and point.rule != self.rule:
+            return self.of(point.rule).effect(batch, point)
         row = self.row_of(batch)
         known = self._effects.get((row, point))
         if known is None:
@@ -94,15 +111,28 @@ class Expectation:
             if not own.enabled:
                 active += float(self.plain[row, i])
                 continue
-            column = self._column(own.primary_k, own.threshold)
+            column = self._column(own)
             active += float(self.active[row, i, column])
             loss += float(self.loss[row, i, column])
         return active, loss / self.num_layers
 
-    def _column(self, primary_k: int, threshold: float) -> int:
-        same = [(abs(rho - threshold), i) for i, (s, rho) in enumerate(self.points)
-                if s == primary_k]  # fmt: skip
+    def _column(self, own: OperatingPoint) -> int:
+        same = [(abs(p.threshold - own.threshold) + abs(p.loss - own.loss)
+                 + abs(p.experts - own.experts), i)
+                for i, p in enumerate(self.points) if p.primary_k == own.primary_k]  # fmt: skip
         return min(same)[1]
+
+
+def points_of(rule: str, top_k: int, experts: int) -> tuple[OperatingPoint, ...]:
+    """Points of a rule beside ``similarity``, from mild to hard."""
+    if rule == "energy":
+        losses = np.geomspace(*_LOSSES, _NUM_LOSSES).round(6).tolist()
+        return tuple(OperatingPoint(True, rule=rule, loss=loss) for loss in losses)
+    if rule == "budget":
+        return tuple(OperatingPoint(True, rule=rule, experts=b) for b in range(experts - 1, 0, -1))
+    if rule in RULES:
+        return tuple(OperatingPoint(True, s, rule=rule) for s in range(top_k - 1, 0, -1))
+    raise ValueError(f"unknown rule {rule!r}; choose from {', '.join(RULES)}")
 
 
 def statistics_of(profile: SereProfile) -> dict[int, LayerStatistics]:
@@ -133,53 +163,59 @@ def thresholds_of(layers: Mapping[int, LayerStatistics]) -> tuple[float, ...]:
 
 
 def expect(
-    layers: Mapping[int, LayerStatistics], thresholds: Sequence[float] | None = None
+    layers: Mapping[int, LayerStatistics],
+    thresholds: Sequence[float] | None = None,
+    rule: str = SIMILARITY,
 ) -> Expectation:
-    """Tables for every S in 1..K-1 and rho of `thresholds` (default: `thresholds_of`).
+    """Tables for every S in 1..K-1 and rho of `thresholds` (default: `thresholds_of`); of another
+    rule for `points_of` it.
 
     In very large models some layers, evenly spaced, stand for their neighbours.
     """
     ids = sorted(layers)
-    most = max(2, _CELLS // (len(layers[ids[0]].similarity) * _NEAREST))
-    chosen = np.unique(np.linspace(0, len(ids) - 1, min(most, len(ids))).round().astype(int))
-    looked_at = {ids[i]: layers[ids[i]] for i in chosen}
-    thresholds = thresholds_of(looked_at) if thresholds is None else thresholds
-    tables = [_tables_of(layer, thresholds) for layer in looked_at.values()]
-    nearest = np.abs(np.arange(len(ids))[:, None] - chosen).argmin(axis=1)
-    plain, active, loss = (
-        _spread(np.stack([own[i] for own in tables], axis=1)[:, nearest]) for i in range(3)
-    )
+    experts = len(layers[ids[0]].similarity)
+    chosen, nearest = representatives(ids, _CELLS // (experts * _NEAREST))
+    looked_at = {i: layers[i] for i in chosen}
     top_k = layers[ids[0]].by_rank.shape[0]
-    points = tuple((s, rho) for s in range(1, top_k) for rho in thresholds)
-    return Expectation(tuple(ids), points, top_k, plain, active, loss)
+    if rule == SIMILARITY:
+        thresholds = thresholds_of(looked_at) if thresholds is None else thresholds
+        points = tuple(OperatingPoint(True, s, rho) for s in range(1, top_k) for rho in thresholds)
+        tables = [_tables_of(layer, thresholds) for layer in looked_at.values()]
+    else:
+        points = points_of(rule, top_k, experts)
+        tables = [rule_tables(layer.by_rank, layer.energy, points) for layer in looked_at.values()]
+    plain, active, loss = (
+        spread(np.stack([own[i] for own in tables], axis=1)[:, nearest]) for i in range(3)
+    )
+    return Expectation(tuple(ids), points, top_k, plain, active, loss, layers)
 
 
 def _tables_of(
     layer: LayerStatistics, thresholds: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """plain ``[rows]``, active and loss ``[rows, points]`` of one layer, at `_COMPUTED`."""
+    """plain ``[rows]``, active and loss ``[rows, points]`` of one layer, at `COMPUTED`."""
     top_k = len(layer.by_rank)
     neighbours = _Neighbours(layer.similarity, thresholds)
-    plain = _present(layer.by_rank.sum(axis=0), np.array(_COMPUTED)).sum(axis=0)
-    active = np.zeros((len(_COMPUTED), top_k - 1, len(thresholds)))
+    plain = present(layer.by_rank.sum(axis=0), np.array(COMPUTED)).sum(axis=0)
+    active = np.zeros((len(COMPUTED), top_k - 1, len(thresholds)))
     loss = np.zeros_like(active)
     for s in range(1, top_k):
         votes = layer.by_rank[:s].sum(axis=0)
         secondary = layer.by_rank[s:]
         used = secondary.sum(axis=0)  # probability that a row has e in a secondary slot
         energy = layer.energy[s:]
-        for i, n in enumerate(_COMPUTED):
-            primary = _present(votes, n)
+        for i, n in enumerate(COMPUTED):
+            primary = present(votes, n)
             moved, distance, squared = neighbours.of_best_primary(primary)
             # No row votes for e and one has it in a secondary slot.
-            outside = np.clip(_present(votes + used, n) - primary, 0.0, None)
+            outside = np.clip(present(votes + used, n) - primary, 0.0, None)
             active[i, s - 1] = primary.sum() + outside @ (1.0 - moved)
             # The row that has e in a secondary slot does not vote for it; the others may.
-            moves = secondary * (1.0 - _present(votes, n - 1))
+            moves = secondary * (1.0 - present(votes, n - 1))
             slots = np.sqrt(energy)[:, None] * (moves @ distance)  # error by rank and threshold
             together = slots.sum(axis=0) ** 2 - (slots**2).sum(axis=0)
             loss[i, s - 1] = energy @ (moves @ squared) + _COHERENT * together
-    rows = len(_COMPUTED)
+    rows = len(COMPUTED)
     return plain, active.reshape(rows, -1), loss.reshape(rows, -1)
 
 
@@ -232,26 +268,6 @@ class _Neighbours:
         )  # type: ignore[return-value]
 
 
-def _lookup_rows() -> tuple[np.ndarray, np.ndarray]:
-    """Batch sizes of the tables, every one up to 16 and then 6 % apart; row of each batch."""
-    steps = np.geomspace(16, _MAX_ROWS, 72).round().astype(int)
-    rows = np.unique(np.concatenate([np.arange(1, 17), steps]))
-    row_of = np.searchsorted(rows, np.maximum(np.arange(_MAX_ROWS + 1), 1), side="right") - 1
-    return rows, row_of
-
-
-_ROWS, _ROW_OF = _lookup_rows()
-
-
-def _spread(table: np.ndarray) -> np.ndarray:
-    """From `_COMPUTED` to `_ROWS` along the first axis, linear in the logarithm."""
-    at, known = np.log2(_ROWS), np.log2(_COMPUTED)
-    upper = np.clip(np.searchsorted(known, at), 1, len(known) - 1)
-    share = (at - known[upper - 1]) / (known[upper] - known[upper - 1])
-    share = share.reshape(-1, *[1] * (table.ndim - 1))
-    return (1.0 - share) * table[upper - 1] + share * table[upper]
-
-
 def _running_sum(table: np.ndarray) -> np.ndarray:
     """``[rows, n + 1]``: column c sums the first c columns."""
     sums = np.zeros((table.shape[0], table.shape[1] + 1), dtype=table.dtype)
@@ -261,9 +277,3 @@ def _running_sum(table: np.ndarray) -> np.ndarray:
 
 def _upper(matrix: np.ndarray) -> np.ndarray:
     return matrix[np.triu_indices(len(matrix), 1)]
-
-
-def _present(probability: np.ndarray, rows: np.ndarray | int) -> np.ndarray:
-    """Probability that at least one of n rows has each expert, ``[E]`` or ``[E, rows]``."""
-    miss = 1.0 - np.clip(probability, 0.0, 1.0)
-    return 1.0 - np.power(miss[:, None] if np.ndim(rows) else miss, rows)

@@ -8,6 +8,7 @@ the others was measured to cost more than the expected loss says.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 
@@ -39,7 +40,6 @@ class Ladders:
         self.expectation = expectation
         self._ladders = _climb(expectation)
         self._points: dict[tuple[int, int], OperatingPoint] = {}
-        self._own = [OperatingPoint(True, s, rho) for s, rho in expectation.points]
 
     def of(self, batch: int) -> Ladder:
         """For a batch of `batch` rows."""
@@ -54,7 +54,7 @@ class Ladders:
         if known is None:
             chosen = [OFF] * self.expectation.num_layers
             for layer, column in self._ladders[key[0]]._steps[:rung]:
-                chosen[layer] = self._own[column]
+                chosen[layer] = self.expectation.points[column]
             known = self._points[key] = _joined(self.expectation.layer_ids, chosen)
         return known
 
@@ -65,17 +65,19 @@ def _joined(layer_ids: tuple[int, ...], chosen: list[OperatingPoint]) -> Operati
     if all(p == common for p in chosen):
         return common
     layers = tuple(zip(layer_ids, chosen, strict=True))
-    return OperatingPoint(True, common.primary_k, common.threshold, layers)
+    return dataclasses.replace(common, layers=layers)
 
 
 def _climb(expectation: Expectation) -> list[Ladder]:
-    """All batch sizes at once: for S = K-1, K-2, ... the hull of what rho offers to each layer."""
+    """All batch sizes at once: for S = K-1, K-2, ... the hull of what rho offers to each layer;
+    likewise for falling B and for growing loss budgets."""
     rows, layers, _ = expectation.loss.shape
     at_layer = np.indices((rows, layers))
     loss, active = np.zeros((rows, layers)), expectation.plain.copy()
     rungs: list[list[np.ndarray]] = [[] for _ in range(rows)]  # [n, 4] each: see `_sorted`
-    for s in range(expectation.top_k - 1, 0, -1):
-        columns = np.array([i for i, (own, _) in enumerate(expectation.points) if own == s])
+    strengths = [(-p.primary_k, -p.experts, p.loss) for p in expectation.points]
+    for strength in sorted(set(strengths)):
+        columns = np.array([i for i, own in enumerate(strengths) if own == strength])
         loss_of, active_of = expectation.loss[..., columns], expectation.active[..., columns]
         edges = []
         while True:
@@ -91,10 +93,10 @@ def _climb(expectation: Expectation) -> list[Ladder]:
             to_active = np.where(going, active_of[own], active)
             edges.append((slope[own], to_loss - loss, active - to_active, columns[best]))
             loss, active = to_loss, to_active
-        for row in range(rows):
+        for row in range(rows) if edges else ():
             rungs[row].append(_sorted([tuple(part[row] for part in edge) for edge in edges]))
     return [
-        _ladder(plain, np.concatenate(own))
+        _ladder(plain, np.concatenate([np.zeros((0, 4)), *own]))
         for plain, own in zip(expectation.plain, rungs, strict=True)
     ]
 

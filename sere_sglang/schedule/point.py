@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+SIMILARITY = "similarity"
+_VALUES = {
+    SIMILARITY: ("primary_k", "threshold"),
+    "piggyback": ("primary_k",),
+    "topk": ("primary_k",),
+    "budget": ("experts",),
+    "energy": ("loss",),
+}
+"""Rule -> the fields of a point that say how hard it skips."""
+
+RULES = tuple(_VALUES)
+"""``--sere-rule``; docs/semantics.md says exactly what each does."""
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What one forward runs at: S (`primary_k`) and rho (`threshold`), or nothing at all.
+    """What one forward runs at: a rule and how hard it skips, or nothing at all.
 
+    primary_k, threshold: S and rho of ``similarity``; S is also k0 of ``piggyback`` and ``topk``.
+    experts: B of ``budget``.
+    loss: of ``energy``, the squared routing weight that may be dropped, as a share of the square
+        of all routing weight of a row.
     layers: (layer id, point) where layers have points of their own; the point of the others, and
-    the one to name, is S and rho.
+        the one to name, is this one.
     """
 
     enabled: bool
     primary_k: int = 0
     threshold: float = 0.0
     layers: tuple[tuple[int, OperatingPoint], ...] = field(default=(), repr=False, hash=False)
+    rule: str = SIMILARITY
+    experts: int = 0
+    loss: float = 0.0
 
     @functools.cached_property
     def by_layer(self) -> dict[int, OperatingPoint]:
@@ -28,26 +50,66 @@ class OperatingPoint:
 
     @functools.cached_property
     def mean_primary_k(self) -> float:
-        """S, averaged over the layers that are re-routed; 0 when none is."""
+        """S, averaged over the layers that are re-routed; 0 when none is or the rule has no S."""
         own = [p.primary_k for _, p in self.layers if p.enabled]
         if own:
             return sum(own) / len(own)
         return float(self.primary_k) if self.enabled else 0.0
 
-    def describe(self) -> dict[str, object]:
-        """For ``/server_info``: name, S and rho, and of layers that have their own, those."""
-        own = {"enabled": self.enabled, "primary_k": self.primary_k, "threshold": self.threshold}
-        layers = {str(i): [p.primary_k, p.threshold] if p.enabled else None for i, p in self.layers}
-        return {"name": str(self), **own, "layers": layers}
+    @functools.cached_property
+    def mean_loss(self) -> float:
+        """What ``energy`` may drop, averaged over all layers."""
+        own = [p.loss for _, p in self.layers]
+        return sum(own) / len(own) if own else self.loss
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON, for ``/server_info``, traces and benchmarks; `described` is the inverse."""
+        layers = {str(i): p._values() if p.enabled else None for i, p in self.layers}
+        values = {name: getattr(self, name) for name in ("primary_k", "threshold")} | self._values()
+        return {
+            "name": str(self),
+            "enabled": self.enabled,
+            "rule": self.rule,
+            **values,
+            "layers": layers,
+        }
+
+    def _values(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in _VALUES[self.rule]}
 
     def __str__(self) -> str:
-        """``exact``, ``S=2 rho=0.25`` or, where layers differ, ``S=1-3``."""
+        """``exact``, ``S=2 rho=0.25``, ``energy loss<=0.02`` or, where layers differ, ``S=1-3``."""
         if not self.enabled:
             return "exact"
-        own = [p.primary_k for _, p in self.layers if p.enabled]
-        if not own:
-            return f"S={self.primary_k} rho={self.threshold:g}"
-        return f"S={min(own)}" if min(own) == max(own) else f"S={min(own)}-{max(own)}"
+        own = [p for _, p in self.layers if p.enabled] or [self]
+        if self.rule == "energy":
+            return f"energy loss<={self.mean_loss:.3g}"
+        if self.rule == "budget":
+            return f"budget B={_span([p.experts for p in own])}"
+        s = _span([p.primary_k for p in own])
+        if self.rule != SIMILARITY:
+            return f"{self.rule} k0={s}"
+        return f"S={s}" if self.layers else f"S={s} rho={self.threshold:g}"
 
 
 OFF = OperatingPoint(enabled=False)
+
+
+def described(shown: Mapping[str, Any]) -> OperatingPoint:
+    """The point that `OperatingPoint.describe` shows. Raises `KeyError`, `TypeError` for others."""
+    if not shown["enabled"]:
+        return OFF
+    rule = shown["rule"]
+    return OperatingPoint(
+        True,
+        rule=rule,
+        layers=tuple(
+            (int(layer), OFF if own is None else OperatingPoint(True, rule=rule, **own))
+            for layer, own in shown["layers"].items()
+        ),
+        **{name: shown[name] for name in _VALUES[rule]},
+    )
+
+
+def _span(values: list[int]) -> str:
+    return f"{min(values)}" if min(values) == max(values) else f"{min(values)}-{max(values)}"

@@ -10,7 +10,7 @@ from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.expectation import Expectation
 from sere_sglang.schedule.feedback import Feedback
-from sere_sglang.schedule.point import OFF, OperatingPoint
+from sere_sglang.schedule.point import OFF, SIMILARITY, OperatingPoint
 from sere_sglang.schedule.settings import Settings
 
 __all__ = [
@@ -70,12 +70,19 @@ PolicyFactory = Callable[[PolicyContext], Policy]
 
 
 class StaticPolicy:
-    """The published method: S and rho from the settings on every eligible batch."""
+    """What the settings say on every eligible batch: S and rho, as published, or another rule's
+    S, experts or loss budget."""
 
     def decide(
         self, composition: BatchComposition, settings: Settings, feedback: Feedback
     ) -> OperatingPoint:
-        return OperatingPoint(True, settings.primary_k, settings.threshold)
+        rule = settings.rule
+        if rule == "energy":
+            return OperatingPoint(True, rule=rule, loss=settings.quality_budget)
+        if rule == "budget":
+            return OperatingPoint(True, rule=rule, experts=settings.max_experts or 1)
+        rho = settings.threshold if rule == SIMILARITY else 0.0
+        return OperatingPoint(True, settings.primary_k, rho, rule=rule)
 
 
 def eligible(composition: BatchComposition, settings: Settings) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sere_sglang.errors import SereError, shown
 from sere_sglang.schedule.names import policy_names
+from sere_sglang.schedule.point import RULES, SIMILARITY
 
 COMMANDS = ("reset_counters",)
 MOST_ROWS = (1 << 31) - 1  # of a batch
@@ -23,6 +24,8 @@ class Settings:
     min_gain: predicted gain in step time below which a batch is left alone.
     tpot_slo_ms: target of ``slo``; None for the other policies.
     fast_primary_k, fast_threshold: operating point of rows that asked to be fast.
+    rule: of `point.RULES`. max_experts: B of ``static`` under rule ``budget``.
+    surrogates: whether lost slots get those of the profile, if it has any, under ``energy``.
     """
 
     enabled: bool
@@ -36,6 +39,9 @@ class Settings:
     tpot_slo_ms: float | None
     fast_primary_k: int
     fast_threshold: float
+    rule: str = SIMILARITY
+    max_experts: int | None = None
+    surrogates: bool = True
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Settings:
@@ -60,8 +66,11 @@ class Settings:
 
     def check(self, *, top_k: int) -> None:
         """Raise `SereError` naming the first key that is wrong."""
-        if not isinstance(self.enabled, bool):
-            raise SereError(f"enabled must be true or false, got {shown(self.enabled)}")
+        for name in ("enabled", "surrogates"):
+            if not isinstance(getattr(self, name), bool):
+                raise SereError(f"{name} must be true or false, got {shown(getattr(self, name))}")
+        if self.rule not in RULES:
+            raise SereError(f"rule must be one of {', '.join(RULES)}, got {shown(self.rule)}")
         if self.policy not in policy_names():
             raise SereError(
                 f"policy must be one of {', '.join(policy_names())}, got {shown(self.policy)}"
@@ -75,7 +84,11 @@ class Settings:
             _check_number(name, getattr(self, name), 0.0, 1.0)
         if self.tpot_slo_ms is not None:
             _check_number("tpot_slo_ms", self.tpot_slo_ms, 0.01, 1e6)
-        elif self.policy == "slo":
+        if self.max_experts is not None:
+            _check_int("max_experts", self.max_experts, 1, MOST_ROWS)
+        elif self.policy == "static" and self.rule == "budget":
+            raise SereError("rule budget under policy static needs max_experts, how many it loads")
+        if self.tpot_slo_ms is None and self.policy == "slo":
             raise SereError("policy slo needs tpot_slo_ms, its target in milliseconds")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from sere_sglang.errors import SereError
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.feedback import Feedback
-from sere_sglang.schedule.point import OFF, OperatingPoint
+from sere_sglang.schedule.point import OperatingPoint, described
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +61,7 @@ class TraceWriter:
         line = {
             "time": round(time.time(), 6),
             **dataclasses.asdict(composition),
-            "primary_k": point.primary_k if point.enabled else None,
-            "threshold": point.threshold if point.enabled else None,
-            **({"layers": [_own(*layer) for layer in point.layers]} if point.layers else {}),
+            "point": point.describe(),
             "step_ms": feedback.step_ms,
             "budget": feedback.budget,
         }
@@ -88,7 +86,7 @@ def read_trace(path: str | Path) -> Iterator[TraceStep]:
                     line = json.loads(text)
                     composition = BatchComposition(**{k: line[k] for k in fields if k in line})
                     step = TraceStep(
-                        line["time"], composition, _point(line), line.get("step_ms"),
+                        line["time"], composition, described(line["point"]), line.get("step_ms"),
                         line.get("budget"),
                     )  # fmt: skip
                 except (ValueError, KeyError, TypeError) as error:
@@ -96,18 +94,3 @@ def read_trace(path: str | Path) -> Iterator[TraceStep]:
                 yield step
     except OSError as error:
         raise SereError(f"--trace {path}: cannot be read ({error})") from None
-
-
-def _own(layer: int, point: OperatingPoint) -> list[float]:
-    """``[layer, S, rho]``, ``[layer]`` when it runs exact."""
-    return [layer, point.primary_k, point.threshold] if point.enabled else [layer]
-
-
-def _point(line: dict[str, Any]) -> OperatingPoint:
-    if line.get("primary_k") is None:
-        return OFF
-    layers = tuple(
-        (layer, OperatingPoint(True, *own) if own else OFF)
-        for layer, *own in line.get("layers", ())
-    )
-    return OperatingPoint(True, line["primary_k"], line["threshold"], layers)

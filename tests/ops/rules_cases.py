@@ -27,7 +27,7 @@ class Batch:
     def expected(self) -> rules_oracle.Outcome:
         o = self.options
         rows = self.ids.shape[0]
-        protected = o["protected"]
+        protected, fast = o["protected"], o["fast"]
         return rules_oracle.apply(
             rules_oracle.Input(
                 rule=self.rule,
@@ -36,6 +36,8 @@ class Batch:
                 experts=o["scores"].shape[1],
                 num_valid=rows if o["num_valid"] is None else o["num_valid"],
                 protected=[False] * rows if protected is None else protected.tolist(),
+                fast=[False] * rows if fast is None else fast.tolist(),
+                fast_keep=o["fast_k"],
                 scores=o["scores"].tolist(),
                 similarity=o["similarity"].tolist(),
                 keep={"similarity": o["primary_k"], "piggyback": o["k0"], "topk": o["k0"]}.get(
@@ -112,5 +114,7 @@ def batches(draw: st.DrawFn, max_rows: int = 24, max_experts: int = 40, max_k: i
             "renormalize": draw(st.sampled_from([0.0, 0.25, 1.0])),
             "num_valid": draw(st.none() | st.integers(0, rows)),
             "protected": (uniform(rows) < 0.3) if draw(st.booleans()) else None,
+            "fast": (uniform(rows) < 0.5) if rule != "similarity" and draw(st.booleans()) else None,
+            "fast_k": draw(st.integers(1, max(1, top_k - 1))),
         },
     )

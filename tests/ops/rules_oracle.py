@@ -31,9 +31,11 @@ class Input:
     experts: int
     num_valid: int
     protected: list[bool]
+    fast: list[bool]
     scores: list[list[float]]
     similarity: list[list[float]]
     keep: int = 1  # S or k0
+    fast_keep: int = 1
     threshold: float = 0.0
     budget: int = 1
     warmup: bool = True
@@ -44,8 +46,13 @@ class Input:
 
 
 def fixed(value: float) -> int:
-    """In units of 2^-32, to the nearest, ties to even; at most 2^17."""
-    return min(round(Fraction(value) * 2**32), 2**49)
+    """In units of 2^-32, to the nearest, ties to even; at most 2^12."""
+    return min(round(Fraction(value) * 2**32), 2**44)
+
+
+def sure(case: Input, t: int) -> int:
+    """Slots of a row that are sure of their expert, best first."""
+    return case.fast_keep if case.fast[t] else case.keep
 
 
 def float32(value: float) -> float:
@@ -76,8 +83,7 @@ def members(case: Input) -> set[int]:
     ranked = [[case.ids[t][k] for k in by_rank(case.ids[t], case.weights[t])] for t in valid]
     used = {e for row in ranked for e in row} - {-1}
     of_protected = {e for t in valid if case.protected[t] for e in ranked[t]} - {-1}
-    union = {e for row in ranked for e in row[: case.keep]} - {-1} | of_protected
-    top1 = {row[0] for row in ranked} - {-1} | of_protected
+    union = {e for t in valid for e in ranked[t][: sure(case, t)]} - {-1} | of_protected
     if case.rule in ("piggyback", "topk"):
         return union
     if case.rule == "similarity":
@@ -85,8 +91,9 @@ def members(case: Input) -> set[int]:
     if not used:
         return set()
     if case.rule == "budget":
-        chosen = top1 if case.warmup else of_protected
-        sums = [sum(fixed(case.scores[t][e]) for t in valid) for e in range(case.experts)]
+        chosen = union if case.warmup else of_protected
+        speak = [t for t in valid if not case.fast[t]]
+        sums = [sum(fixed(case.scores[t][e]) for t in speak) for e in range(case.experts)]
         for e in sorted(range(case.experts), key=lambda e: (-sums[e], e)):
             if len(chosen) >= case.budget:
                 break
@@ -96,11 +103,11 @@ def members(case: Input) -> set[int]:
     v = dict.fromkeys(used, 0)
     for t in valid:
         for e, g in zip(case.ids[t], case.weights[t], strict=True):
-            if e >= 0 and not case.protected[t]:
+            if e >= 0 and not case.protected[t] and not case.fast[t]:
                 v[e] += fixed(float32(g * g))
     dropped: set[int] = set()
     spent = 0
-    for e in sorted(used - top1, key=lambda e: (v[e], e)):
+    for e in sorted(used - union, key=lambda e: (v[e], e)):
         spent += v[e]
         # The mean over valid rows against the budget.
         if Fraction(spent, 2**32) / case.num_valid > Fraction(case.loss):
@@ -129,7 +136,7 @@ def place(case: Input, t: int, chosen: set[int]) -> dict[int, tuple[int, float]]
             k: (e, weight * mass / total if total else 0.0) for k, (e, weight) in placed.items()
         }
     if case.rule == "topk":
-        kept = [k for k in by_rank(row, g)[: case.keep] if k in live]
+        kept = [k for k in by_rank(row, g)[: sure(case, t)] if k in live]
     else:
         kept = [k for k in live if row[k] in chosen]
     placed = {k: (row[k], g[k]) for k in kept}

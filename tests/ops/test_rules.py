@@ -9,12 +9,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rules_cases import Batch, batches
+from rules_oracle import fixed, float32
 
 from sere_sglang import apply_rule
 from sere_sglang.cpu.moe import fused_moe
 from sere_sglang.ops import available_impls, reroute
-from sere_sglang.ops.rules import IMPLEMENTATIONS
+from sere_sglang.ops.rules import IMPLEMENTATIONS, load_rules
 from sere_sglang.ops.rules_call import LARGEST_TERM, MAX_ROWS
+from sere_sglang.ops.rules_check import checked
 
 IMPLS = [name for name in available_impls("cpu") if name in IMPLEMENTATIONS]  # torch, cpu
 MANY = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
@@ -88,8 +90,9 @@ def test_the_order_of_the_rows_does_not_matter(impl_name: str) -> None:
         options = batch.options | {"num_valid": None}
         order = torch.tensor(rng.sample(range(rows), rows), dtype=torch.int64)
         shuffled = dict(options, scores=options["scores"][order])
-        if options["protected"] is not None:
-            shuffled["protected"] = options["protected"][order]
+        for name in ("protected", "fast"):
+            if options[name] is not None:
+                shuffled[name] = options[name][order]
         got = Batch(batch.rule, batch.ids, batch.weights, options).run(impl_name)
         again = Batch(batch.rule, batch.ids[order], batch.weights[order], shuffled).run(impl_name)
         assert torch.equal(again.ids, got.ids[order])
@@ -255,7 +258,9 @@ def test_bad_input_names_the_argument(rule: str, options: dict[str, Any], messag
         apply_rule(rule, **given_)
 
 
-@pytest.mark.parametrize("name", ["topk_ids", "topk_weights", "scores", "similarity", "protected"])
+@pytest.mark.parametrize(
+    "name", ["topk_ids", "topk_weights", "scores", "similarity", "protected", "fast"]
+)
 def test_what_is_no_tensor_is_named(name: str) -> None:
     arguments: dict[str, Any] = {
         "topk_ids": torch.tensor([[0, 1]]),
@@ -276,3 +281,22 @@ def test_more_rows_than_the_sums_hold_are_refused() -> None:
     ids, weights = torch.zeros(MAX_ROWS + 1, 1).int(), torch.ones(MAX_ROWS + 1, 1)
     with pytest.raises(ValueError, match="8193 rows; at most 8192"):
         apply_rule("energy", ids, weights, similarity=torch.eye(2), loss=0.1)
+
+
+@pytest.mark.parametrize("impl_name", IMPLS)
+def test_counts_what_it_did(impl_name: str) -> None:
+    @settings(MANY, max_examples=60)
+    @given(batches().filter(lambda b: b.rule != "similarity" and b.ids.shape[0] > 0))
+    def run(batch: Batch) -> None:
+        counters = torch.full((7,), 5, dtype=torch.int64)
+        call = checked(batch.rule, batch.ids, batch.weights, **batch.options)
+        routed = load_rules(impl_name, "cpu").apply(call, counters)
+        want, valid = batch.expected(), call.num_valid
+        before = {e for row in batch.ids[:valid].tolist() for e in row} - {-1}
+        moved = (routed.ids != call.ids)[:valid].sum().item()
+        squares = [fixed(float32(g * g)) for row in want.lost for g in row.values()]
+        lost = sum(squares) // valid if valid else 0
+        did = [int(valid > 0), valid, len(before), len(want.active), moved, 0, lost]
+        assert (counters - 5).tolist() == did
+
+    run()

@@ -18,6 +18,7 @@ LAYERS = (
     ("runtime",),
     ("cpu",),
     ("preflight",),
+    ("config_check",),
     ("config",),
     ("schedule",),
     ("profile",),

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from benchmarks.serving.server import Process
 from sere_sglang.calibration.collection import MEASURES
 from sere_sglang.config import SereConfig
+from sere_sglang.config_check import checked
 from sere_sglang.preflight import prepare
 from sere_sglang.profile import MoeModelInfo, check_profile_fits, load_profile
 from tests.profile import definitions
@@ -139,7 +140,7 @@ def test_a_server_takes_the_profile(runs: dict[str, Run], name: str) -> None:
     model = MoeModelInfo.from_folder(run.model)
     profile = load_profile(run.profile)
     check_profile_fits(profile, model, run.profile)
-    asked = SereConfig(moe_backend="sere", sere_profile=str(run.profile)).check()
+    asked = checked(SereConfig(moe_backend="sere", sere_profile=str(run.profile)))
     hf_config = json.loads((run.model / "config.json").read_text())
     assert prepare(str(run.model), hf_config, asked).enabled
     meta = profile.metadata

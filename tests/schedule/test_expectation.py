@@ -88,14 +88,14 @@ def test_far_neighbours_count_by_their_mean(
 
 
 def test_more_rows_make_better_substitutes(expectation: Expectation) -> None:
-    for i, (_, rho) in enumerate(expectation.points):
+    for i, rho in enumerate(p.threshold for p in expectation.points):
         if rho == 0.0:
             assert (np.diff(expectation.loss[..., i], axis=0) <= 1e-9).all()
     assert (np.diff(expectation.plain, axis=0) >= 0).all()
 
 
 def test_larger_s_skips_less_and_loses_less(expectation: Expectation) -> None:
-    exact = [i for i, (_, rho) in enumerate(expectation.points) if rho == 0.0]
+    exact = [i for i, p in enumerate(expectation.points) if p.threshold == 0.0]
     for fewer, more in itertools.pairwise(exact):
         assert (expectation.active[..., fewer] <= expectation.active[..., more] + 1e-9).all()
         assert (expectation.loss[..., fewer] >= expectation.loss[..., more] - 1e-9).all()

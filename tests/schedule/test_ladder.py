@@ -51,7 +51,7 @@ def test_s_falls_by_one_for_all_layers_before_it_falls_further(batch: int) -> No
         for layer, s in enumerate(kept):
             for skipped in range(min(kept) + 1, s):  # it had nothing to offer to this layer
                 after = expectation().active[row, layer]
-                columns = [i for i, (k, _) in enumerate(expectation().points) if k == skipped]
+                columns = [i for i, p in enumerate(expectation().points) if p.primary_k == skipped]
                 now = expectation().effect(batch, OperatingPoint(True, 1, 0.0, _only(layer, own)))
                 gained = now[0] - _others(row, layer) - after[columns].min()
                 assert gained < 0.05

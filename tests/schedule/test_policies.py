@@ -16,7 +16,7 @@ from sere_sglang.schedule.cost import MoeCost, StepModel
 from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback
 from sere_sglang.schedule.names import policy_names
 from sere_sglang.schedule.observer import WINDOW, Observer
-from sere_sglang.schedule.point import OFF, OperatingPoint
+from sere_sglang.schedule.point import OFF, SIMILARITY, OperatingPoint
 from sere_sglang.schedule.policy import PolicyContext, choose
 from sere_sglang.schedule.registry import make_policy
 from sere_sglang.schedule.settings import Settings
@@ -86,8 +86,8 @@ def test_off_when_there_is_nothing_to_gain() -> None:
 
 def test_exact_rows_leave_less_to_gain() -> None:
     now = settings(quality_budget=0.2)
-    free = ADAPTIVE.predict(decode(32), StepModel())
-    half = ADAPTIVE.predict(decode(32, exact_rows=16), StepModel())
+    free = ADAPTIVE.predict(decode(32), SIMILARITY, StepModel())
+    half = ADAPTIVE.predict(decode(32, exact_rows=16), SIMILARITY, StepModel())
     assert (half.step_ms >= free.step_ms).all() and (half.loss <= free.loss).all()
     assert ADAPTIVE.decide(decode(32, exact_rows=32), now, NO_FEEDBACK) == OFF
 

@@ -18,11 +18,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from sere_sglang.config import SereConfig
+from sere_sglang.config_check import checked, resolved
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable
 from sere_sglang.profile import load_profile
 from sere_sglang.runtime.bind import Binding
 from sere_sglang.runtime.clock import StepClock
 from sere_sglang.runtime.control import ControlBlock
+from sere_sglang.runtime.counters import FIELDS
 from sere_sglang.runtime.rank import SereRuntime
 from sere_sglang.runtime.stage import RerouteStage, Switch
 from sere_sglang.schedule.composition import BatchComposition, MoeRows
@@ -45,11 +47,11 @@ CHANGES: dict[int, dict[str, Any]] = {
 def _runtime(rank: int, trace: Path, *, measures: bool) -> SereRuntime:
     """A rank whose clock goes its own way: steps seem to take 2 to 6 ms, other ones on each."""
     config = SereConfig(moe_backend="sere", sere_trace=str(trace), sere_quality_budget=0.3)
-    made = SereRuntime(config.check().resolve_defaults(top_k=TOP_K))
+    made = SereRuntime(resolved(checked(config), top_k=TOP_K))
     profile = load_profile(PROFILE)
     layers = sorted(profile.similarity)
     control = ControlBlock(torch.device("cpu"), layers, 512)
-    counters = torch.zeros(len(layers), len(COUNTER_FIELDS), dtype=torch.int64)
+    counters = torch.zeros(len(layers), len(FIELDS), dtype=torch.int64)
     switch = Switch()
     stages = [
         RerouteStage(
@@ -58,7 +60,7 @@ def _runtime(rank: int, trace: Path, *, measures: bool) -> SereRuntime:
             LayerTable(profile.similarity[layer]),
             control.words[i],
             control.row_class,
-            counters[i],
+            counters[i, : len(COUNTER_FIELDS)],
             switch,
         )
         for i, layer in enumerate(layers)
@@ -182,7 +184,7 @@ def test_dp_attention_ranks_agree_on_the_rows_of_all_groups(tmp_path: Path) -> N
     steps = traces[0]
     assert {s["mode"] for s in steps} == {"decode", "mixed"}
     assert max(s["decode_tokens"] for s in steps) > 40, "more than one rank's own"
-    assert all(s["primary_k"] is None for s in steps if s["mode"] == "mixed")
+    assert not any(s["point"]["enabled"] for s in steps if s["mode"] == "mixed")
     assert not any(s["waiting"] for s in steps), "each group has a queue of its own"
 
 
@@ -196,6 +198,6 @@ def _assert_agree(traces: list[Any], words: list[Any]) -> None:
     assert len(traces[0]) == STEPS
     assert traces[0] == traces[1] == traces[2]
     assert words[0] == words[1] == words[2]
-    points = {(s["primary_k"], s["threshold"]) for s in traces[0]}
-    assert len(points) > 4 and (None, None) in points
+    points = {(s["point"]["primary_k"], s["point"]["threshold"]) for s in traces[0]}
+    assert len(points) > 4 and (0, 0.0) in points
     assert len({s["step_ms"] for s in traces[0]}) > 20 and len({s["budget"] for s in traces[0]}) > 4

@@ -65,6 +65,6 @@ def test_what_cannot_be_written_or_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(SereError, match="cannot be read"):
         list(read_trace(tmp_path / "absent"))
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"time": 1.0, "mode": "decode"}\nnot json\n')
+    bad.write_text('{"time": 1.0, "mode": "decode", "point": {"enabled": false}}\nnot json\n')
     with pytest.raises(SereError, match="line 2: no trace"):
         list(read_trace(bad))

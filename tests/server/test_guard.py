@@ -11,11 +11,13 @@ import torch
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang.config import SereConfig
+from sere_sglang.config_check import resolved
 from sere_sglang.errors import SereError
 from sere_sglang.patches.cpu_moe import distinct
 from sere_sglang.patches.guard import HOOKS, Guarded
 from sere_sglang.patches.number_keys import unflatten
 from sere_sglang.runtime import rank as runtime
+from sere_sglang.runtime import shown
 from sere_sglang.runtime.rank import SereRuntime
 from sere_sglang.schedule.composition import BatchComposition
 
@@ -23,7 +25,7 @@ from sere_sglang.schedule.composition import BatchComposition
 @pytest.fixture
 def active(monkeypatch: pytest.MonkeyPatch) -> Iterator[SereRuntime]:
     """The runtime of a scheduler that serves, without a model."""
-    config = SereConfig(moe_backend="sere").resolve_defaults(top_k=4)
+    config = resolved(SereConfig(moe_backend="sere"), top_k=4)
     made = SereRuntime(config)
     monkeypatch.setattr(runtime, "_current", made)
     made.start_serving(queue=lambda: (0, 0), measures=False, metrics=None)
@@ -151,7 +153,7 @@ def test_one_of_several_ranks_waits_for_the_others(active: SereRuntime) -> None:
         assert guarded(original, 1) == "SGLang's"
     assert told == ["a hook: ZeroDivisionError: "] and active.failed is None
     active.stop(told[0])
-    assert active.failed == active.essential_state()["failed"] == told[0]
+    assert active.failed == shown.essential_state(active)["failed"] == told[0]
 
 
 @pytest.mark.parametrize(

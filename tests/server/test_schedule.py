@@ -130,7 +130,8 @@ def test_live_policy_and_slo(server: Server) -> None:
     server.set_sere(**STATIC | {"tpot_slo_ms": None})
     server.generate(PROMPTS, 4)
     assert server.sere()["operating_point"] == {
-        "name": "S=1 rho=0", "enabled": True, "primary_k": 1, "threshold": 0.0, "layers": {}
+        "name": "S=1 rho=0", "enabled": True, "rule": "similarity", "primary_k": 1,
+        "threshold": 0.0, "layers": {},
     }  # fmt: skip
 
 
@@ -277,4 +278,4 @@ def _ask(server: Server, api: str, qualities: list[str | None]) -> list[tuple[An
 def test_trace_lines_are_json(server: Server, trace: Path) -> None:
     _written(server, trace)
     for line in trace.read_text().splitlines():
-        assert {"time", "mode", "step", "padded_rows", "primary_k"} <= json.loads(line).keys()
+        assert {"time", "mode", "step", "padded_rows", "point"} <= json.loads(line).keys()

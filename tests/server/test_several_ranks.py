@@ -104,7 +104,7 @@ def test_dp_attention_decides_from_the_gathered_rows(dp_attention: Server, folde
     decode = [s["decode_tokens"] for s in first if s["mode"] == "decode"]
     assert {1, 5, len(PROMPTS)} <= set(decode), "rows of both groups together"
     # One group's prefill makes the forward no decode step for the other one either.
-    assert not any(s["primary_k"] for s in first if s["mode"] == "mixed")
+    assert not any(s["point"]["enabled"] for s in first if s["mode"] == "mixed")
 
 
 def test_dp_attention_ranks_route_the_same_rows_alike(dp_attention: Server) -> None:
@@ -197,8 +197,8 @@ def _load_under_every_policy(server: Server) -> None:
 
 
 def _assert_worth_comparing(steps: list[Step]) -> None:
-    points = {(s["primary_k"], s["threshold"]) for s in steps}
-    assert len(points) > 2 and (None, None) in points and (2, 0.3) in points
+    points = {(s["point"]["primary_k"], s["point"]["threshold"]) for s in steps}
+    assert len(points) > 2 and (0, 0.0) in points and (2, 0.3) in points
     assert len({s["budget"] for s in steps}) > 1, "feedback arrived"
     assert len({s["step_ms"] for s in steps}) > 3
 

@@ -1,0 +1,124 @@
+"""Surrogates: what a token gets instead of an expert that its batch does not load.
+
+One low-rank map per expert, fitted in calibration on that expert's own input and output.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sere_sglang.ops.jit import BuildError, load_module
+
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATIONS = ("auto", "cpu", "torch")
+
+
+@dataclass(frozen=True)
+class Surrogates:
+    """Of one layer's E experts; all bfloat16, contiguous, on one device.
+
+    inward: V^T, ``[E, r, H]``; outward: U^T, ``[E, r, H]``; bias: ``[E, H]``. Expert e's output
+    for x is about U_e V_e^T x + b_e.
+    """
+
+    inward: torch.Tensor
+    outward: torch.Tensor
+    bias: torch.Tensor
+
+    @classmethod
+    def build(
+        cls,
+        inward: torch.Tensor,
+        outward: torch.Tensor,
+        bias: torch.Tensor,
+        *,
+        device: torch.device | str,
+    ) -> Surrogates:
+        """Raises `ValueError` for tensors that do not fit together."""
+        if inward.dim() != 3 or inward.shape != outward.shape:
+            raise ValueError(
+                f"inward {list(inward.shape)} and outward {list(outward.shape)} must be [E, r, H]"
+            )
+        if list(bias.shape) != [inward.shape[0], inward.shape[2]]:
+            raise ValueError(f"bias {list(bias.shape)} does not fit inward {list(inward.shape)}")
+        parts = (inward, outward, bias)
+        return cls(*(part.to(device, torch.bfloat16).contiguous() for part in parts))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.numel() * 2 for part in (self.inward, self.outward, self.bias))
+
+
+def compensate_(
+    output: torch.Tensor,
+    hidden: torch.Tensor,
+    lost: torch.Tensor,
+    surrogates: Surrogates,
+    *,
+    scale: float = 1.0,
+    impl: str = "auto",
+) -> None:
+    """output[t] += scale * sum over e of lost[t, e] * (U_e V_e^T hidden[t] + b_e).
+
+    Args:
+        output: bfloat16 or float32 ``[T, H]``, the layer's; changed in place.
+        hidden: the same dtype ``[T, H]``, the layer's input.
+        lost: float32 ``[T, E]``, `Routed.lost`.
+        surrogates: of the layer.
+        scale: 1 / n where n ranks add their outputs up.
+        impl: ``cpu`` is compiled, ``torch`` runs on any device; ``auto`` is ``cpu`` for CPU tensors
+            where it compiles.
+
+    Raises:
+        ValueError: arguments that do not fit.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl {impl!r} is none of: {', '.join(IMPLEMENTATIONS)}")
+    experts, _, size = surrogates.inward.shape
+    rows = output.shape[0]
+    if output.dtype not in (torch.bfloat16, torch.float32) or hidden.dtype != output.dtype:
+        raise ValueError(f"output is {output.dtype}, hidden {hidden.dtype}: one of them will do")
+    shapes = {"output": (output, [rows, size]), "hidden": (hidden, [rows, size]),
+              "lost": (lost, [rows, experts])}  # fmt: skip
+    for name, (tensor, shape) in shapes.items():
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {list(tensor.shape)}")
+    if lost.dtype != torch.float32 or not output.is_contiguous():
+        raise ValueError("lost must be float32, output contiguous")
+    native = _native() if impl != "torch" and output.device.type == "cpu" else None
+    if native is None and impl == "cpu":
+        raise ValueError("impl 'cpu' serves CPU tensors, where a C++ compiler is")
+    if native is None:
+        _compensate_torch(output, hidden, lost, surrogates, scale)
+        return
+    parts = (surrogates.inward, surrogates.outward, surrogates.bias)
+    native(output, hidden.contiguous(), lost.contiguous(), *parts, scale)
+
+
+@functools.cache
+def _native() -> Any:
+    try:
+        return load_module("surrogates_cpu", ["surrogates_cpu.cpp"]).compensate
+    except BuildError as error:
+        logger.warning("the surrogates in C++ do not build, torch replaces them: %s", error)
+        return None
+
+
+def _compensate_torch(
+    output: torch.Tensor,
+    hidden: torch.Tensor,
+    lost: torch.Tensor,
+    surrogates: Surrogates,
+    scale: float,
+) -> None:
+    weights = lost * scale
+    inner = torch.einsum("th,erh->ter", hidden.float(), surrogates.inward.float())
+    inner *= weights[:, :, None]
+    added = torch.einsum("ter,erh->th", inner, surrogates.outward.float())
+    output += (added + weights @ surrogates.bias.float()).to(output.dtype)

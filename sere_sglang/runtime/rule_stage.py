@@ -1,0 +1,140 @@
+"""The rules beside ``similarity`` in one MoE layer of the CPU engine.
+
+Their operating point is read on the host, so a captured CUDA graph could not follow it; their
+kernels for one are to come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sere_sglang.ops.rules import Implementation
+from sere_sglang.ops.rules_call import RuleCall
+from sere_sglang.ops.surrogates import Surrogates, compensate_
+from sere_sglang.schedule.point import OperatingPoint
+from sere_sglang.schedule.request_quality import RowClass
+
+FILL_WEIGHT, RENORMALIZE = 0.5, 0.25
+"""a and gamma of ``energy`` without surrogates, measured on the demo model; 0 and 0 with them."""
+
+_SCORES = {
+    "softmax": lambda logits: logits.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: torch.nn.functional.softplus(logits).sqrt(),
+}
+"""``TopKConfig.scoring_func`` -> scores of all experts, as SGLang's routers compute them."""
+
+
+@dataclass(frozen=True)
+class RuleForward:
+    """What the rows of one forward run at.
+
+    num_valid: rows that are no padding; -1: all. classes: uint8 ``[rows]``, a `RowClass` for each
+    valid row, or None. fast_keep: S of fast rows.
+    """
+
+    point: OperatingPoint
+    num_valid: int
+    classes: torch.Tensor | None
+    fast_keep: int
+    surrogates: bool
+
+
+@dataclass
+class RuleStage:
+    """Everything a layer needs to apply a rule to its `top_k` routed slots in place.
+
+    squared_mass: what a row's routing weights add up to, squared: the unit of loss budgets.
+    share: of what the surrogates compute, this rank's; ranks add their outputs up.
+    counters: int64 ``[7]`` (`Implementation.apply`).
+    """
+
+    layer_id: int
+    num_experts: int
+    squared_mass: float
+    implementation: Implementation
+    counters: torch.Tensor
+    surrogates: Surrogates | None = None
+    share: float = 1.0
+    lost: torch.Tensor | None = field(default=None, init=False)
+    """Of the forward that is running, until `compensation` has used it up."""
+
+    @torch.compiler.disable
+    def apply(
+        self,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        logits: torch.Tensor | None,
+        topk_config: Any,
+        forward: RuleForward,
+    ) -> None:
+        """Change ids ``[T, K]`` and weights ``[T, K]``. logits: ``[T, E]`` of the router."""
+        self.lost = None
+        point = forward.point.at(self.layer_id)
+        if not point.enabled:
+            return
+        rows = ids.shape[0]
+        valid = rows if forward.num_valid < 0 else min(forward.num_valid, rows)
+        compensates = point.rule == "energy" and forward.surrogates and self.surrogates is not None
+        scores = None
+        if point.rule != "topk" and not compensates:
+            scores = scores_of(logits, topk_config, self.num_experts)
+        fills = point.rule == "energy" and scores is not None
+        routed = self.implementation.apply(
+            RuleCall(
+                rule=point.rule,
+                ids=ids.to(torch.int32).contiguous(),
+                weights=weights.to(torch.float32).contiguous(),
+                num_experts=self.num_experts,
+                num_valid=valid,
+                protected=_rows_of(RowClass.EXACT, forward.classes, rows),
+                fast=_rows_of(RowClass.FAST, forward.classes, rows),
+                scores=scores,
+                keep=point.primary_k or 1,
+                fast_keep=forward.fast_keep if point.primary_k else 1,
+                budget=min(point.experts, self.num_experts) or self.num_experts,
+                loss=point.loss * self.squared_mass,
+                fill_weight=FILL_WEIGHT if fills else 0.0,
+                renormalize=0.0 if compensates else RENORMALIZE,
+            ),
+            self.counters,
+        )
+        ids.copy_(routed.ids)
+        weights.copy_(routed.weights)
+        self.lost = routed.lost if compensates else None
+
+    def compensation(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """What the surrogates make of a layer's input ``[T, H]``, this rank's share of it; None
+        where nothing was lost."""
+        lost, self.lost = self.lost, None
+        if lost is None or self.surrogates is None:
+            return None
+        added = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        compensate_(added, hidden, lost, self.surrogates, scale=self.share)
+        return added
+
+
+def scores_of(
+    logits: torch.Tensor | None, topk_config: Any, num_experts: int
+) -> torch.Tensor | None:
+    """float32 ``[T, E]`` of a router's logits; None where it exposes none."""
+    if logits is None or not exposes_scores(topk_config) or logits.shape[-1] != num_experts:
+        return None
+    return _SCORES[topk_config.scoring_func](logits.float()).contiguous()
+
+
+def exposes_scores(topk_config: Any) -> bool:
+    """Whether a ``TopKConfig`` says how its router makes scores of logits."""
+    return topk_config.custom_routing_function is None and topk_config.scoring_func in _SCORES
+
+
+def _rows_of(kind: RowClass, classes: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+    """bool ``[rows]``; None where no row is of that class. Rows behind `classes` are padding."""
+    if classes is None:
+        return None
+    own = torch.zeros(rows, dtype=torch.bool)
+    own[: len(classes)] = classes[:rows] == kind
+    return own

@@ -1,0 +1,83 @@
+"""What a rank shows of itself: in ``/server_info``, and at the end of SGLang's decode log line."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sere_sglang.runtime.counters import FIELDS, LOSS_UNIT
+from sere_sglang.runtime.rank import SereRuntime
+from sere_sglang.schedule.cost_file import describe as describe_cost
+from sere_sglang.schedule.feedback import NO_FEEDBACK
+
+
+def constants(active: SereRuntime) -> dict[str, Any]:
+    """What does not change while the server runs."""
+    binding, context = active.binding, active.context
+    assert binding is not None and context is not None
+    return {
+        "profile": active.config.sere_profile,
+        "cost": describe_cost(context.cost),
+        "layers": binding.layer_ids,
+        "kernel": binding.impl,
+        "surrogate_bytes": {
+            str(stage.layer_id): stage.rules.surrogates.num_bytes
+            for stage in binding.stages
+            if stage.rules is not None and stage.rules.surrogates is not None
+        },
+        "quality": active.quality_rules.default,
+        "allowed_quality": list(active.quality_rules.allowed),
+    }
+
+
+def state(active: SereRuntime) -> dict[str, Any]:
+    """Live state: settings, the last operating point, counters since start or reset."""
+    assert active.binding is not None
+    return {
+        **essential_state(active),
+        "composition": None if active.last is None else dataclasses.asdict(active.last),
+        "feedback": dataclasses.asdict(active.feedback),
+        "step_ms": active.step_ms,
+        "predicted_step_ms": active.predicted_ms(),
+        "unavailable_rules": dict(active.binding.unavailable),
+        "counters": _counters(active),
+    }
+
+
+def essential_state(active: SereRuntime) -> dict[str, Any]:
+    """`state` without what may have failed, in the same form."""
+    return {
+        **dataclasses.asdict(active.settings),
+        "top_k": active.top_k,
+        "failed": active.failed or active.trouble,
+        "operating_point": active.point.describe(),
+        "composition": None,
+        "feedback": dataclasses.asdict(NO_FEEDBACK),
+        "step_ms": None,
+        "predicted_step_ms": None,
+        "unavailable_rules": {},
+        "counters": {},
+    }
+
+
+def log_line(active: SereRuntime) -> str:
+    if active.trouble is not None:
+        return "sere: failed, exact"
+    text = f"sere: {active.point}"
+    if active.window is None:
+        return text
+    window, point = active.window
+    before, after = window.active_before.mean(), window.active_after.mean()
+    until = "" if point == active.point else f" until {point}"
+    return f"{text}, active experts: {before:.1f} -> {after:.1f} ({window.forwards} steps{until})"
+
+
+def _counters(active: SereRuntime) -> dict[str, dict[str, float]]:
+    """By layer; loss in shares of the square of a row's routing weight, summed over forwards."""
+    assert active.binding is not None
+    shown: dict[str, dict[str, float]] = {}
+    for stage, row in zip(active.binding.stages, active.binding.counters.tolist(), strict=True):
+        unit = LOSS_UNIT / stage.rules.squared_mass if stage.rules is not None else 0.0
+        own: dict[str, float] = dict(zip(FIELDS, row, strict=True))
+        shown[str(stage.layer_id)] = own | {"loss": own["loss"] * unit}
+    return shown

@@ -1,0 +1,202 @@
+"""``--sere-rule`` in a real server: each rule live, qualities of requests, surrogates, refusals."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sere_sglang.profile import save_profile
+from sere_sglang.schedule.point import RULES
+from sere_sglang.schedule.trace import read_trace
+from tests.server.checkpoints import EXPERTS, LAYERS
+from tests.server.harness import Server, refusal_of, serve
+from tests.server.profiles import random_profile
+
+Checkpoint = Callable[[str], Path]
+PROMPTS = [f"request number {i} " * (1 + i % 4) for i in range(8)]
+STATIC = {"enabled": True, "policy": "static", "min_batch": 1, "primary_k": 1, "threshold": 0.0}
+HOW_HARD: dict[str, list[dict[str, Any]]] = {
+    "similarity": [{"primary_k": 3}, {"primary_k": 1}],
+    "piggyback": [{"primary_k": 3}, {"primary_k": 1}],
+    "topk": [{"primary_k": 3}, {"primary_k": 1}],
+    "budget": [{"max_experts": EXPERTS - 2}, {"max_experts": 2}],
+    "energy": [{"quality_budget": 0.01}, {"quality_budget": 0.5}],
+}
+"""Mild, then hard."""
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trace") / "trace.jsonl"
+
+
+@pytest.fixture(scope="module")
+def profile(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With surrogates whose mark on a layer's output nobody can overlook."""
+    path = tmp_path_factory.mktemp("profile") / "profile.safetensors"
+    own = random_profile(checkpoint("qwen3_moe"))
+    size, generator = own.metadata.hidden_size, torch.Generator().manual_seed(1)
+    for layer in own.similarity:
+        shapes = {"in": (EXPERTS, 2, size), "out": (EXPERTS, 2, size), "bias": (EXPERTS, size)}
+        own.tables[layer] = {
+            f"surrogate_{name}": torch.randn(*shape, generator=generator).bfloat16()
+            for name, shape in shapes.items()
+        }
+    save_profile(own, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(
+    checkpoint: Checkpoint, trace: Path, profile: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    flags = ("--sere-rule=energy", "--sere-policy=static", "--sere-quality-budget=0.5")
+    log = tmp_path_factory.mktemp("logs") / "rules.log"
+    given = ("--moe-backend=sere", f"--sere-profile={profile}", f"--sere-trace={trace}")
+    with serve(checkpoint("qwen3_moe"), log, *given, *flags) as server:
+        yield server
+
+
+def test_the_flags_say_what_it_starts_with(server: Server) -> None:
+    info = server.get("/server_info")
+    state = info["internal_states"][0]["sere"]
+    assert (state["rule"], state["policy"], state["quality_budget"]) == ("energy", "static", 0.5)
+    assert info["sere_rule"] == "energy" and state["surrogates"]
+    assert set(info["sere"]["surrogate_bytes"]) == {str(layer) for layer in range(LAYERS)}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_loads_fewer_experts(server: Server, rule: str) -> None:
+    after = []
+    for setting in HOW_HARD[rule]:
+        counters = _counters(server, rule=rule, **setting)
+        for row in counters:
+            assert row["active_after"] <= row["active_before"] <= EXPERTS * row["forwards"]
+            assert (row["loss"] > 0) == (rule != "similarity" and row["rerouted"] > 0)
+            if rule == "energy":
+                assert row["loss"] <= setting["quality_budget"] * row["forwards"]
+        after.append(sum(row["active_after"] / row["forwards"] for row in counters))
+    assert after[1] < after[0]
+    point = server.sere()["operating_point"]
+    assert point["rule"] == rule and point["enabled"]
+
+
+@pytest.mark.parametrize("rule", RULES[1:])
+def test_an_exact_request_gets_what_plain_routing_gives_it(server: Server, rule: str) -> None:
+    server.set_sere(**STATIC | HOW_HARD[rule][1] | {"rule": rule})
+    asked = ["exact", "balanced", "fast", None] * 2
+    mixed = _ask(server, asked)
+    server.set_sere(enabled=False)
+    exact = _ask(server, [None] * len(PROMPTS))
+    assert any(a != b for a, b in zip(mixed, exact, strict=True)), "nothing was re-routed"
+    for i, quality in enumerate(asked):
+        if quality == "exact":
+            assert mixed[i][0] == exact[i][0]
+            assert mixed[i][1] == pytest.approx(exact[i][1], abs=0.02)
+
+
+@pytest.mark.parametrize("rule", ["piggyback", "topk", "energy"])
+def test_fast_requests_are_rerouted_harder(server: Server, rule: str) -> None:
+    server.set_sere(**STATIC | HOW_HARD[rule][0] | {"rule": rule}, fast_primary_k=1)
+    active = []
+    for quality in ("exact", "balanced", "fast"):
+        server.set_sere(reset_counters=True)
+        _ask(server, [quality] * len(PROMPTS))
+        rows = list(server.sere()["counters"].values())
+        active.append(sum(r["active_after"] / r["forwards"] for r in rows))
+    assert active[0] > active[1] > active[2]
+
+
+def test_adaptive_spends_no_more_than_the_budget(server: Server, trace: Path) -> None:
+    server.set_sere(rule="energy", policy="adaptive", quality_budget=0.2, min_gain=0.0, min_batch=3)
+    before = len(list(read_trace(trace)))
+    counters = _counters(server)
+    assert all(0 < row["loss"] <= 0.2 * row["forwards"] for row in counters)
+    server.set_sere(reset_counters=True)  # and flush
+    points = [s.point for s in list(read_trace(trace))[before:] if s.point.enabled]
+    assert points and all(p.rule == "energy" and 0 < p.mean_loss <= 0.2 for p in points)
+
+
+def test_surrogates_are_added_for_what_is_lost(server: Server) -> None:
+    """Teacher-forced by the same prompts: with them the answers are others than without."""
+    server.set_sere(**STATIC | {"rule": "energy", "quality_budget": 0.5, "surrogates": True})
+    with_them = _ask(server, [None] * len(PROMPTS))
+    server.set_sere(surrogates=False)
+    without = _ask(server, [None] * len(PROMPTS))
+    assert with_them != without
+    # Nothing is lost: nothing is added.
+    server.set_sere(quality_budget=0.0, surrogates=True)
+    exactly = _ask(server, [None] * len(PROMPTS))
+    server.set_sere(enabled=False)
+    assert exactly == _ask(server, [None] * len(PROMPTS))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rule": "oea"}, "rule must be one of similarity, piggyback, topk, budget, energy"),
+        ({"rule": 3}, "rule must be one of"),
+        ({"rule": "budget", "policy": "static", "max_experts": None}, "needs max_experts"),
+        ({"max_experts": 0}, "max_experts must be"),
+        ({"surrogates": 1}, "surrogates must be true or false"),
+        ({"rule": "energy", "quality_budget": 1.01}, "quality_budget must lie in [0, 1]"),
+    ],
+)
+def test_a_wrong_live_setting_is_refused(server: Server, change: Any, named: str) -> None:
+    before = server.sere()
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        server.post("/set_internal_state", {"server_args": {"sere": change}})
+    assert refusal.value.code == 400
+    assert named in json.loads(refusal.value.read())["error"]["message"]
+    assert {k: v for k, v in server.sere().items() if k in change} == {k: before[k] for k in change}
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--sere-rule=energy", "--sere-primary-k=2"], "--sere-primary-k is of --sere-rule"),
+        (["--sere-rule=piggyback", "--sere-threshold=0.5"], "--sere-threshold is of --sere-rule"),
+        (["--sere-rule=budget", "--sere-policy=static"], "needs --sere-max-experts"),
+        (["--sere-max-experts=9"], "--sere-max-experts is of --sere-rule budget"),
+        (["--sere-surrogates=off"], "--sere-surrogates is of --sere-rule energy"),
+        (["--sere-rule=topk", "--sere-primary-k=99"], "--sere-primary-k 99: must be smaller"),
+    ],
+)
+def test_flags_that_do_not_fit_the_rule(
+    checkpoint: Checkpoint, flags: list[str], named: str
+) -> None:
+    model = checkpoint("qwen3_moe")
+    result = refusal_of(f"--model-path={model}", "--moe-backend=sere", *flags)
+    assert result.returncode == 2
+    (line,) = (e for e in result.stderr.splitlines() if e.startswith("sere-sglang: error:"))
+    assert named in line
+
+
+def _counters(server: Server, **settings: Any) -> list[dict[str, float]]:
+    """By layer, of PROMPTS decoded together."""
+    if settings:
+        server.set_sere(**STATIC | settings)
+    server.set_sere(reset_counters=True)
+    server.generate(PROMPTS, 8)
+    return list(server.sere()["counters"].values())
+
+
+def _ask(server: Server, qualities: list[str | None]) -> list[tuple[list[int], list[float]]]:
+    """Tokens and their log-probabilities."""
+    sampling = [
+        {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+        | ({"custom_params": {"sere": quality}} if quality else {})
+        for quality in qualities
+    ]
+    body = {"text": PROMPTS, "sampling_params": sampling, "return_logprob": True}
+    answers = server.post("/generate", body)
+    return [
+        (a["output_ids"], [entry[0] for entry in a["meta_info"]["output_token_logprobs"]])
+        for a in answers
+    ]
