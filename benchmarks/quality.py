@@ -1,11 +1,11 @@
-"""What each way to re-route costs in quality, at the experts it loads.
+"""What each rule of re-routing costs in quality, at the bytes it loads.
 
-    python -m benchmarks.quality                     the demo model, about ten minutes
+    python -m benchmarks.quality                     the demo model, about half an hour
     python -m benchmarks.quality --model FOLDER      yours, beside its data/heldout_prompts.jsonl
 
 Held-out text, teacher-forced, in batches of one size; the reference is the same server with SERE
-switched off, in the same batches. Intervals are bootstrapped over sequences. Writes
-``quality.json``.
+switched off, in the same batches. A surrogate counts as loaded for every expert that a batch lost.
+Intervals are bootstrapped over sequences. Writes ``quality.json``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,95 +24,162 @@ from rich.progress import Progress
 
 from benchmarks._common import write_result
 from benchmarks.serving import quality
+from benchmarks.serving.equal_bytes import Curve, compared, mean_ratios
 from benchmarks.serving.experiment import heldout_prompts, interval, static_settings
 from benchmarks.serving.server import IMPORTS_CHECKOUT, Server, serve
 from sere_sglang.profile import MoeModelInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = (4, 8, 16, 32, 64)
-# Its name and what makes a server do it.
-RULES = {"similarity": [], "similarity, scaled": ["--sere-scale"]}
+LOSSES = (0.1, 0.07, 0.05, 0.035, 0.025, 0.016, 0.01, 0.006, 0.003, 0.0015)
+EXPERTS = (0.2, 0.3, 0.45, 0.6, 0.75, 0.9)  # of those that exact routing loads
+SCALED, FIRST = "similarity, scaled", "similarity"
+AUTO = "energy, surrogates"
+_RULES = (FIRST, SCALED, "piggyback", "budget", "energy", AUTO)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "demo_model", help="model folder")
+    parser.add_argument("--data", type=Path, help="calibration text (default: the model's own)")
     parser.add_argument("--folder", type=Path, default=ROOT / "out" / "quality", help="for logs")
     parser.add_argument("--seeds", type=int, default=3, help="ways to put sequences together")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="decode batches")
+    parser.add_argument("--rules", nargs="+", default=_RULES, choices=_RULES, metavar="RULE")
     asked = parser.parse_args()
     folder = asked.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    profile = folder / "sere_profile.safetensors"
-    if not profile.exists():
-        print("calibrating, with what --sere-scale multiplies by ...", file=sys.stderr)
-        command = [sys.executable, "-m", "sere_sglang.cli.main", "calibrate", "--resume"]
-        command += [f"--model={asked.model}", f"--out={profile}"]
-        command += ["--measure=frobenius", "--measure=residual"]
-        if not profile.with_name(f"{profile.name}.partial").exists():
-            command.remove("--resume")
-        if status := subprocess.run(command, check=False).returncode:
-            sys.exit(status)
+    profile = _profile(asked.model, asked.data, folder)
     texts = heldout_prompts(asked.model)
-    points = range(1, MoeModelInfo.from_folder(asked.model).top_k)
     flags = ["--moe-backend=sere", f"--sere-profile={profile}", "--chunked-prefill-size=16384"]
+    servers: list[tuple[list[str], list[str]]] = [([], [r for r in asked.rules if r != SCALED])]
+    if SCALED in asked.rules:
+        servers.append((["--sere-scale"], [SCALED]))
     exact: dict[tuple[int, int], np.ndarray] = {}
-    rows = []
-    total = len(RULES) * len(asked.batches) * asked.seeds * len(points)
+    rows: list[dict[str, Any]] = []
     with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("decoding", total=total)
-        for rule, extra in RULES.items():
-            log = folder / "server.log"
+        task = bar.add_task("decoding", total=len(asked.batches) * asked.seeds * len(asked.rules))
+        for extra, rules in servers:
             with serve(
-                asked.model, log, *flags, quality.SERVER_FLAG, *extra, env=IMPORTS_CHECKOUT
-            ) as server:
+                asked.model, folder / "server.log", *flags, quality.SERVER_FLAG, *extra,
+                env=IMPORTS_CHECKOUT,
+            ) as server:  # fmt: skip
+                weigh = _Weigher(server, asked.model)
                 for batch, seed in ((b, s) for b in asked.batches for s in range(asked.seeds)):
-                    own = _shuffled(texts, batch, seed)
+                    own = _shuffled(len(texts), batch, seed)
+                    chosen = [texts[i] for i in own]
                     if (batch, seed) not in exact:
-                        server.set_sere(enabled=False)
-                        exact[batch, seed] = quality.forced_in_batches(server, own, batch)
-                    for primary_k in points:
-                        server.set_sere(**static_settings(primary_k), reset_counters=True)
-                        seen = quality.forced_in_batches(server, own, batch)
-                        rows.append(
-                            {
-                                "model": asked.model.name,
-                                "rule": rule,
-                                "primary_k": primary_k,
-                                "batch": batch,
-                                "seed": seed,
-                                **_shares(server),
-                                **_costs(exact[batch, seed], seen, own),
-                            }
-                        )
+                        weigh.counts_exactly()
+                        exact[batch, seed] = quality.forced_in_batches(server, chosen, batch)
+                        plain = weigh.active() / weigh.layers
+                    for rule in rules:
+                        for settings in _points(rule, plain, weigh.top_k):
+                            server.set_sere(**settings, reset_counters=True)
+                            seen = quality.forced_in_batches(server, chosen, batch)
+                            about = {"model": asked.model.name, "rule": rule, "batch": batch}
+                            kl, costs = _costs(exact[batch, seed], seen, chosen)
+                            rows.append(
+                                {**about, "seed": seed, "point": server.sere()["operating_point"],
+                                 **weigh.shares(), **costs, "_kl": _by_text(kl, own, len(texts))}
+                            )  # fmt: skip
                         bar.advance(task)
-    _print(rows)
-    print(f"wrote {write_result('quality', rows, model=asked.model.name)}")
+    table = _compare(rows, asked.rules)
+    _print(table, asked.rules)
+    for row in rows:
+        del row["_kl"]
+    path = write_result("quality", rows, model=asked.model.name, at_equal_bytes=table)
+    print(f"wrote {path}")
 
 
-def _shuffled(texts: list[dict[str, Any]], batch: int, seed: int) -> list[dict[str, Any]]:
+def _profile(model: Path, data: Path | None, folder: Path) -> Path:
+    """With what `--sere-scale` multiplies by, and surrogates."""
+    profile = folder / "sere_profile.safetensors"
+    if profile.exists():
+        return profile
+    own = data or model / "data" / "calibration.txt"
+    command = [sys.executable, "-m", "sere_sglang.cli.main", "calibrate", f"--model={model}"]
+    command += [f"--out={profile}", "--measure=frobenius", "--measure=residual"]
+    command += ["--surrogate-rank=auto", "--tokens=65536"]
+    if own.exists():
+        command.append(f"--data={own}")
+    if profile.with_name(f"{profile.name}.partial").exists():
+        command.append("--resume")
+    print(f"calibrating: {' '.join(command[2:])}", file=sys.stderr)
+    if status := subprocess.run(command, check=False).returncode:
+        sys.exit(status)
+    return profile
+
+
+def _points(rule: str, plain: float, top_k: int) -> Iterator[dict[str, Any]]:
+    """Live settings, from hard to mild. plain: experts that exact routing loads in a layer."""
+    if rule in (FIRST, SCALED, "piggyback"):
+        for primary_k in range(1, top_k):
+            yield static_settings(primary_k) | {"rule": rule.split(",")[0]}
+    elif rule == "budget":
+        for share in EXPERTS:
+            most = max(1, round(share * plain))
+            yield static_settings(1) | {"rule": "budget", "max_experts": most}
+    else:
+        for loss in LOSSES:
+            about = {"quality_budget": loss, "surrogates": rule == AUTO}
+            yield static_settings(1) | {"rule": "energy"} | about
+
+
+class _Weigher:
+    """Experts and bytes that a server has loaded since its counters were reset."""
+
+    def __init__(self, server: Server, model: Path) -> None:
+        self.server = server
+        info = MoeModelInfo.from_folder(str(model))
+        served = server.get("/server_info")
+        self.layers = len(served["sere"]["layers"])
+        self.top_k = info.top_k
+        costs = served["sere"]["cost"]["shapes"]
+        expert = {int(i): s["expert_bytes"] for s in costs for i in s["layers"]}
+        whole = served["sere"]["surrogate_bytes"]
+        self._surrogate = {
+            i: whole.get(str(i), 0) / info.num_experts / b for i, b in expert.items()
+        }
+
+    def counts_exactly(self) -> None:
+        """Exact routing, counted: a threshold of 1 moves nothing but exact twins."""
+        exact = static_settings(self.top_k - 1) | {"rule": FIRST, "threshold": 1.0}
+        self.server.set_sere(**exact, reset_counters=True)
+
+    def active(self) -> float:
+        """Experts executed per forward, summed over layers."""
+        rows = self.server.sere()["counters"].values()
+        return sum(row["active_after"] / row["forwards"] for row in rows)
+
+    def shares(self) -> dict[str, float]:
+        """Of what exact routing would load: experts, and bytes."""
+        state = self.server.sere()
+        with_surrogates = state["rule"] == "energy" and state["surrogates"]
+        before = after = weight = 0.0
+        for layer, row in state["counters"].items():
+            before += row["active_before"]
+            after += row["active_after"]
+            lost = row["active_before"] - row["active_after"]
+            weight += lost * self._surrogate[int(layer)] * with_surrogates
+        return {"active_share": after / before, "bytes_share": (after + weight) / before}
+
+
+def _shuffled(texts: int, batch: int, seed: int) -> list[int]:
     """Whole batches, of every text at least once."""
-    own = list(texts)
+    own = list(range(texts))
     random.Random(seed).shuffle(own)
     return own + own[: -len(own) % batch]
 
 
-def _shares(server: Server) -> dict[str, float]:
-    """Experts loaded, of those that exact routing would load; they are all that is loaded."""
-    layers = server.sere()["counters"].values()
-    after, before = (sum(row[key] for row in layers) for key in ("active_after", "active_before"))
-    return {"active_share": after / before, "bytes_share": after / before}
-
-
 def _costs(
     exact: np.ndarray, seen: np.ndarray, texts: list[dict[str, Any]]
-) -> dict[str, float | list[float]]:
-    """Over all sequences and decode steps, in nats per token."""
+) -> tuple[np.ndarray, dict[str, float | list[float]]]:
+    """Over all sequences and decode steps, in nats per token; KL also by sequence."""
     p, q = (x[:, 1:].astype(np.float64) for x in (exact, seen))
     kl = (np.exp(p) * (p - q)).sum(-1)  # [sequences, steps]
     forced = np.asarray([text["continuation_ids"] for text in texts])[:, 1:, None]
     nll = -np.take_along_axis(q, forced, -1) + np.take_along_axis(p, forced, -1)
-    return {
+    return kl.mean(1), {
         "kl": float(kl.mean()),
         "kl_ci": list(interval(kl.mean(1), np.mean)),
         "kl_p99": float(np.percentile(kl, 99)),
@@ -120,31 +188,43 @@ def _costs(
     }
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
-    """The mean over seeds; the last column is against the first rule at the same point."""
-    first_rule = next(iter(RULES))
-    print(f"{'rule':<20} batch  S  loaded      KL     p99  d NLL  top-1  of {first_rule}'s KL")
-    for rule in RULES:
-        for batch in dict.fromkeys(row["batch"] for row in rows):
-            for primary_k in dict.fromkeys(row["primary_k"] for row in rows):
-                own, first = (
-                    [
-                        row
-                        for row in rows
-                        if (row["rule"], row["batch"], row["primary_k"]) == (name, batch, primary_k)
-                    ]
-                    for name in (rule, first_rule)
-                )
-                mean = {
-                    key: float(np.mean([row[key] for row in own]))
-                    for key in ("active_share", "kl", "kl_p99", "delta_nll", "top1_agreement")
-                }
-                ratio = mean["kl"] / np.mean([row["kl"] for row in first])
-                print(
-                    f"{rule:<20} {batch:>5} {primary_k:>2} {mean['active_share']:>6.0%} "
-                    f"{mean['kl']:>8.4f} {mean['kl_p99']:>7.3f} {mean['delta_nll']:>+6.3f} "
-                    f"{mean['top1_agreement']:>6.1%} {ratio:>8.2f}"
-                )
+def _by_text(kl: np.ndarray, own: list[int], texts: int) -> np.ndarray:
+    """``[texts]``, of each text's last sequence."""
+    by_text = np.zeros(texts)
+    by_text[own] = kl
+    return by_text
+
+
+def _compare(rows: list[dict[str, Any]], rules: list[str]) -> list[dict[str, Any]]:
+    """All batch sizes at equal bytes; points are means over seeds."""
+    table = []
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        curves = {}
+        for rule in rules:
+            own = [row for row in rows if (row["rule"], row["batch"]) == (rule, batch)]
+            points: dict[str, list[dict[str, Any]]] = {}
+            for row in own:
+                points.setdefault(row["point"]["name"], []).append(row)
+            curves[rule] = Curve(
+                np.array([np.mean([r["bytes_share"] for r in p]) for p in points.values()]),
+                np.array([np.mean([r["_kl"] for r in p], axis=0) for p in points.values()]),
+            )
+        table += [{"batch": batch} | row for row in compared(curves, rules[0])]
+    return table
+
+
+def _print(table: list[dict[str, Any]], rules: list[str]) -> None:
+    print(f"KL to exact routing, nats per token, and its ratio to {rules[0]}'s at equal bytes")
+    print(f"{'batch':>5} {'bytes':>6}  " + "  ".join(f"{rule:>20}" for rule in rules))
+    for batch, share in dict.fromkeys((row["batch"], row["share"]) for row in table):
+        cells = {r["rule"]: r for r in table if (r["batch"], r["share"]) == (batch, share)}
+        shown = [
+            f"{c['kl']:.4f} {c['ratio']:.2f} [{c['interval'][0]:.2f},{c['interval'][1]:.2f}]"
+            if (c := cells.get(rule)) else "-" for rule in rules
+        ]  # fmt: skip
+        print(f"{batch:>5} {share:>6.0%}  " + "  ".join(f"{cell:>20}" for cell in shown))
+    mean = mean_ratios(table)
+    print("   mean ratio  " + "  ".join(f"{mean.get(rule, float('nan')):>20.2f}" for rule in rules))
 
 
 if __name__ == "__main__":

@@ -146,23 +146,27 @@ void run(const RuleProblem& p) {
 
 // sere_sglang/ops/counters.py, and behind them the loss; the order of slots is that of the sum.
 void add_counters(const RuleProblem& p, int64_t* counters) {
-  ExpertSet used(p.experts);
+  ExpertSet used(p.experts), loaded(p.experts);
   int64_t moved = 0, lost = 0;
   for (int row = 0; row < p.valid; ++row) {
     const int32_t *own = p.row_ids(row), *now = p.new_ids + int64_t(row) * p.top_k;
     for (int k = 0; k < p.top_k; ++k) {
       if (!is_expert(own[k], p.experts)) continue;
       used.has[own[k]] = 1;
+      // No runner of ours loads an expert for slots of weight 0.
+      if (p.new_weights[int64_t(row) * p.top_k + k] != 0.0f) loaded.has[now[k]] = 1;
       moved += own[k] != now[k];
+      if (p.is_fast_row(row)) continue;
       const float weight = p.lost[int64_t(row) * p.experts + own[k]];
       lost += fixed_point(weight * weight);
     }
   }
   used.list(p.experts);
+  loaded.list(p.experts);
   counters[kForwards] += p.valid > 0;
   counters[kRows] += p.valid;
   counters[kActiveBefore] += used.count;
-  counters[kActiveAfter] += std::count(p.active, p.active + p.experts, 1);
+  counters[kActiveAfter] += loaded.count;
   counters[kRerouted] += moved;
   counters[kNumCounters] += p.valid > 0 ? lost / p.valid : 0;
 }

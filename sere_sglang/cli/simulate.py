@@ -13,6 +13,7 @@ import typer
 
 from sere_sglang.config import DEFAULT_MIN_GAIN, DEFAULT_QUALITY_BUDGET
 from sere_sglang.errors import SereError
+from sere_sglang.schedule.point import RULES, SIMILARITY
 
 if TYPE_CHECKING:
     from sere_sglang.schedule.settings import Settings
@@ -65,6 +66,9 @@ def command(
     primary_k: Annotated[
         list[int] | None, typer.Option(help="S of static policies to compare; repeat it.")
     ] = None,
+    rule: Annotated[
+        str, typer.Option(help=f"As --sere-rule of a server: {', '.join(RULES)}.")
+    ] = SIMILARITY,
     seed: Annotated[int, typer.Option(help="Of the synthetic traffic and the noise.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for simulate.json and simulate.png.")] = Path(
         "out/simulate"
@@ -88,7 +92,7 @@ def command(
     check_cost_fits(file, CostModel.of_profile(loaded), cost, "--cost")
     expectation = expect(statistics_of(loaded))
     compositions = [s.composition for s in read_trace(trace)] if trace is not None else []
-    policies = _policies(expectation.top_k, primary_k, quality_budget, min_gain, tpot_slo_ms)
+    policies = _policies(expectation.top_k, rule, primary_k, quality_budget, min_gain, tpot_slo_ms)
     if trace is not None and not any(c.is_decode_like for c in compositions):
         raise SereError(f"--trace {trace}: holds no decode step")
     try:
@@ -129,6 +133,7 @@ def command(
 
 def _policies(
     top_k: int,
+    rule: str,
     primary_k: list[int] | None,
     quality_budget: float,
     min_gain: float,
@@ -136,9 +141,15 @@ def _policies(
 ) -> dict[str, Settings]:
     from sere_sglang.schedule.settings import Settings
 
+    if rule not in RULES:
+        raise SereError(f"--rule {rule}: choose from {', '.join(RULES)}")
+    if primary_k and rule in ("budget", "energy"):
+        raise SereError(f"--primary-k: rule {rule} has no S; drop one of the two")
     base = Settings(
         enabled=True,
         policy="static",
+        rule=rule,
+        max_experts=1,  # of `budget`, which is not among the static ones
         primary_k=1,
         threshold=0.0,
         min_batch=1,
@@ -153,9 +164,12 @@ def _policies(
     def one(**changes: Any) -> Settings:
         return base.updated(changes, top_k=top_k)
 
-    chosen = primary_k or sorted({1, 2, max(1, top_k // 2)} & set(range(1, top_k)))
     policies = {"exact": one(enabled=False)}
-    policies |= {f"static S={s}": one(primary_k=s) for s in chosen}
+    if rule == "energy":
+        policies["static"] = one()
+    elif rule != "budget":
+        chosen = primary_k or sorted({1, 2, max(1, top_k // 2)} & set(range(1, top_k)))
+        policies |= {f"static S={s}": one(primary_k=s) for s in chosen}
     policies["adaptive"] = one(policy="adaptive", min_batch=3)
     if tpot_slo_ms is not None:
         policies[f"slo {tpot_slo_ms:g} ms"] = one(policy="slo", min_batch=3)

@@ -25,19 +25,21 @@ _PANELS = (
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """One panel per quantity over time, one line per policy; means of `_BINS` bins."""
+    # Rules without an S leave its panel out.
+    shown = [p for p in _PANELS if p[0] != "primary_k" or any(any(run.primary_k) for run in runs)]
     figure, panels = plt.subplots(
-        len(_PANELS), 1, figsize=(11, 11), layout="constrained", sharex=True
+        len(shown), 1, figsize=(11, 11), layout="constrained", sharex=True
     )
     for run in runs:
         time = np.array(run.time_s)
         edges = np.linspace(0.0, time[-1], _BINS + 1)
         place = np.clip(np.digitize(time, edges) - 1, 0, _BINS - 1)
         count = np.bincount(place, minlength=_BINS)
-        for panel, (name, _) in zip(panels, _PANELS, strict=True):
+        for panel, (name, _) in zip(panels, shown, strict=True):
             sums = np.bincount(place, weights=np.array(getattr(run, name)), minlength=_BINS)
             seen = count > 0
             panel.plot(edges[:-1][seen], sums[seen] / count[seen], lw=1.2, label=run.name)
-    for panel, (_, label) in zip(panels, _PANELS, strict=True):
+    for panel, (_, label) in zip(panels, shown, strict=True):
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
     panels[0].legend(ncols=len(runs), loc="upper right", fontsize=8)

@@ -33,8 +33,9 @@ class Implementation(Protocol):
     def apply(self, call: RuleCall, counters: torch.Tensor | None = None) -> Routed:
         """`apply_rule` of arguments that were checked.
 
-        counters: int64 ``[7]`` to add to: `COUNTER_FIELDS`, then the squared weight that was
-            lost, per valid row, in units of 2^-32.
+        counters: int64 ``[7]`` to add to: `COUNTER_FIELDS`, where experts of weight 0 are not
+            active after it, then the squared weight that was lost, per valid row, in units of
+            2^-32; fast rows lose nothing that counts.
         """
         ...
 

@@ -82,13 +82,15 @@ class _Batch:
         assert routed.lost is not None
         some = self.valid.any().to(torch.int64)
         before = _expert_set(self.ids, held, call.num_experts).sum()
+        now = routed.ids.to(torch.int64)
+        loaded = _expert_set(now, held & (routed.weights != 0.0), call.num_experts).sum()
         moved = ((routed.ids != call.ids) & held).sum()
         lost = (
-            _fixed(routed.lost * routed.lost)
+            (_fixed(routed.lost * routed.lost) * self.speaks)
             .sum()
             .div(self.valid.sum().clamp(min=1), rounding_mode="floor")
         )
-        step = [some, self.valid.sum(), before, routed.active.sum(), moved, torch.zeros_like(some)]
+        step = [some, self.valid.sum(), before, loaded, moved, torch.zeros_like(some)]
         counters += torch.stack([*step, lost])
 
     # ---- set A

@@ -48,7 +48,7 @@ class SereRuntime:
 
     trouble: why this rank could not go on, set by the first `fail`. failed: why all ranks have
         stopped re-routing, set by `stop` at the same step everywhere; with one rank both at once.
-    window: what the counters said last, and the operating point then.
+    window: what the counters said last of the operating point that is in force.
     attempt: counts how often an operator has started it again after a failure.
     """
 
@@ -62,7 +62,7 @@ class SereRuntime:
         self.point: OperatingPoint = OFF
         self.last: BatchComposition | None = None
         self.feedback: Feedback = NO_FEEDBACK
-        self.window: tuple[Window, OperatingPoint] | None = None
+        self.window: Window | None = None
         self.metrics: SereMetrics | None = None
         self.measures = False
         self.moe_rows = MoeRows.OWN
@@ -72,6 +72,7 @@ class SereRuntime:
         self._outbox: Feedback | None = None
         self._reported: OperatingPoint | None = None
         self._steps = 0
+        self._counted, self._at_point = OFF, 0  # the last point that was counted, and how often
         self._checked = False
         self.trouble: str | None = None
         self.failed: str | None = None
@@ -149,6 +150,10 @@ class SereRuntime:
             self._watched("measuring", self._measure, composition)
         self.last = composition
         self.point = choose(self.policy, composition, self.settings, self.feedback)
+        if self.point.enabled:
+            if self.point != self._counted:
+                self._counted, self._at_point, self.window = self.point, 0, None
+            self._at_point += 1
         if len(classes) > self.binding.control.max_rows:
             self.point = OFF  # more rows than classes can be told apart for: exact for all
         # Padding that stands among the rows votes like them; behind them it does not.
@@ -328,7 +333,8 @@ class SereRuntime:
         assert self.last is not None
         window = self._reader.poll()
         if window is not None:
-            self.window = window, self.point
+            # Not what was counted at other points.
+            self.window = window if window.forwards <= self._at_point else None
             self._observer.note_active(float(window.active_after.sum()))
         if self.metrics is not None:
             self.metrics.count_forward(self.last.mode, self.last.num_tokens, self.point.enabled)

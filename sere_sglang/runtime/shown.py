@@ -63,13 +63,11 @@ def essential_state(active: SereRuntime) -> dict[str, Any]:
 def log_line(active: SereRuntime) -> str:
     if active.trouble is not None:
         return "sere: failed, exact"
-    text = f"sere: {active.point}"
-    if active.window is None:
+    text, window = f"sere: {active.point}", active.window
+    if window is None or not active.point.enabled:
         return text
-    window, point = active.window
     before, after = window.active_before.mean(), window.active_after.mean()
-    until = "" if point == active.point else f" until {point}"
-    return f"{text}, active experts: {before:.1f} -> {after:.1f} ({window.forwards} steps{until})"
+    return f"{text}, active experts: {before:.1f} -> {after:.1f} ({window.forwards} steps)"
 
 
 def _counters(active: SereRuntime) -> dict[str, dict[str, float]]:

@@ -43,6 +43,7 @@ class Run:
     time_s: list[float] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     active: list[float] = field(default_factory=list)
+    rerouted: list[bool] = field(default_factory=list)
     primary_k: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
@@ -56,7 +57,7 @@ class Run:
             "steps": len(rows),
             "rows": float(rows.mean()),
             "active": float(np.mean(self.active)),
-            "rerouted_steps": float((np.array(self.primary_k) > 0).mean()),
+            "rerouted_steps": float(np.mean(self.rerouted)),
             "tok_s": float(rows.sum() / seconds) if seconds else 0.0,
             "tpot_p50_ms": float(np.percentile(step, 50)),
             "tpot_p99_ms": float(np.percentile(step, 99)),
@@ -129,6 +130,7 @@ class Simulator:
             run.time_s.append(now)
             run.rows.append(rows)
             run.active.append(active / self.expectation.num_layers)
+            run.rerouted.append(point.enabled)
             run.primary_k.append(point.mean_primary_k)
             run.step_ms.append(step_ms)
             run.loss.append(loss)
