@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sere_sglang.calibration.measures import MOMENT_MEASURES
+from sere_sglang.calibration.surrogates import HELD_EVERY, sums_bytes
 from sere_sglang.errors import SereError
 
 CKA_MEASURES = ("cka", "cka-rbf", "cka-polynomial")
@@ -27,17 +28,32 @@ _LEAST_BLOCK, _LARGEST_BLOCK = 16, 4096
 
 
 @dataclass(frozen=True)
+class SurrogateSpec:
+    """rank: of every layer, None where it is chosen. sequence: tokens of a whole sequence."""
+
+    rank: int | None
+    sequence: int
+
+    @property
+    def flag(self) -> str:
+        return f"--surrogate-rank {'auto' if self.rank is None else self.rank}"
+
+
+@dataclass(frozen=True)
 class CollectionSpec:
     """measures: of `MEASURES`, the first becomes the profile's similarity.
 
-    memory: bytes that the experts' outputs and the sums over one block may take.
+    memory: bytes that the experts' outputs, the sums over one block and those of the surrogates
+    may take.
     cka_tokens: how many tokens the CKA measures use (their cost grows with its square).
+    surrogates: None to fit none.
     """
 
     measures: tuple[str, ...] = ("frobenius",)
     weighting: str = "all"
     memory: int = 1 << 30
     cka_tokens: int = 2048
+    surrogates: SurrogateSpec | None = None
 
     @property
     def moment_measures(self) -> tuple[str, ...]:
@@ -48,11 +64,20 @@ class CollectionSpec:
         return tuple(m for m in self.measures if m in CKA_MEASURES)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without what is not asked for."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def check_enough(num_tokens: int, measures: Sequence[str], asked: int) -> None:
+def check_enough(
+    num_tokens: int, measures: Sequence[str], asked: int, surrogates: SurrogateSpec | None = None
+) -> None:
     """Raise `SereError`, with the number needed, when a measure cannot say much."""
+    if surrogates is not None and num_tokens < HELD_EVERY * surrogates.sequence:
+        raise SereError(
+            f"{surrogates.flag} holds out every fourth sequence of --length "
+            f"{surrogates.sequence}, the text and --tokens {asked} give {num_tokens} tokens; give "
+            f"at least {HELD_EVERY * surrogates.sequence}, or a smaller --length"
+        )
     for measure in measures:
         if num_tokens < MINIMUM_TOKENS[measure]:
             raise SereError(
@@ -61,17 +86,28 @@ def check_enough(num_tokens: int, measures: Sequence[str], asked: int) -> None:
             )
 
 
-def block_tokens(spec: CollectionSpec, num_experts: int, hidden: int, width: int) -> int:
+def block_tokens(
+    spec: CollectionSpec, num_experts: int, hidden: int, width: int, layers: int = 1
+) -> int:
     """Tokens whose outputs of all experts fit the memory of `spec`.
 
     Per expert and token: the row and its output (16 bit), one or two float64 copies, the
-    expert's intermediates. Raises `SereError` naming the flag when not even 16 tokens fit.
+    expert's intermediates. The sums of surrogates are there for each of `layers` at once. Raises
+    `SereError` naming the flag when not even 16 tokens fit.
     """
     copies = 2 if spec.weighting == "routed" else 1
     per_token = num_experts * (hidden * (4 + 8 * (copies + 1)) + width * 8)
-    tokens = spec.memory // per_token
+    sums = layers * sums_bytes(num_experts, hidden) if spec.surrogates else 0
+    tokens = (spec.memory - sums) // per_token
     if tokens < _LEAST_BLOCK:
-        needed = -(-_LEAST_BLOCK * per_token // (1 << 20))
+        needed = -(-(_LEAST_BLOCK * per_token + sums) // (1 << 20))
+        if spec.surrogates:
+            one = ", or --layer-by-layer, which holds one layer's at a time" if layers > 1 else ""
+            raise SereError(
+                f"--memory {spec.memory >> 20}MiB is too little for {spec.surrogates.flag}, whose "
+                f"sums take {sums >> 20}MiB (16 bytes x {num_experts} experts x {hidden}^2, "
+                f"{layers} layer(s) at once); give at least --memory {needed}MiB{one}"
+            )
         raise SereError(
             f"--memory {spec.memory >> 20}MiB holds the outputs of all {num_experts} experts for "
             f"{tokens} tokens; give at least --memory {needed}MiB"

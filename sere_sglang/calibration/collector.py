@@ -15,6 +15,7 @@ import torch
 from sere_sglang.calibration.collection import CollectionSpec, load_partial, save_partial
 from sere_sglang.calibration.statistics import LayerCollector, explained
 from sere_sglang.errors import SereError
+from sere_sglang.runtime.layer_shape import expert_weights
 from sere_sglang.runtime.moe_layers import moe_layers, require_standard_format, routers_of
 
 
@@ -28,6 +29,10 @@ class LayerExperts:
         self.hidden_size = int(layer.hidden_size)
         self.width = int(layer.moe_runner_config.intermediate_size_per_partition or 0)
         self.device = next(layer.parameters()).device
+
+    @property
+    def expert_bytes(self) -> float:
+        return expert_weights(self.layer)[0] * self.layer.moe_tp_size
 
     @torch.no_grad()
     def outputs(self, rows: torch.Tensor) -> torch.Tensor:
@@ -86,7 +91,10 @@ class Collector:
         self._modules = layers
         for layer_id in sorted(layers):
             require_standard_format(routers[layer_id], name, asked="--model")
-            self.layers[layer_id] = LayerCollector(LayerExperts(layers[layer_id]), self.spec)
+            experts = LayerExperts(layers[layer_id])
+            self.layers[layer_id] = LayerCollector(
+                experts, self.spec, layers=len(layers), at_once=len(layers)
+            )
 
     def begin_forward(self, num_tokens: int, *, is_prefill: bool) -> None:
         """Called before each forward of the target model, with its tokens before padding."""
@@ -121,7 +129,7 @@ class Collector:
     def _call(self, action: str, **arguments: Any) -> None:
         if action == "begin":
             for collector in self.layers.values():
-                _ = collector.block
+                collector.check()
             self.armed = True
         elif action == "check":
             self._check_all_ran()

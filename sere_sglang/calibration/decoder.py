@@ -182,6 +182,8 @@ class BlockExperts:
         self.hidden_size = decoder.hidden_size
         self.num_experts, one, other = module.down_proj.shape
         self.width = int(one * other // self.hidden_size)
+        size = sum(p.numel() * p.element_size() for p in module.parameters())
+        self.expert_bytes = size / self.num_experts
 
     @torch.no_grad()
     def outputs(self, rows: torch.Tensor) -> torch.Tensor:

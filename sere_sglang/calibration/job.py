@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sere_sglang.calibration.collection import CollectionSpec, check_enough, load_partial
+from sere_sglang.calibration.surrogate_fit import evaluated_ranks
 from sere_sglang.calibration.text import CalibrationText, check_files, read_windows
 from sere_sglang.cpu import isa as cpu_isa
 from sere_sglang.cpu.large_pages import ask_allocator_for_large_pages
@@ -104,7 +105,10 @@ def check_job(job: CalibrationJob) -> None:
     check_files(job.data)
     _check_out(job.out)
     if os.path.isdir(job.model):
-        _read_model(job.model)
+        model = _read_model(job.model)
+        if job.spec.surrogates is not None:
+            shape = model.num_experts, model.hidden_size, len(model.layer_ids)
+            evaluated_ranks(job.spec.surrogates, *shape)
 
 
 def choose_device(device: str) -> str:
@@ -138,7 +142,7 @@ def read_text(job: CalibrationJob, tokenizer: Any) -> CalibrationText:
         column=job.column,
         seed=job.seed,
     )
-    check_enough(text.num_tokens, job.spec.measures, job.num_tokens)
+    check_enough(text.num_tokens, job.spec.measures, job.num_tokens, job.spec.surrogates)
     return text
 
 

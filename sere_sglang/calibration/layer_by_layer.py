@@ -126,8 +126,9 @@ class _Run:
             raise self.decoder.refused(f"layer {layer} {found} experts against its config")
         if block.experts is None:
             return None
-        collector = LayerCollector(block.experts, self.job.spec)
-        _ = collector.block  # refuses too small a --memory before anything runs
+        layers = len(self.model.layer_ids)
+        collector = LayerCollector(block.experts, self.job.spec, layers=layers)
+        collector.check()
         prefix = f"{layer}/"
         names = [name for name in self.state if name.startswith(prefix)]
         if names:

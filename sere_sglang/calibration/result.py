@@ -16,8 +16,15 @@ from sere_sglang.calibration.measures import (
     similarity,
     substitution_scale,
 )
+from sere_sglang.calibration.statistics import FITTED
 from sere_sglang.calibration.text import CalibrationText
-from sere_sglang.profile import MoeModelInfo, ProfileMetadata, SereProfile
+from sere_sglang.profile import (
+    FORMAT_VERSION,
+    SURROGATES_VERSION,
+    MoeModelInfo,
+    ProfileMetadata,
+    SereProfile,
+)
 
 State = dict[str, torch.Tensor]
 """Collected tensors, ``{layer}/{name}``; the names are those of `LayerCollector.state`."""
@@ -33,6 +40,7 @@ def build_profile(
     """The profile of what was collected: the first measure leads, the others are tables."""
     from sere_sglang import __version__
 
+    spec = job.spec
     matrices: dict[int, torch.Tensor] = {}
     tables: dict[int, dict[str, torch.Tensor]] = {}
     for layer in layer_ids(state):
@@ -47,12 +55,13 @@ def build_profile(
         num_experts=model.num_experts,
         top_k=model.top_k,
         hidden_size=model.hidden_size,
-        method=job.spec.measures[0],
+        method=spec.measures[0],
         method_parameters=_parameters(job, text),
         data=text.name,
         num_tokens=text.num_tokens,
         tool_version=__version__,
         date=_today(),
+        format_version=FORMAT_VERSION if spec.surrogates is None else SURROGATES_VERSION,
     )
     return SereProfile(metadata, matrices, tables)
 
@@ -79,6 +88,7 @@ def _of_layer(job: CalibrationJob, own: State) -> tuple[torch.Tensor, dict[str, 
     tokens = own["rank_counts"].sum(dim=1).clamp(min=1)
     table["weight_by_rank"] = (own["rank_energy"].double() / 2**32 / tokens).sqrt().float()
     table["coactivation"] = moments.coactivation
+    table |= {n.removeprefix(FITTED): t for n, t in own.items() if n.startswith(FITTED)}
     return by_measure[spec.measures[0]], table
 
 
@@ -92,6 +102,8 @@ def _parameters(job: CalibrationJob, text: CalibrationText) -> dict[str, Any]:
     }
     if job.spec.cka_measures:
         parameters["cka_tokens"] = min(job.spec.cka_tokens, text.num_tokens)
+    if job.spec.surrogates is not None:
+        parameters["surrogate_rank"] = job.spec.surrogates.rank or "auto"
     if job.layer_by_layer:
         parameters["layer_by_layer"] = True
     if job.server_args:

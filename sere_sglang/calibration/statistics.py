@@ -8,19 +8,34 @@ from typing import Protocol
 import torch
 
 from sere_sglang.calibration.cka import cka_matrix
-from sere_sglang.calibration.collection import CollectionSpec, block_tokens, cka_block
+from sere_sglang.calibration.collection import (
+    CollectionSpec,
+    SurrogateSpec,
+    block_tokens,
+    cka_block,
+)
 from sere_sglang.calibration.measures import Moments
+from sere_sglang.calibration.surrogate_fit import evaluated_ranks, fit_surrogates
+from sere_sglang.calibration.surrogates import SurrogateSums
 from sere_sglang.errors import SereError
+
+FITTED = "surrogates."
+"""In front of the names of fitted tables in `LayerCollector.state`."""
+_SUMS = "surrogate_sums."
 
 
 class Experts(Protocol):
-    """All routed experts of one layer. width: of an expert's intermediate on this rank."""
+    """All routed experts of one layer. width: of an expert's intermediate on this rank.
+    expert_bytes: of one expert's weights, on all ranks that share it."""
 
     layer_id: int
     num_experts: int
     hidden_size: int
     width: int
     device: torch.device
+
+    @property
+    def expert_bytes(self) -> float: ...
 
     def outputs(self, rows: torch.Tensor) -> torch.Tensor:
         """[E, n, H] in the layer's dtype: every expert's output for `rows` [n, H]."""
@@ -33,9 +48,14 @@ class LayerCollector:
     the scheduler cuts the text into batches. `rows` keeps the first tokens for the CKA measures.
     """
 
-    def __init__(self, experts: Experts, spec: CollectionSpec) -> None:
+    def __init__(
+        self, experts: Experts, spec: CollectionSpec, *, layers: int = 1, at_once: int = 1
+    ) -> None:
+        """layers: of the profile to be. at_once: those whose sums are in memory together."""
         self.experts = experts
         self.spec = spec
+        self.layers = layers
+        self.at_once = at_once
         self.num_experts = experts.num_experts
         self.device = experts.device
         self.moments = Moments(
@@ -50,12 +70,24 @@ class LayerCollector:
         self.pending_routed: list[torch.Tensor] = []  # bool [n, E]
         self.rows: list[torch.Tensor] = []  # [n, H]
         self.cka: dict[str, torch.Tensor] = {}
+        self.surrogates: dict[str, torch.Tensor] = {}  # tables, when they are fitted
+        self._surrogate_sums: SurrogateSums | None = None  # they are large: only once there are any
         self.tokens_seen = 0
+
+    def check(self) -> None:
+        """Raise `SereError` for a spec that this layer cannot have, before anything runs."""
+        _ = self.block, self._ranks
 
     @property
     def block(self) -> int:
         """Tokens per block. Raises `SereError` when the memory of the spec is too small."""
-        return block_tokens(self.spec, *self._sizes)
+        return block_tokens(self.spec, *self._sizes, self.at_once)
+
+    @property
+    def _ranks(self) -> tuple[int, ...]:
+        if self.spec.surrogates is None:
+            return ()
+        return evaluated_ranks(self.spec.surrogates, *self._sizes[:2], self.layers)
 
     @property
     def _sizes(self) -> tuple[int, int, int]:
@@ -103,6 +135,22 @@ class LayerCollector:
             block = cka_block(self.spec, *self._sizes)
             self.cka = cka_matrix(self.experts.outputs, rows, self.spec.cka_measures, block=block)
             self.rows = []
+        if self.spec.surrogates is not None and not self.surrogates:
+            self.surrogates = fit_surrogates(
+                self._sums_of_surrogates(self.spec.surrogates),
+                self._ranks,
+                self.spec.surrogates.rank,
+                self.experts.expert_bytes,
+            )
+            self._surrogate_sums = None
+
+    def _sums_of_surrogates(self, spec: SurrogateSpec) -> SurrogateSums:
+        if self._surrogate_sums is None:
+            hidden = self.experts.hidden_size
+            self._surrogate_sums = SurrogateSums(
+                self.num_experts, hidden, spec.sequence, self.device
+            )
+        return self._surrogate_sums
 
     def _consume(self, rows: torch.Tensor, routed: torch.Tensor) -> None:
         outputs = self.experts.outputs(rows)
@@ -111,6 +159,9 @@ class LayerCollector:
                 f"MoE layer {self.experts.layer_id}: an expert's output is infinite or NaN on the "
                 "calibration text; try another data type through SGLang: -- --dtype bfloat16"
             )
+        if self.spec.surrogates is not None:
+            sums = self._sums_of_surrogates(self.spec.surrogates)
+            sums.update(rows, outputs, routed, self.moments.num_tokens)
         self.moments.update(outputs, routed)
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -124,7 +175,11 @@ class LayerCollector:
             parts = getattr(self, name)
             if _count(parts):
                 kept[name] = torch.cat(parts)
-        return kept | {f"cka.{name}": matrix for name, matrix in self.cka.items()}
+        kept |= {f"cka.{name}": matrix for name, matrix in self.cka.items()}
+        kept |= {f"{FITTED}{name}": table for name, table in self.surrogates.items()}
+        if self._surrogate_sums is not None:
+            kept |= {f"{_SUMS}{name}": t for name, t in self._surrogate_sums.sums.items()}
+        return kept
 
     def restore(self, kept: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in self.moments.sums.items():
@@ -134,6 +189,13 @@ class LayerCollector:
         for name in ("pending", "pending_routed", "rows"):
             setattr(self, name, [kept[name].to(self.device)] if name in kept else [])
         self.cka = {n.removeprefix("cka."): t for n, t in kept.items() if n.startswith("cka.")}
+        self.surrogates = {
+            n.removeprefix(FITTED): t for n, t in kept.items() if n.startswith(FITTED)
+        }
+        sums = {n.removeprefix(_SUMS): t for n, t in kept.items() if n.startswith(_SUMS)}
+        if sums and self.spec.surrogates is not None:
+            for name, tensor in self._sums_of_surrogates(self.spec.surrogates).sums.items():
+                tensor.copy_(sums[name])
         self.tokens_seen = self.moments.num_tokens + _count(self.pending)
 
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sere_sglang.errors import SereError
+from sere_sglang.errors import SereError, cut
 
 if TYPE_CHECKING:
     from sere_sglang.calibration import CalibrationJob
+    from sere_sglang.calibration.collection import SurrogateSpec
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
@@ -67,6 +68,15 @@ def command(
     cka_tokens: Annotated[
         int, typer.Option(min=128, help="Tokens for CKA; cost grows with the square.")
     ] = 2048,
+    surrogate_rank: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R|auto",
+            help="Also fit a low-rank surrogate of every expert, which stands in for it where it "
+            "is not loaded; auto chooses each layer's rank by what it explains on held-out text.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     layer_by_layer: Annotated[
         bool,
@@ -106,6 +116,7 @@ def command(
         weighting=weighting,
         memory=memory,
         cka_tokens=cka_tokens,
+        surrogate_rank=surrogate_rank,
         num_tokens=number,
         length=length,
         column=column,
@@ -127,6 +138,7 @@ def _job(
     weighting: str,
     memory: str,
     cka_tokens: int,
+    surrogate_rank: str | None,
     device: str,
     **rest: Any,
 ) -> CalibrationJob:
@@ -140,6 +152,7 @@ def _job(
         weighting=weighting,
         memory=_bytes(memory),
         cka_tokens=cka_tokens,
+        surrogates=_surrogates(surrogate_rank, rest["length"]),
     )
     if out is None:
         out = default_out(model, revision_of(rest["server_args"]))
@@ -183,6 +196,18 @@ def _measures(asked: tuple[str, ...], weighting: str) -> tuple[str, ...]:
                 "one for each pair; drop one of the two"
             )
     return tuple(dict.fromkeys(names))
+
+
+def _surrogates(rank: str | None, length: int) -> SurrogateSpec | None:
+    from sere_sglang.calibration.collection import SurrogateSpec
+
+    if rank is None:
+        return None
+    if rank != "auto" and not (rank.isdecimal() and 0 < int(rank) <= 1 << 20):
+        raise SereError(
+            f"--surrogate-rank {cut(rank)}: give a rank from 1 to the model's hidden size, or auto"
+        )
+    return SurrogateSpec(rank=None if rank == "auto" else int(rank), sequence=length)
 
 
 def _bytes(text: str) -> int:

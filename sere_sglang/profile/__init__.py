@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sere_sglang.profile.file import (
     FORMAT_VERSION,
+    SURROGATES_VERSION,
     ProfileError,
     ProfileMetadata,
     SereProfile,
@@ -18,6 +19,7 @@ __all__ = [
     "AUTO",
     "DEFAULT_FILE_NAME",
     "FORMAT_VERSION",
+    "SURROGATES_VERSION",
     "MoeModelInfo",
     "ProfileError",
     "ProfileMetadata",

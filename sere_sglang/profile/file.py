@@ -26,6 +26,8 @@ from sere_sglang.profile import tables as known_tables
 from sere_sglang.profile.container import Container, open_container, sealed
 
 FORMAT_VERSION = "1.1"
+SURROGATES_VERSION = "1.2"
+"""Of a profile with surrogates; one without is written as before."""
 _UNSEALED = "1.0"  # the last format without a checksum
 _VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(\w+)")
@@ -89,7 +91,7 @@ def load_profile(path: str | os.PathLike[str]) -> SereProfile:
             tables.setdefault(layer, {})[table] = tensor
     if not similarity:
         raise ProfileError(f"{path}: holds no layers.*.similarity tensor; is it a SERE profile?")
-    known_tables.check_together(path, similarity, tables, metadata.top_k)
+    known_tables.check_together(path, similarity, tables, metadata.top_k, metadata.hidden_size)
     return SereProfile(metadata, dict(sorted(similarity.items())), dict(sorted(tables.items())))
 
 
@@ -138,7 +140,7 @@ def _check_origin(path: Any, found: Container) -> None:
     if int(match[1]) > int(FORMAT_VERSION.split(".")[0]):
         raise ProfileError(
             f"{path}: profile format {version} is newer than this sere-sglang reads "
-            f"({FORMAT_VERSION}); upgrade sere-sglang"
+            f"({SURROGATES_VERSION}); upgrade sere-sglang"
         )
     if found.seal == "absent" and version != _UNSEALED:
         raise ProfileError(

@@ -8,6 +8,8 @@
     coactivation                      [E, E] tokens that chose both experts
     weight_by_rank                    [K]    float, root mean square routing weight of every rank
 
+and those of surrogates (`profile.surrogate_tables`).
+
 A table of another name is of a later version, or somebody else's: nobody reads it.
 """
 
@@ -19,8 +21,15 @@ import torch
 
 from sere_sglang.errors import ProfileError
 from sere_sglang.profile.container import Stored
+from sere_sglang.profile.surrogate_tables import SURROGATE_CHECKS, check_surrogates
+from sere_sglang.profile.table_checks import (
+    check_dtype,
+    check_some,
+    check_values,
+    shaped,
+    square,
+)
 
-MOST_EXPERTS = 4096
 _FLOATS = ("F32", "BF16", "F64")
 _COUNTS = ("I64", "I32", "F32", "F64")
 _LARGEST = 1e15  # of a count; float64 still tells its neighbours apart
@@ -39,9 +48,12 @@ def read_table(where: str, table: str, stored: Stored) -> torch.Tensor:
 
 def check_together(
     path: object, similarity: Mapping[int, torch.Tensor],
-    tables: Mapping[int, Mapping[str, torch.Tensor]], top_k: int,
+    tables: Mapping[int, Mapping[str, torch.Tensor]], top_k: int, hidden_size: int,
 ) -> None:  # fmt: skip
-    """Raise `ProfileError` unless all layers agree about E and K. top_k: 0 when it is unknown."""
+    """Raise `ProfileError` unless all layers agree about E, K and H.
+
+    top_k, hidden_size: 0 when unknown.
+    """
     sizes = {layer: matrix.shape[0] for layer, matrix in similarity.items()}
     if len(set(sizes.values())) > 1:
         raise ProfileError(f"{path}: layers disagree about the number of experts: {sizes}")
@@ -58,7 +70,10 @@ def check_together(
     ranks, said_by = top_k, "metadata top_k"
     for layer, named in sorted(tables.items()):
         counts, by_rank = named.get("popularity"), named.get("popularity_by_rank")
+        check_surrogates(f"{path}: layers.{layer}", named, experts, hidden_size)
         for name, table in sorted(named.items()):
+            if name in SURROGATE_CHECKS:
+                continue
             where = f"layers.{layer}.{name}"
             if name != "weight_by_rank" and table.shape[-1] != experts:
                 raise ProfileError(
@@ -83,9 +98,9 @@ def check_together(
 
 
 def _similarity(where: str, stored: Stored) -> torch.Tensor:
-    _check_dtype(where, stored, ("F32", "BF16"))
-    matrix = _square(where, stored).float()
-    _check_values(where, matrix, 0, 1)
+    check_dtype(where, stored, ("F32", "BF16"))
+    matrix = square(where, stored).float()
+    check_values(where, matrix, 0, 1)
     if not (matrix.diagonal() == 1).all():
         i = int((matrix.diagonal() != 1).nonzero()[0])
         raise ProfileError(
@@ -97,33 +112,33 @@ def _similarity(where: str, stored: Stored) -> torch.Tensor:
 
 
 def _scale(where: str, stored: Stored) -> torch.Tensor:
-    _check_dtype(where, stored, _FLOATS)
-    matrix = _square(where, stored)
-    _check_values(where, matrix, -torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
+    check_dtype(where, stored, _FLOATS)
+    matrix = square(where, stored)
+    check_values(where, matrix, -torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
     return matrix.clone()
 
 
 def _coactivation(where: str, stored: Stored) -> torch.Tensor:
-    _check_dtype(where, stored, _COUNTS)
-    matrix = _square(where, stored)
-    _check_values(where, matrix, 0, _LARGEST)
+    check_dtype(where, stored, _COUNTS)
+    matrix = square(where, stored)
+    check_values(where, matrix, 0, _LARGEST)
     return matrix.clone()
 
 
 def _popularity(where: str, stored: Stored) -> torch.Tensor:
-    _check_dtype(where, stored, _COUNTS)
-    counts = _shaped(where, stored, "[E]", 1)
-    _check_values(where, counts, 0, _LARGEST)
-    _check_some(where, counts)
+    check_dtype(where, stored, _COUNTS)
+    counts = shaped(where, stored, "[E]", 1)
+    check_values(where, counts, 0, _LARGEST)
+    check_some(where, counts)
     return counts.clone()
 
 
 def _popularity_by_rank(where: str, stored: Stored) -> torch.Tensor:
-    _check_dtype(where, stored, _COUNTS)
-    counts = _shaped(where, stored, "[K, E]", 2)
-    _check_values(where, counts, 0, _LARGEST)
+    check_dtype(where, stored, _COUNTS)
+    counts = shaped(where, stored, "[K, E]", 2)
+    check_values(where, counts, 0, _LARGEST)
     for rank, row in enumerate(counts):
-        _check_some(f"{where}, rank {rank},", row)
+        check_some(f"{where}, rank {rank},", row)
     tokens = counts.double().sum(1)
     uneven = (tokens - tokens[0]).abs() > _TOLERANCE * tokens[0]
     if uneven.any():
@@ -136,10 +151,10 @@ def _popularity_by_rank(where: str, stored: Stored) -> torch.Tensor:
 
 
 def _weight_by_rank(where: str, stored: Stored) -> torch.Tensor:
-    _check_dtype(where, stored, _FLOATS)
-    weights = _shaped(where, stored, "[K]", 1)
-    _check_values(where, weights, 0, _HEAVIEST)
-    _check_some(where, weights)
+    check_dtype(where, stored, _FLOATS)
+    weights = shaped(where, stored, "[K]", 1)
+    check_values(where, weights, 0, _HEAVIEST)
+    check_some(where, weights)
     return weights.clone()
 
 
@@ -150,61 +165,5 @@ _CHECKS = {
     "popularity_by_rank": _popularity_by_rank,
     "coactivation": _coactivation,
     "weight_by_rank": _weight_by_rank,
+    **SURROGATE_CHECKS,
 }
-
-
-def _check_dtype(where: str, stored: Stored, allowed: tuple[str, ...]) -> None:
-    if stored.dtype not in allowed:
-        names = {"F32": "float32", "BF16": "bfloat16", "F64": "float64", "I64": "int64",
-                 "I32": "int32", "F16": "float16"}  # fmt: skip
-        expected = " or ".join(names[a] for a in allowed)
-        raise ProfileError(
-            f"{where} is {names.get(stored.dtype, stored.dtype)}; expected {expected}; "
-            "calibrate again"
-        )
-
-
-def _square(where: str, stored: Stored) -> torch.Tensor:
-    if len(stored.shape) == 2 and stored.shape[0] != stored.shape[1]:
-        raise _misshapen(where, stored, "[E, E]")
-    return _shaped(where, stored, "[E, E]", 2)
-
-
-def _shaped(where: str, stored: Stored, expected: str, dimensions: int) -> torch.Tensor:
-    if len(stored.shape) != dimensions or not all(stored.shape):
-        raise _misshapen(where, stored, expected)
-    if max(stored.shape) > MOST_EXPERTS:
-        raise ProfileError(
-            f"{where} has shape {list(stored.shape)}; no model has more than {MOST_EXPERTS} "
-            "experts; calibrate again"
-        )
-    return stored.tensor()
-
-
-def _misshapen(where: str, stored: Stored, expected: str) -> ProfileError:
-    return ProfileError(
-        f"{where} has shape {list(stored.shape)}; expected {expected}; calibrate again"
-    )
-
-
-def _check_values(where: str, values: torch.Tensor, low: float, high: float) -> None:
-    for what, bad in (
-        ("NaN", values.isnan()),
-        ("infinity", values.isinf()),
-        (_outside(low, high), ~((values >= low) & (values <= high))),
-    ):
-        if bad.any():
-            place = bad.nonzero()[0].tolist()
-            raise ProfileError(
-                f"{where} holds {what} ({values[tuple(place)].item():g} at {place}, "
-                f"{int(bad.sum())} in all); calibrate again"
-            )
-
-
-def _outside(low: float, high: float) -> str:
-    return f"a value outside [{low:g}, {high:g}]"
-
-
-def _check_some(where: str, values: torch.Tensor) -> None:
-    if not values.double().sum() > 0:
-        raise ProfileError(f"{where} is 0 throughout; calibrate again")

@@ -29,7 +29,7 @@ def by_shape(layers: Mapping[int, Any], top_k: Mapping[int, int]) -> dict[LayerS
 def shape_of(experts: Any, top_k: int) -> LayerShape:
     """Of a ``FusedMoE`` module."""
     ranks = getattr(experts, "moe_ep_size", 1) or 1
-    size, flops = _expert_weights(experts)
+    size, flops = expert_weights(experts)
     return LayerShape(
         num_experts=experts.num_global_routed_experts,
         top_k=top_k,
@@ -54,8 +54,8 @@ def _weights(experts: Any) -> str:
     return ", ".join(names)
 
 
-def _expert_weights(experts: Any) -> tuple[float, float]:
-    """Bytes of an expert, and operations of a slot: a multiply and an add per weight.
+def expert_weights(experts: Any) -> tuple[float, float]:
+    """Bytes of an expert on this rank, and operations of a slot: a multiply and an add per weight.
 
     Repacked or paged experts may have no parameters with an expert dimension; then as
     many weights as the sizes say, in the layer's own type.
