@@ -24,8 +24,8 @@ from sere_sglang.profile.container import LARGEST_FILE
 RANKS = (4, 8, 16, 32, 64)
 """Ranks that are evaluated, as far as they are not above H."""
 
-RIDGES = (0.003, 0.03, 0.3, 3.0, 30.0)
-"""Ridges that are tried, in units of the median variance of the inputs' channels."""
+RIDGES = (0.003, 0.02, 0.07, 0.25, 1.0, 5.0)
+"""Ridges that are tried, in units of the median variance of the inputs' channels, per token."""
 
 WORTH = 2.0
 """See `worthwhile_rank`."""
@@ -72,7 +72,8 @@ def worthwhile_rank(explained: Sequence[float], ranks: Sequence[int], rank_share
     """
     rank, now = 0, explained[0]
     for larger, then in zip(ranks, explained[1:], strict=True):
-        if then - now < WORTH * (1 - now) * (larger - rank) * rank_share:
+        gained, asked = then - now, WORTH * (1 - now) * (larger - rank) * rank_share
+        if gained <= 0 or gained < asked:
             break
         rank, now = larger, then
     return rank

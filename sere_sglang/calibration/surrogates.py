@@ -16,7 +16,7 @@ import torch
 HELD_EVERY = 4
 """Of so many sequences one is held out."""
 
-BOUND = 8.0
+BOUND = 32.0
 """Largest energy of a token, in units of the expert's usual one: (mean of |y|^(1/2))^4, which a few
 huge tokens hardly move and experts that are often silent do not make zero."""
 

@@ -229,6 +229,7 @@ def _run(job: CalibrationJob) -> None:
     )
 
     from sere_sglang.calibration import Interrupted, calibrate
+    from sere_sglang.profile.surrogate_report import surrogate_reports
 
     console = Console(stderr=True)
     console.print(
@@ -266,6 +267,8 @@ def _run(job: CalibrationJob) -> None:
             soft_wrap=True,
         )
         raise typer.Exit(130) from None
+    for layer in surrogate_reports(profile):
+        console.print(layer.line(), soft_wrap=True, highlight=False)
     size = job.out.stat().st_size / 1024
     console.print(
         f"Wrote {job.out}: {len(profile.similarity)} layers, {profile.num_experts} experts, "

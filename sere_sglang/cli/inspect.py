@@ -33,6 +33,7 @@ def command(
     from rich.console import Console
 
     from sere_sglang.profile import report
+    from sere_sglang.profile.surrogate_report import surrogate_reports
 
     loaded = _load(profile)
     reports = report.layer_reports(loaded, measure)
@@ -44,6 +45,7 @@ def command(
             other: report.compare(loaded.similarity, report.matrices_of(loaded, other))
             for other in report.measures_of(loaded)[1:]
         },
+        "surrogates": [r.as_dict() for r in surrogate_reports(loaded)],
     }
     if compare is not None:
         other = report.matrices_of(_load(compare), measure)
@@ -59,6 +61,7 @@ def command(
     _print_layers(console, facts["layers"])
     _print_active(console, facts["expected_active"])
     _print_measures(console, facts["measures"], report.measures_of(loaded)[0])
+    _print_surrogates(console, facts["surrogates"])
     if compare is not None:
         _print_comparison(console, facts["compare"], compare)
     if plot is not None:
@@ -151,6 +154,32 @@ def _print_measures(
         correlation = sum(r["rank_correlation"] for r in rows) / len(rows)
         differs = sum(r["best_substitute_differs"] for r in rows) / len(rows)
         table.add_row(name, f"{correlation:.3f}", f"{differs:.1%}")
+    console.print(table)
+
+
+def _print_surrogates(console: Console, layers: list[dict[str, Any]]) -> None:
+    if not layers:
+        return
+    ranks = sorted({rank for row in layers for rank in row["by_rank"]})
+    table = _table(
+        console,
+        "share of an expert's output explained on held-out tokens: by the best other expert, its "
+        "mean, surrogates by rank; and what is stored, with its bytes as a share of the experts'",
+        ["layer", "other", "mean", *map(str, ranks), "stored", "explains", "KiB", "bytes"],
+        ["fell back"],
+    )
+    for row in layers:
+        table.add_row(
+            str(row["layer"]),
+            f"{row['best_other']:.3f}",
+            f"{row['mean']:.3f}",
+            *(f"{row['by_rank'][rank]:.3f}" if rank in row["by_rank"] else "-" for rank in ranks),
+            str(row["rank"]),
+            f"{row['stored']:.3f}",
+            f"{row['bytes'] / 1024:.0f}",
+            f"{row['share']:.1%}",
+            f"{row['to_mean']} to the mean, {row['to_nothing']} to nothing",
+        )
     console.print(table)
 
 

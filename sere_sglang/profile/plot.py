@@ -16,6 +16,7 @@ from sere_sglang.profile.report import (
     measures_of,
     upper,
 )
+from sere_sglang.profile.surrogate_report import SurrogateReport, surrogate_reports
 
 _MAX_MAPS = 8
 _COLUMNS = 4
@@ -30,9 +31,12 @@ def plot_profile(profile: SereProfile, path: Path, measure: str | None = None) -
 
     matrices = matrices_of(profile, measure)
     shown = _evenly(list(matrices), _MAX_MAPS)
+    surrogates = surrogate_reports(profile)
     columns = min(_COLUMNS, len(shown))
     map_rows = -(-len(shown) // columns)
-    figure = plt.figure(figsize=(13, 3.2 * map_rows + 3.7), layout="constrained")
+    figure = plt.figure(
+        figsize=(16 if surrogates else 13, 3.2 * map_rows + 3.7), layout="constrained"
+    )
     parts: Any = figure.subfigures(2, 1, height_ratios=[3.2 * map_rows, 3.1])
     above, below = parts
     low = min(upper(m).min().item() for m in matrices.values())
@@ -46,11 +50,14 @@ def plot_profile(profile: SereProfile, path: Path, measure: str | None = None) -
     label = f"similarity ({measure or _name(profile)})"
     above.colorbar(image, ax=maps, shrink=0.8, fraction=0.02, pad=0.01, label=label)
     above.supxlabel("experts, similar ones side by side", fontsize=8)
-    histogram, substitutes, popularity, activation = below.subplots(1, 4)
+    panels = below.subplots(1, 5 if surrogates else 4)
+    histogram, substitutes, popularity, activation = panels[:4]
     _histogram(histogram, matrices)
     _best_substitutes(substitutes, matrices)
     _popularity(popularity, profile)
     _activation(activation, profile)
+    if surrogates:
+        _surrogates(panels[4], surrogates)
     meta = profile.metadata
     figure.suptitle(
         f"Expert similarity of {Path(meta.model).name or 'a model'} "
@@ -143,6 +150,23 @@ def _activation(axes: Any, profile: SereProfile) -> None:
     axes.set_xlabel("decode batch, tokens")
     axes.set_ylabel("expected active experts per layer")
     axes.legend(fontsize=7)
+
+
+def _surrogates(axes: Any, layers: list[SurrogateReport]) -> None:
+    """A ring marks what the profile holds."""
+    labels = ["best\nother", "mean", *map(str, layers[0].by_rank)]
+    for row in layers:
+        shares = [row.best_other, row.mean, *row.by_rank.values()]
+        (line,) = axes.plot(shares, marker=".", lw=1, label=f"layer {row.layer}")
+        at = sum(rank <= row.rank for rank in row.by_rank) + 1
+        axes.plot(at, row.stored, marker="o", mfc="none", ms=9, color=line.get_color())
+    axes.set_xticks(range(len(labels)), labels, fontsize=7)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]), top=1)
+    axes.set_title("explained of an expert, held out", fontsize=10)
+    axes.set_xlabel("stand-in; numbers are ranks")
+    axes.set_ylabel("share of its output's energy")
+    if len(layers) <= _MAX_MAPS:
+        axes.legend(fontsize=7)
 
 
 def _name(profile: SereProfile) -> str:

@@ -209,6 +209,9 @@ def test_layer_by_layer_agrees(runs: dict[str, Run], name: str, tmp_path: Path) 
         for measure in ("cosine", "residual"):
             name_of = f"similarity_{measure}"
             np.testing.assert_allclose(tables[name_of], others[name_of], atol=2e-3)
+        np.testing.assert_allclose(tables["expert_energy"], others["expert_energy"], rtol=0.05)
+        shares = tables["surrogate_explained"].mean(1), others["surrogate_explained"].mean(1)
+        np.testing.assert_allclose(*shares, atol=0.02)
     told = [{**p.metadata.method_parameters} for p in (ours, theirs)]
     assert told[0].pop("layer_by_layer") is True
     assert told[0] == told[1]
@@ -234,7 +237,7 @@ def _command(folder: Path, name: str, out: Path, *, interrupt_at: int = 0) -> li
     command += [f"{out.with_suffix('')}.kept", str(interrupt_at), "calibrate"]
     command += [f"--model={folder / name}", f"--out={out}"]
     command += [f"--data={folder}/text.txt", f"--tokens={TOKENS}", "--length=128", "--device=cpu"]
-    return [*command, "--measure=all", f"--cka-tokens={CKA_TOKENS}"]
+    return [*command, "--measure=all", f"--cka-tokens={CKA_TOKENS}", "--surrogate-rank=4"]
 
 
 def _start(
