@@ -24,6 +24,11 @@ from sere_sglang.profile.model_files import downloaded, model_folder, weights_fi
 SAVE_EVERY_S = 30.0
 
 
+def seconds_between_saves(at_least: float, last_took: float) -> float:
+    """At most a twentieth of the time goes into saving what takes long; a second is nothing."""
+    return max(at_least, 20 * (last_took - 1))
+
+
 @dataclass(frozen=True)
 class CalibrationJob:
     """What the command line asks for. server_args: further flags of SGLang, as on its own."""

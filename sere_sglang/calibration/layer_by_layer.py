@@ -22,6 +22,7 @@ from sere_sglang.calibration.job import (
     choose_device,
     read_text,
     resumable,
+    seconds_between_saves,
 )
 from sere_sglang.calibration.result import State
 from sere_sglang.calibration.statistics import LayerCollector, explained, is_out_of_memory
@@ -72,7 +73,7 @@ class _Run:
         self.progress = progress
         self.stop = stop
         self.state: State = {}
-        self.saved = time.monotonic()
+        self.next_save = time.monotonic() + SAVE_EVERY_S
         # No layer behind the last one with experts matters.
         self.num_layers = model.layer_ids[-1] + 1
 
@@ -109,7 +110,7 @@ class _Run:
             if self.stop():
                 self._save(layer, done, collector)
                 raise Interrupted
-            if time.monotonic() - self.saved > SAVE_EVERY_S:
+            if time.monotonic() > self.next_save:
                 self._save(layer, done, collector)
         if collector is not None:
             collector.finish()
@@ -144,8 +145,10 @@ class _Run:
         """What `--resume` goes on with: `windows_done` of layer `layer` are collected."""
         own = _named(layer, collector) if collector is not None else {}
         told = {**about(self.job, self.text), "layer": layer, "windows_done": windows_done}
+        start = time.monotonic()
         save_partial(self.job.partial, {**self.state, **own}, told)
-        self.saved = time.monotonic()
+        now = time.monotonic()
+        self.next_save = now + seconds_between_saves(SAVE_EVERY_S, now - start)
 
 
 def _named(layer: int, collector: LayerCollector) -> State:

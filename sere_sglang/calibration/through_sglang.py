@@ -22,6 +22,7 @@ from sere_sglang.calibration.job import (
     choose_device,
     read_text,
     resumable,
+    seconds_between_saves,
 )
 from sere_sglang.calibration.result import State, layer_ids
 from sere_sglang.calibration.text import CalibrationText
@@ -132,7 +133,7 @@ def _run(
         told = {**about(job, text), "windows_done": done}
         call("save", path=str(job.partial.absolute()), about=told)
 
-    saved = time.monotonic()
+    next_save = time.monotonic() + SAVE_EVERY_S
     tokens = sum(map(len, text.windows[:done]))
     for window in text.windows[done:]:
         progress(tokens, text.num_tokens, "running all experts")
@@ -143,9 +144,11 @@ def _run(
         if stop():
             save()
             raise Interrupted
-        if time.monotonic() - saved > SAVE_EVERY_S:
+        start = time.monotonic()
+        if start > next_save:
             save()
-            saved = time.monotonic()
+            now = time.monotonic()
+            next_save = now + seconds_between_saves(SAVE_EVERY_S, now - start)
     save()
     layers = layer_ids(load_partial(job.partial)[0])
     for n, layer in enumerate(layers):
