@@ -47,6 +47,11 @@ def profile(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) ->
         own.tables[layer] = {
             f"surrogate_{name}": torch.randn(*shape, generator=generator).bfloat16()
             for name, shape in shapes.items()
+        } | {
+            "surrogate_ranks": torch.tensor([2]),
+            "surrogate_explained": torch.full((4, EXPERTS), 0.5),
+            "expert_energy": torch.ones(EXPERTS),
+            "expert_bytes": torch.full((EXPERTS,), 1000),
         }
     save_profile(own, path)
     return path
