@@ -25,7 +25,13 @@ import numpy as np
 
 from benchmarks._common import RESULTS_DIR, hardware_slug, write_result
 from benchmarks.serving import quality
-from benchmarks.serving.experiment import heldout_prompts, interval
+from benchmarks.serving.experiment import (
+    ADAPTIVE,
+    AUTO,
+    heldout_prompts,
+    interval,
+    static_settings,
+)
 from benchmarks.serving.padded_model import write_padded_model
 from benchmarks.serving.server import IMPORTS_CHECKOUT, Server, serve
 from sere_sglang.profile import load_profile
@@ -39,13 +45,13 @@ WIDTH = 2048
 MODEL = ROOT / "demo_model"
 CLIENTS, TOKENS = 48, 20
 QUALITY_LEVELS = (1, 8, 24, 48)
-STATIC = {"enabled": True, "policy": "static", "threshold": 0.0, "min_batch": 1}
 POLICIES: dict[str, dict[str, Any]] = {
     "off": {"enabled": False},
-    "static S=1": STATIC | {"primary_k": 1},
-    "static S=2": STATIC | {"primary_k": 2},
-    "static S=3": STATIC | {"primary_k": 3},
-    "adaptive": {"enabled": True, "policy": "adaptive", "min_batch": 3},
+    "static S=1": static_settings(1),
+    "static S=2": static_settings(2),
+    "piggyback k0=2": static_settings(2) | {"rule": "piggyback"},
+    "adaptive": ADAPTIVE.settings or {},
+    "auto": AUTO.settings or {},
 }
 
 
@@ -100,7 +106,7 @@ def main() -> None:
     from benchmarks.serving.adaptive_plot import draw
 
     picture = Path(os.environ.get("OUT") or RESULTS_DIR / hardware_slug()) / "adaptive.png"
-    draw({name: measured.steps for name, measured in found.items()}, rows, picture)
+    draw({name: measured.steps for name, measured in found.items()}, rows, expected, picture)
     print(f"wrote {path} and {picture}")
 
 

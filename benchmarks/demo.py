@@ -22,6 +22,7 @@ from benchmarks._common import hardware_info
 from benchmarks.serving import quality
 from benchmarks.serving.experiment import (
     ADAPTIVE,
+    AUTO,
     OFF,
     PLAIN,
     Routing,
@@ -79,7 +80,7 @@ def main() -> None:
     floor = FloorModel.of(config, hardware_info())
     expectation = expect(statistics_of(load_profile(profile)))
     console.print(floor.told(expectation, args.streams), highlight=False)
-    routings = [PLAIN, OFF, *(static(s) for s in sorted(args.primary_k)), ADAPTIVE]
+    routings = [PLAIN, OFF, *(static(s) for s in sorted(args.primary_k)), ADAPTIVE, AUTO]
     texts = heldout_prompts(args.model)
     rows: list[Row] = []
     samples: dict[Routing, str] = {}
@@ -92,7 +93,7 @@ def main() -> None:
             sys.exit(130)
     _print_table(rows, len(routings))
     if samples:
-        for routing in (PLAIN, ADAPTIVE):
+        for routing in (PLAIN, ADAPTIVE, AUTO):
             console.print(f"[bold]{routing.name}[/] continues {texts[0]['prompt'][-60:]!r} with")
             console.print(f"  {samples[routing]!r}\n", markup=False)
     _write(args.out, rows)
@@ -215,14 +216,14 @@ def _print_table(rows: list[Row], per_level: int) -> None:
         )
     console.print(table)
     shares = {row.streams: row.moe_share for row in rows}
-    shares = {row.streams: row.moe_share for row in rows}
     told = ", ".join(f"{share:.0%} of a step at {n} streams" for n, share in shares.items())
     console.print(
         "SERE off routes exactly, on our CPU MoE runner: it is the baseline of re-routing. x off:\n"
         "median over interleaved rounds, and its interval. limit: what x off would be if the\n"
         f"MoE layers, {told},\n"
-        "as timed alone at start, shrank as their bytes and operations do. S=1, 2, 3: policy\n"
-        "static. adaptive: the default. KL (to plain) and perplexity: per token of held-out text.\n"
+        "as timed alone at start, shrank as their bytes and operations do. S=1, 2, 3: the\n"
+        "published method. adaptive: the default, and auto: the same with --sere-rule auto, both\n"
+        "at the default budget. KL (to plain) and perplexity: per token of held-out text.\n"
     )
 
 

@@ -11,14 +11,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from sere_sglang.schedule.expectation import Expectation
 from sere_sglang.schedule.trace import TraceStep
 
-TOP_K = 6  # of the demo model
-_SHOWN = ("off", "static S=1", "adaptive")
+_SHOWN = ("off", "static S=1", "adaptive", "auto")
 
 
-def draw(runs: dict[str, list[TraceStep]], rows: list[dict[str, Any]], path: Path) -> None:
-    """Left, over the last round: rows, S and step time. Right: each policy's speed and KL."""
+def draw(
+    runs: dict[str, list[TraceStep]],
+    rows: list[dict[str, Any]],
+    expected: Expectation,
+    path: Path,
+) -> None:
+    """Left, over the last round: rows, expected active experts and step time. Right: each policy's
+    speed and KL."""
     figure = plt.figure(figsize=(13, 6.5), layout="constrained")
     grid = figure.add_gridspec(3, 2, width_ratios=(1.6, 1))
     panels = [figure.add_subplot(grid[i, 0]) for i in range(3)]
@@ -31,11 +37,12 @@ def draw(runs: dict[str, list[TraceStep]], rows: list[dict[str, Any]], path: Pat
         step_ms = np.minimum(1000 * np.diff(time, append=time[-1]), 400)
         rows_of = [s.composition.num_tokens for s in decode]
         panels[0].plot(time, rows_of, lw=1, color=color, label=name)
-        kept = [s.point.mean_primary_k or TOP_K for s in decode]
-        panels[1].plot(time, kept, lw=1, color=color, drawstyle="steps-post")
+        active = [expected.effect(s.composition.num_tokens, s.point)[0] for s in decode]
+        active = [experts / expected.num_layers for experts in active]
+        panels[1].plot(time, active, lw=1, color=color, drawstyle="steps-post")
         panels[2].plot(time, _smooth(step_ms), lw=1, color=color)
     for panel, label in zip(
-        panels, ("rows per step", f"S ({TOP_K}: exact)", "step, ms"), strict=True
+        panels, ("rows per step", "experts per layer", "step, ms"), strict=True
     ):
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
@@ -43,7 +50,7 @@ def draw(runs: dict[str, list[TraceStep]], rows: list[dict[str, Any]], path: Pat
     panels[-1].set_xlabel("seconds")
     right = figure.add_subplot(grid[:, 1])
     for row in rows:
-        adaptive = row["policy"] == "adaptive"
+        adaptive = row["policy"] in ("adaptive", "auto")
         low, high = row["ratio_interval"]
         right.errorbar(
             row["kl"], row["ratio"], [[row["ratio"] - low], [high - row["ratio"]]],

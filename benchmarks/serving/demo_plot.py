@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 if TYPE_CHECKING:
     from benchmarks.demo import Row
 
-_MARKERS = {"off": "o", "S=1": "v", "S=2": "s", "S=3": "D", "adaptive": "*"}
+_MARKERS = {"off": "o", "S=1": "v", "S=2": "s", "S=3": "D", "adaptive": "*", "auto": "P"}
+_SIZES = {"adaptive": 15, "auto": 11}
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -38,7 +39,7 @@ def _levels(rows: list[Row]) -> list[tuple[int, Any]]:
 def _speed_against_quality(panel: Any, rows: list[Row]) -> None:
     for level, color in _levels(rows):
         mine = sorted((row for row in rows if row.streams == level), key=lambda row: row.kl)
-        static = [row for row in mine if row.routing != "adaptive"]
+        static = [row for row in mine if row.routing not in _SIZES]
         panel.plot(
             [row.kl for row in static], [row.over_off for row in static], color=color, lw=1.2,
             label=f"{level} streams",
@@ -47,13 +48,13 @@ def _speed_against_quality(panel: Any, rows: list[Row]) -> None:
             low, high = row.over_off_interval
             panel.errorbar(
                 row.kl, row.over_off, [[row.over_off - low], [high - row.over_off]], color=color,
-                marker=_MARKERS.get(row.routing, "P"), ms=15 if row.routing == "adaptive" else 6,
-                mec="black" if row.routing == "adaptive" else color, capsize=2, lw=1,
-                zorder=3 if row.routing == "adaptive" else 2,
+                marker=_MARKERS.get(row.routing, "X"), ms=_SIZES.get(row.routing, 6),
+                mec="black" if row.routing in _SIZES else color, capsize=2, lw=1,
+                zorder=3 if row.routing in _SIZES else 2,
             )  # fmt: skip
     for routing in dict.fromkeys(row.routing for row in rows):
         name = "SERE off" if routing == "off" else routing
-        panel.plot([], [], _MARKERS.get(routing, "P"), color="grey", label=name)
+        panel.plot([], [], _MARKERS.get(routing, "X"), color="grey", label=name)
     panel.axhline(1.0, color="grey", lw=1, ls="--")
     panel.set(
         xlabel="KL to plain SGLang, nats per token (held-out text)",

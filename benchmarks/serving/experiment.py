@@ -35,7 +35,10 @@ class Routing:
 
 PLAIN = Routing("plain")
 OFF = Routing("off", {"enabled": False})
-ADAPTIVE = Routing("adaptive", {"enabled": True, "policy": "adaptive", "min_batch": 3})
+_ADAPTIVE = {"enabled": True, "policy": "adaptive", "min_batch": 3}
+ADAPTIVE = Routing("adaptive", _ADAPTIVE | {"rule": "similarity"})
+AUTO = Routing("auto", _ADAPTIVE | {"rule": "energy"})
+"""The adaptive policy at its default budget, under SERE's rule and under --sere-rule auto."""
 
 
 def static(primary_k: int) -> Routing:
@@ -46,7 +49,7 @@ def static(primary_k: int) -> Routing:
 def static_settings(primary_k: int) -> dict[str, Any]:
     """The live settings that make a server `static`."""
     settings = {"policy": "static", "primary_k": primary_k, "threshold": 0.0, "min_batch": 1}
-    return {"enabled": True, **settings}
+    return {"enabled": True, "rule": "similarity", **settings}
 
 
 @dataclass(frozen=True)
