@@ -111,7 +111,7 @@ def check_job(job: CalibrationJob) -> None:
     _check_out(job.out)
     if os.path.isdir(job.model):
         model = _read_model(job.model)
-        if job.spec.surrogates is not None:
+        if job.spec.surrogates is not None and model.hidden_size:
             shape = model.num_experts, model.hidden_size, len(model.layer_ids)
             evaluated_ranks(job.spec.surrogates, *shape)
 

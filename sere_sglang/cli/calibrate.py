@@ -63,7 +63,10 @@ def command(
     column: Annotated[str, typer.Option(help="Text column of .jsonl and .parquet.")] = "text",
     seed: Annotated[int, typer.Option(help="Chooses the sequences.")] = 0,
     memory: Annotated[
-        str, typer.Option(help="Bound on the experts' outputs at any time, for instance 512MiB.")
+        str,
+        typer.Option(
+            help="Bound on the experts' outputs, and the surrogates' sums, at any time; say 512MiB."
+        ),
     ] = "1GiB",
     cka_tokens: Annotated[
         int, typer.Option(min=128, help="Tokens for CKA; cost grows with the square.")
