@@ -51,6 +51,11 @@ class Binding:
     def layer_ids(self) -> list[int]:
         return [stage.layer_id for stage in self.stages]
 
+    @property
+    def squared_mass(self) -> list[float]:
+        """Of each layer, what losses are shares of; 1 where no rule can lose anything."""
+        return [1.0 if s.rules is None else s.rules.squared_mass for s in self.stages]
+
     def check_all_ran(self) -> None:
         """After a forward: a layer that never reached the seam would be served without SERE."""
         silent = [stage.layer_id for stage in self.stages if not stage.ran]

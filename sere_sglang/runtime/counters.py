@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ class Window:
     active_after: np.ndarray
     rerouted: np.ndarray
     critical: np.ndarray
-    loss: np.ndarray  # squared routing weight per row
+    loss: np.ndarray  # that was dropped, of the square of a row's routing weight
 
 
 class CounterReader:
@@ -38,8 +39,12 @@ class CounterReader:
     once it is done; nothing waits. A window without a re-routed forward is not reported.
     """
 
-    def __init__(self, counters: torch.Tensor, interval: int = 16) -> None:
+    def __init__(
+        self, counters: torch.Tensor, squared_mass: Sequence[float], interval: int = 16
+    ) -> None:
+        """squared_mass: of each layer (`RuleStage`)."""
         self._counters = counters
+        self._loss_unit = LOSS_UNIT / np.array(squared_mass)
         self._interval = interval
         self._since = 0
         self._asynchronous = counters.is_cuda
@@ -85,5 +90,5 @@ class CounterReader:
             active_after=mean[:, _AFTER],
             rerouted=mean[:, _REROUTED],
             critical=mean[:, _CRITICAL],
-            loss=mean[:, _LOSS] * LOSS_UNIT,
+            loss=mean[:, _LOSS] * self._loss_unit,
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from sere_sglang.runtime.counters import Window
 from sere_sglang.schedule.names import policy_names
-from sere_sglang.schedule.point import OperatingPoint
+from sere_sglang.schedule.point import RULES, OperatingPoint
 from sere_sglang.schedule.settings import Settings
 
 PREFIX = "sglang:sere_"
@@ -42,6 +42,10 @@ class SereMetrics:
         self._primary_k = gauge("primary_k", "S of the last decode step, mean of layers; 0: exact.")
         self._failed = gauge("failed", "1 when re-routing has stopped after an error of SERE's.")
         self._threshold = gauge("threshold", "rho of the last decode step.")
+        self._allowed = gauge(
+            "allowed_loss", "What rule energy might drop in the last decode step."
+        )
+        self._rule = gauge("rule", "1 for the rule in force; none when off.", "rule")
         self._budget = gauge("quality_budget", "Expected loss that the policy may spend.")
         self._policy = gauge("policy", "1 for the policy that decides; none when off.", "policy")
         self._target = gauge("tpot_slo_seconds", "Target of the slo policy; 0 without one.")
@@ -51,6 +55,11 @@ class SereMetrics:
         self._after = gauge("active_experts_after", "Mean experts executed.", "layer")
         self._rerouted = gauge("rerouted_slots", "Mean slots moved per forward.", "layer")
         self._critical = gauge("critical_slots", "Mean slots kept as critical.", "layer")
+        self._loss = gauge(
+            "loss",
+            "Mean of what rules beside similarity dropped, of a row's squared weight.",
+            "layer",
+        )
         self._forwards = Counter(
             PREFIX + "forwards_total",
             "Forwards of the target model.",
@@ -91,11 +100,15 @@ class SereMetrics:
         for name in policy_names():
             chosen = settings.enabled and name == settings.policy
             self._policy.labels(**self._labels, policy=name).set(chosen)
+        for name in RULES:
+            chosen = settings.enabled and name == settings.rule
+            self._rule.labels(**self._labels, rule=name).set(chosen)
         self._target.labels(**self._labels).set((settings.tpot_slo_ms or 0.0) / 1000)
 
     def set_point(self, point: OperatingPoint, budget: float, predicted_ms: float | None) -> None:
         self._primary_k.labels(**self._labels).set(point.mean_primary_k)
         self._threshold.labels(**self._labels).set(point.threshold if point.enabled else 0.0)
+        self._allowed.labels(**self._labels).set(point.mean_loss if point.enabled else 0.0)
         self._budget.labels(**self._labels).set(budget)
         if predicted_ms is not None:
             self._predicted.labels(**self._labels).set(predicted_ms / 1000)
@@ -107,4 +120,5 @@ class SereMetrics:
             self._after.labels(**labels).set(window.active_after[i])
             self._rerouted.labels(**labels).set(window.rerouted[i])
             self._critical.labels(**labels).set(window.critical[i])
+            self._loss.labels(**labels).set(window.loss[i])
             self._active.labels(**self._labels).observe(window.active_after[i])

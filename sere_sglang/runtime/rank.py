@@ -90,7 +90,7 @@ class SereRuntime:
         except SereError as error:
             raise SereError(f"--sere-rule {self.settings.rule}: {error}") from None
         self.context = PolicyContext(expect(statistics_of(profile)), cost)
-        self._reader = CounterReader(binding.counters)
+        self._reader = CounterReader(binding.counters, binding.squared_mass)
         self._take_policy(make_policy(self.settings.policy, self.context))
         logger.info(
             "SERE on: %d MoE layers, %s kernel, rule %s, policy %s, S=%d, rho=%g, profile %s, %s",

@@ -74,8 +74,8 @@ def _counters(active: SereRuntime) -> dict[str, dict[str, float]]:
     """By layer; loss in shares of the square of a row's routing weight, summed over forwards."""
     assert active.binding is not None
     shown: dict[str, dict[str, float]] = {}
-    for stage, row in zip(active.binding.stages, active.binding.counters.tolist(), strict=True):
-        unit = LOSS_UNIT / stage.rules.squared_mass if stage.rules is not None else 0.0
+    rows, masses = active.binding.counters.tolist(), active.binding.squared_mass
+    for layer, row, mass in zip(active.binding.layer_ids, rows, masses, strict=True):
         own: dict[str, float] = dict(zip(FIELDS, row, strict=True))
-        shown[str(stage.layer_id)] = own | {"loss": own["loss"] * unit}
+        shown[str(layer)] = own | {"loss": own["loss"] * LOSS_UNIT / mass}
     return shown

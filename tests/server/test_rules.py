@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,8 +65,8 @@ def server(
 ) -> Iterator[Server]:
     flags = ("--sere-rule=energy", "--sere-policy=static", "--sere-quality-budget=0.5")
     log = tmp_path_factory.mktemp("logs") / "rules.log"
-    given = ("--moe-backend=sere", f"--sere-profile={profile}", f"--sere-trace={trace}")
-    with serve(checkpoint("qwen3_moe"), log, *given, *flags) as server:
+    given = [f"--sere-profile={profile}", f"--sere-trace={trace}", "--enable-metrics"]
+    with serve(checkpoint("qwen3_moe"), log, "--moe-backend=sere", *given, *flags) as server:
         yield server
 
 
@@ -116,6 +118,30 @@ def test_fast_requests_are_rerouted_harder(server: Server, rule: str) -> None:
         rows = list(server.sere()["counters"].values())
         active.append(sum(r["active_after"] / r["forwards"] for r in rows))
     assert active[0] > active[1] > active[2]
+
+
+def test_metrics_say_what_is_dropped(server: Server) -> None:
+    server.set_sere(**STATIC | {"rule": "energy", "quality_budget": 0.3})
+    server.generate(PROMPTS, 40)
+    with urllib.request.urlopen(server.url + "/metrics") as answer:
+        text = answer.read().decode()
+    values = {
+        name: float(value)
+        for name, value in re.findall(r"^sglang:sere_(\w+\{.*\}) (\S+)$", text, re.MULTILINE)
+    }
+
+    def only(name: str, **labels: object) -> float:
+        (found,) = (
+            value
+            for key, value in values.items()
+            if key.startswith(name + "{") and all(f'{k}="{v}"' in key for k, v in labels.items())
+        )
+        return found
+
+    assert only("allowed_loss") == pytest.approx(0.3)
+    assert only("rule", rule="energy") == 1 and only("rule", rule="similarity") == 0
+    for layer in range(LAYERS):
+        assert 0 < only("loss", layer=layer) <= 0.3
 
 
 def test_adaptive_spends_no_more_than_the_budget(server: Server, trace: Path) -> None:
