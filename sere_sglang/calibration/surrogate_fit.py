@@ -27,7 +27,7 @@ RANKS = (4, 8, 16, 32, 64)
 RIDGES = (0.003, 0.02, 0.07, 0.25, 1.0, 5.0)
 """Ridges that are tried, in units of the median variance of the inputs' channels, per token."""
 
-WORTH = 4.0
+WORTH = 3.0
 """See `worthwhile_rank`."""
 
 _LEAST_TOKENS = 16  # of an expert, to fit on and held out; below, nothing is known of it
@@ -62,9 +62,9 @@ def worthwhile_rank(explained: Sequence[float], ranks: Sequence[int], rank_share
     step that explains d more of a lost expert's energy with a share s of an expert's bytes is worth
     it while d / s is at least `WORTH` times 1 - x, what loading an expert whole gains over its
     surrogate (x explained) per expert's bytes. `WORTH` is above 1 because the next expert to be
-    loaded is the heaviest of the lost ones: 2 to 2.5 times their mean energy on the demo model,
-    where the KL falls by 3 to 4 times as much as the mean would make it (benchmarks.quality). The
-    first step that is not worth it ends the search.
+    loaded is the heaviest of the lost ones: on the demo model it has 2 to 2.5 times their mean
+    energy, and loading it takes 3 times as much off the KL as one of the lost ones has in the mean.
+    The first step that is not worth it ends the search.
 
     Args:
         explained: held-out share of the energy by the mean, then by each of `ranks`.
