@@ -46,34 +46,40 @@ RULE_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_inputs(tokens: int, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids int32 ``[T, K]`` of a skewed router, best first, and a similarity matrix ``[E, E]``."""
+def make_inputs(
+    tokens: int, experts: int, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids int32 and weights float32 ``[T, K]`` of a skewed router, best first, and a similarity
+    matrix ``[E, E]``."""
     generator = torch.Generator().manual_seed(tokens * experts)
     popular = torch.randn(experts, generator=generator)
     scores = popular + torch.randn(tokens, experts, generator=generator)
     similarity = torch.rand(experts, experts, generator=generator)
     similarity = (similarity + similarity.T) / 2
     similarity.fill_diagonal_(1.0)
-    return scores.topk(top_k).indices.to(torch.int32), similarity
+    weights, ids = scores.softmax(dim=1).topk(top_k)
+    return ids.to(torch.int32), weights, similarity
 
 
 def measure(tokens: int, experts: int, top_k: int, budget_s: float) -> dict[str, float]:
-    ids, similarity = make_inputs(tokens, experts, top_k)
+    ids, weights, similarity = make_inputs(tokens, experts, top_k)
     table = LayerTable.build(similarity)
     control = encode_control(enabled=True, num_valid=-1, classes=[(PRIMARY_K, THRESHOLD)])
-    work = torch.empty_like(ids)
+    work, work_weights = torch.empty_like(ids), torch.empty_like(weights)
+    operands = (work, work_weights, table, control)
 
     def in_place(function: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
-            work.copy_(ids)  # its cost, about a microsecond, is in every figure
+            work.copy_(ids)  # their cost, about two microseconds, is in every figure
+            work_weights.copy_(weights)
             function()
 
         return run
 
     functions = {
-        "us": in_place(lambda: reroute_(work, None, table, control, impl="cpu")),
-        "us_native": in_place(lambda: cpu.reroute_(work, None, table, control, None, None)),
-        "us_torch": in_place(lambda: reference.reroute_(work, None, table, control, None, None)),
+        "us": in_place(lambda: reroute_(*operands, impl="cpu")),
+        "us_native": in_place(lambda: cpu.reroute_(*operands, None, None, True)),
+        "us_torch": in_place(lambda: reference.reroute_(*operands, None, None, True)),
         "us_published": lambda: work.copy_(
             published_sequence.run_torch(ids, similarity, PRIMARY_K, THRESHOLD)
         ),
@@ -82,8 +88,10 @@ def measure(tokens: int, experts: int, top_k: int, budget_s: float) -> dict[str,
     for function in functions.values():
         function()
         results.append(work.clone())
-    for other in results[1:]:
+    for other in results[1:3]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+    in_place(lambda: reroute_(*operands, distinct=False, impl="cpu"))()
+    torch.testing.assert_close(results[3], work, rtol=0, atol=0)  # published: as rows come
 
     row: dict[str, float] = {"T": tokens, "E": experts, "K": top_k}
     row |= {
@@ -103,7 +111,7 @@ def measure_rules(budget_s: float) -> list[dict[str, Any]]:
     scores = (popular + torch.randn(tokens, experts, generator=generator)).softmax(dim=1)
     weights, ids = scores.topk(top_k)
     weights = weights / weights.sum(dim=1, keepdim=True)
-    similarity = make_inputs(tokens, experts, top_k)[1]
+    similarity = make_inputs(tokens, experts, top_k)[2]
     rows = []
     print(f"\n{'rule':24}{'active':>8}{'us':>10}{'us_native':>10}{'us_torch':>10}")
     for name, (rule, options) in RULE_OPTIONS.items():

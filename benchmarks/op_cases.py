@@ -43,7 +43,8 @@ class OpCase:
         self.control_off = encode_control(enabled=False, num_valid=-1, classes=classes).to(device)
         self.counters = new_counters(calls, device)
         self.results: dict[int, torch.Tensor] = {}  # ids [T, K] of calls that return them
-        self._expected = self._reroute_by_reference(similarity)
+        self._expected = self._reroute_by_reference(similarity, distinct=True)
+        self._published = self._reroute_by_reference(similarity, distinct=False)
 
     def __str__(self) -> str:
         return f"T={self.tokens} E={self.experts} K={self.top_k}"
@@ -59,13 +60,14 @@ class OpCase:
         if name == "empty":
             return
         got = self.results.pop(0, self.ids[0])
-        want = self._ids[0].cpu() if name == "topk_only" else self._expected
+        wanted = {"topk_only": self._ids[0].cpu(), "published": self._published}
+        want = wanted.get(name, self._expected)
         if not torch.equal(got.cpu(), want):
             wrong = int((got.cpu() != want).sum())
             raise AssertionError(f"{wrong} of {want.numel()} ids differ from the reference")
 
-    def _reroute_by_reference(self, similarity: torch.Tensor) -> torch.Tensor:
-        ids = self._ids[0].cpu().clone()
-        table = LayerTable(similarity)
-        reference.reroute_(ids, None, table, self.control.cpu(), None, None)
+    def _reroute_by_reference(self, similarity: torch.Tensor, distinct: bool) -> torch.Tensor:
+        ids, weights = self._ids[0].cpu().clone(), self._weights[0].cpu().clone()
+        control = self.control.cpu()
+        reference.reroute_(ids, weights, LayerTable(similarity), control, None, None, distinct)
         return ids

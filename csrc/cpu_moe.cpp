@@ -1,5 +1,5 @@
 // CPU fused MoE of one layer: out[t] = sum over slots of weight * down(act(gate(x)) * up(x)).
-// Loops over active experts only; an expert may fill several slots of a row, negative ids none.
+// Loops over active experts only; negative ids and slots of weight 0 are none.
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>

@@ -15,7 +15,8 @@ struct Panel {
   int32_t count;
 };
 
-// Only experts that have rows. A row's place within its expert follows from its token and slot.
+// Only experts that have rows; a slot of weight 0, as re-routing leaves one where slots met, is none.
+// A row's place within its expert follows from its token and slot.
 struct Routing {
   struct Expert {
     int32_t id;
@@ -32,9 +33,11 @@ struct Routing {
     std::vector<int32_t>& next = positions_;
     next.assign(p.experts + 1, 0);
     const int32_t* ids = p.ids + first_token * p.top_k;
+    const float* weights = p.weights + first_token * p.top_k;
     const int64_t num_slots = num_tokens * p.top_k;
+    const auto counts = [&](int64_t s) { return is_expert(p, ids[s]) && weights[s] != 0.0f; };
     for (int64_t s = 0; s < num_slots; ++s) {
-      if (is_expert(p, ids[s])) ++next[ids[s] + 1];
+      if (counts(s)) ++next[ids[s] + 1];
     }
     active.clear();
     panels.clear();
@@ -46,10 +49,10 @@ struct Routing {
     token.resize(next[p.experts]);
     weight.resize(next[p.experts]);
     for (int64_t s = 0; s < num_slots; ++s) {
-      if (!is_expert(p, ids[s])) continue;
+      if (!counts(s)) continue;
       const int32_t position = next[ids[s]]++;
       token[position] = int32_t(first_token + s / p.top_k);
-      weight[position] = p.weights[first_token * p.top_k + s];
+      weight[position] = weights[s];
     }
   }
 

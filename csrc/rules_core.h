@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "reroute_core.h"
+#include "reroute_distinct.h"
 
 namespace sere {
 
@@ -58,17 +58,21 @@ inline float ratio(float above, float below, float otherwise) {
 struct ExpertSet {
   uint8_t has[kMaxExperts];
   int32_t ids[kMaxExperts];
+  uint32_t words[kExpertWords];
   int count = 0;
 
   explicit ExpertSet(int experts) { std::memset(has, 0, experts); }
 
   void list(int experts) {
     count = 0;
+    std::memset(words, 0, sizeof(words));
     for (int e = 0; e < experts; ++e) {
       ids[count] = e;
       count += has[e];
+      words[e >> 5] |= uint32_t(has[e]) << (e & 31);
     }
   }
+  ExpertBits bits() const { return {words, kExpertWords}; }
 };
 
 // One row while it gets its new experts.
@@ -194,34 +198,6 @@ inline void scale(NewRow& row, int top_k, float mass, float exponent, bool lossl
   float factor = ratio(mass, row.sum(top_k), 1.0f);
   if (exponent != 1.0f) factor = std::pow(std::max(factor, 0.0f), exponent);
   for (int k = 0; k < top_k; ++k) row.weights[k] *= factor;
-}
-
-// Freed slots hold unused members of A, lowest first, then the row's own experts; weight 0.
-inline void make_distinct(const RuleProblem& p, const ExpertSet& a, const int32_t* own,
-                          uint32_t live, NewRow& row) {
-  const uint32_t freed = live & ~row.taken;
-  uint32_t surplus = 0;
-  int next = 0;
-  for (int k = 0; k < p.top_k; ++k) {
-    if (!(freed >> k & 1)) continue;
-    while (next < a.count && row.holds(a.ids[next], p.top_k)) ++next;
-    if (next < a.count) {
-      row.put(k, a.ids[next++], 0.0f);
-    } else {
-      surplus |= 1u << k;
-    }
-  }
-  if (surplus == 0) return;
-  // The row holds all of A: an own expert in A is there already.
-  for (int k = 0; k < p.top_k; ++k) {
-    if (surplus >> k & 1 && !a.has[own[k]]) row.put(k, own[k], 0.0f);
-  }
-  int donor = 0;
-  for (int k = 0; k < p.top_k; ++k) {
-    if (!(surplus >> k & 1) || !a.has[own[k]]) continue;
-    while (!(live >> donor & 1) || a.has[own[donor]] || surplus >> donor & 1) ++donor;
-    row.put(k, own[donor++], 0.0f);
-  }
 }
 
 }  // namespace sere

@@ -70,16 +70,9 @@ void fill_row(const RuleProblem& p, const ExpertSet& a, const StandIns& stand_in
   };
   if (p.rule == Rule::kSimilarity) {
     for (int k = 0; k < top_k; ++k) {
-      if (!(live >> k & 1)) continue;
-      const int32_t stand_in = a.has[own[k]] ? own[k] : stand_ins.ids[own[k]];
-      int met = 0;
-      while (met < k && !(row.taken >> met & 1 && row.ids[met] == stand_in)) ++met;
-      if (met < k) {
-        row.weights[met] += weights[k];
-      } else {
-        row.put(k, stand_in, weights[k]);
-      }
+      if (live >> k & 1) row.put(k, a.has[own[k]] ? own[k] : stand_ins.ids[own[k]], weights[k]);
     }
+    row.taken = merge_slots(top_k, live, row.ids, row.weights);
   } else if (p.rule == Rule::kTopk || p.rule == Rule::kEnergy || p.truncate) {
     const bool topk = p.rule == Rule::kTopk, energy = p.rule == Rule::kEnergy;
     const uint32_t kept = topk ? primary_slots(weights, top_k, p.sure_slots(at)) & live : own_in;
@@ -102,7 +95,7 @@ void fill_row(const RuleProblem& p, const ExpertSet& a, const StandIns& stand_in
     const float factor = ratio(mass, row.sum(top_k), 0.0f);
     for (int k = 0; k < top_k; ++k) row.weights[k] *= factor;
   }
-  make_distinct(p, a, own, live, row);
+  fill_free_slots(a.bits(), top_k, live, row.taken, own, row.ids, row.weights);
   for (int k = 0; k < top_k; ++k) {
     if (!(live >> k & 1)) continue;
     p.new_ids[int64_t(at) * top_k + k] = row.ids[k];

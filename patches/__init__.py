@@ -170,9 +170,10 @@ PATCHES = (
     ),
     Patch(
         "cpu_moe",
-        "SGLang's MoE without AMX breaks on a row that holds one expert twice; ours replaces it "
-        "while SERE is on, and its weights move to large pages once they are loaded.",
-        "it takes such rows, and reads each active expert's weights once",
+        "SGLang's MoE without AMX loads experts for slots of weight 0, which re-routing leaves "
+        "where slots met; ours replaces it while SERE is on, and its weights move to large pages "
+        "once they are loaded.",
+        "it skips such slots, and reads each active expert's weights once",
         hooks=(
             f"{_RUNNER}.load_model",
             "sglang.srt.layers.moe.fused_moe_native.moe_forward_native",

@@ -1,7 +1,8 @@
 """Seam: ``moe_forward_native``, SGLang's MoE on its CPU engine without AMX, and ``load_model``.
 
-The first counts tokens per expert with ``scatter_``, so a row that holds one expert twice, which
-re-routing produces, breaks it. Ours stands in for it while SERE is on. After the second, the
+The first loads the experts of slots of weight 0 too, which re-routing leaves where slots met, and
+reads weights less well than ours, which stands in for it while SERE is on. Should ours fail, it
+takes over: re-routed rows are distinct and give the same sums there. After the second, the
 experts' weights are moved to large pages.
 """
 
@@ -32,7 +33,6 @@ def install() -> None:
         HookType.AROUND,
         needs=["layer", "x", "topk_output", "moe_runner_config"],
         runs="until it fails",
-        otherwise=_run_sglangs,
     )
 
 
@@ -64,38 +64,3 @@ def _run(
         w13_bias=getattr(layer, "w13_weight_bias", None),
         w2_bias=getattr(layer, "w2_weight_bias", None),
     )
-
-
-def _run_sglangs(
-    original: Callable[..., torch.Tensor],
-    layer: Any,
-    x: torch.Tensor,
-    topk_output: Any,
-    moe_runner_config: Any,
-) -> torch.Tensor:
-    """In the step in which ours failed, which may be a re-routed one."""
-    ids, weights = distinct(
-        topk_output.topk_ids, topk_output.topk_weights, layer.w2_weight.shape[0]
-    )
-    output = topk_output._replace(topk_ids=ids, topk_weights=weights)
-    return original(layer, x, output, moe_runner_config)
-
-
-def distinct(
-    ids: torch.Tensor, weights: torch.Tensor, num_experts: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same sums with no expert twice in a row: `ids`, `weights` [T, K].
-
-    The first slot of an expert takes the weights of the others, which get experts that the row
-    does not use, with weight 0.
-    """
-    ids, weights = ids.clone(), weights.clone()
-    for own, weight in zip(ids, weights, strict=True):
-        first: dict[int, int] = {}
-        free = iter(sorted(set(range(num_experts)) - set(own.tolist())))
-        for slot, expert in enumerate(own.tolist()):
-            if expert >= 0 and first.setdefault(expert, slot) != slot:
-                weight[first[expert]] += weight[slot]
-                weight[slot] = 0
-                own[slot] = next(free)
-    return ids, weights

@@ -1,7 +1,7 @@
 """The CPU MoE runner: one layer's experts over plain tensors. Needs no SGLang.
 
-Its time follows the number of active experts, and an expert may appear twice in a row, as
-re-routing makes it.
+Its time follows the number of active experts. A slot of weight 0, as re-routing leaves one where
+slots met, costs nothing and loads no expert.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def fused_moe(
         w2: same dtype ``[E, H, I]``.
         topk_ids: int32 or int64 ``[T, K]``; a negative id is an empty slot; an expert may fill
             several slots of a row.
-        topk_weights: ``[T, K]``, applied in float32.
+        topk_weights: ``[T, K]``, applied in float32; a slot of weight 0 is empty too.
         activation: ``silu`` or ``gelu`` (tanh form).
         w13_bias, w2_bias: ``[E, 2I]``, ``[E, H]`` or None.
         impl: ``native`` is compiled, ``torch`` is one matmul pair per active expert, ``auto``
@@ -179,7 +179,7 @@ def _fused_moe_torch(
 ) -> torch.Tensor:
     """One pair of matmuls per active expert, over its gathered rows."""
     out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    flat = ids.flatten()
+    flat = ids.where(weights != 0, -1).flatten()
     order = flat.argsort(stable=True)
     experts, counts = flat[order].unique_consecutive(return_counts=True)
     tokens = order // max(1, ids.shape[1])

@@ -9,7 +9,9 @@ COUNTER_FIELDS = ("forwards", "rows", "active_before", "active_after", "rerouted
 
 forwards: enabled forwards that had at least one valid row
 rows: valid rows in them
-active_before, active_after: distinct experts of the valid rows, before and after re-routing
+active_before, active_after: distinct experts of the valid rows, before re-routing and after it:
+    P and the critical ones, A. Where A has fewer than K members a row's surplus slots, of weight 0,
+    name others, which are not counted (docs/semantics.md, rule 8)
 rerouted: slots that moved to another expert
 critical: secondary slots outside P that stayed, because nothing in P reached the threshold
 """

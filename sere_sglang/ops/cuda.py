@@ -60,7 +60,9 @@ def build() -> None:
     ids = torch.zeros(1, 2, dtype=torch.int32, device=device)
     switched_off = torch.zeros(CONTROL_WORDS, dtype=torch.int32, device=device)
     try:
-        reroute_(ids, None, LayerTable(torch.eye(2, device=device)), switched_off, None, None)
+        reroute_(
+            ids, None, LayerTable(torch.eye(2, device=device)), switched_off, None, None, False
+        )
     except RuntimeError as error:
         raise BuildError(f"reroute was built but does not launch: {error}") from error
 
@@ -72,12 +74,13 @@ def reroute_(
     control: torch.Tensor,
     row_class: torch.Tensor | None,
     counters: torch.Tensor | None,
+    distinct: bool,
 ) -> None:
     """See `sere_sglang.ops.reroute_`; arguments are validated there."""
     is_recent = has_clusters(topk_ids.device)
     plan = plan_reroute(topk_ids.shape[0], topk_ids.shape[1], is_recent)
     load_function("reroute")(
-        *operands(topk_weights, topk_ids, table, control, row_class, counters),
+        *operands(topk_weights, topk_ids, table, control, row_class, counters, distinct),
         *launch_operands(plan, topk_ids.device, is_recent),
     )
 
@@ -89,6 +92,7 @@ def operands(
     control: torch.Tensor,
     row_class: torch.Tensor | None,
     counters: torch.Tensor | None,
+    distinct: bool,
 ) -> tuple[Any, ...]:
     """The tensors of a native function, in its order."""
     tables = (table.similarity, table.neighbors, table.scale)

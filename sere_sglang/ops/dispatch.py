@@ -7,7 +7,7 @@ An implementation is a module with three functions:
     not. A reason is no failure: ``auto`` goes on to the next one.
 ``build() -> None``
     Compile and load; does nothing the second time. Raises `BuildError`.
-``reroute_(topk_ids, topk_weights, table, control, row_class, counters) -> None``
+``reroute_(topk_ids, topk_weights, table, control, row_class, counters, distinct) -> None``
     Called after ``build()``, with arguments that `sere_sglang.ops.reroute_` has checked and T and K
     of at least 1. ``topk_ids`` and ``topk_weights`` have unit stride within a row, but rows may lie
     further apart than K (a view in front of fused shared-expert columns). Must run on the current
@@ -52,6 +52,7 @@ class Implementation(Protocol):
         control: torch.Tensor,
         row_class: torch.Tensor | None,
         counters: torch.Tensor | None,
+        distinct: bool,
     ) -> None: ...
 
 

@@ -34,6 +34,7 @@ def fused_topk_reroute(
     *,
     row_class: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
+    distinct: bool = True,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose each token's experts by softmax of its logits, then re-route as `reroute_` does.
@@ -47,6 +48,7 @@ def fused_topk_reroute(
         control: int32 ``[16]`` (`encode_control`), on the same device.
         row_class: uint8 ``[>= T]`` or None (every row is of class 0).
         counters: int64 ``[6]`` to add to (`COUNTER_FIELDS`), or None.
+        distinct: rows hold no expert twice, as `reroute_` says.
         impl: ``cuda``, ``torch``, or ``auto``: cuda where `select_impl` names it.
 
     Returns:
@@ -65,6 +67,7 @@ def fused_topk_reroute(
         control,
         row_class,
         counters,
+        distinct,
         impl,
     )
     return weights, ids
@@ -94,7 +97,7 @@ def build() -> None:
     table = LayerTable(torch.eye(2, device=device))
     weights, ids = _outputs(logits, 1)
     try:
-        _launch(logits, True, weights, ids, table, switched_off, None, None)
+        _launch(logits, True, weights, ids, table, switched_off, None, None, True)
     except RuntimeError as error:
         raise BuildError(f"fused was built but does not launch: {error}") from error
 
@@ -108,10 +111,11 @@ def _launch(
     control: torch.Tensor,
     row_class: torch.Tensor | None,
     counters: torch.Tensor | None,
+    distinct: bool,
 ) -> None:
     has_clusters = cuda.has_clusters(ids.device)
     plan = plan_fused(ids.shape[0], table.num_experts, has_clusters)
-    operands = cuda.operands(weights, ids, table, control, row_class, counters)
+    operands = cuda.operands(weights, ids, table, control, row_class, counters, distinct)
     launch = cuda.launch_operands(plan, ids.device, has_clusters)
     cuda.load_function("fused")(router_logits, renormalize, *operands, *launch)
 
@@ -159,6 +163,7 @@ def _op(
     control: torch.Tensor,
     row_class: torch.Tensor | None,
     counters: torch.Tensor | None,
+    distinct: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     table = LayerTable(similarity, neighbors, scale)
@@ -169,11 +174,22 @@ def _op(
     if ids.numel() == 0:
         return weights, ids
     if on_cuda:
-        _launch(router_logits, renormalize, weights, ids, table, control, row_class, counters)
+        _launch(
+            router_logits, renormalize, weights, ids, table, control, row_class, counters, distinct
+        )
         return weights, ids
     weights, ids = softmax_topk(router_logits, top_k, renormalize)
     name = "torch" if impl == "torch" else "auto"
-    reroute_(ids, weights, table, control, row_class=row_class, counters=counters, impl=name)
+    reroute_(
+        ids,
+        weights,
+        table,
+        control,
+        row_class=row_class,
+        counters=counters,
+        distinct=distinct,
+        impl=name,
+    )
     return weights, ids
 
 
@@ -187,6 +203,7 @@ def _op_fake(
     control: torch.Tensor,
     row_class: torch.Tensor | None,
     counters: torch.Tensor | None,
+    distinct: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     table = LayerTable(similarity, neighbors, scale)
@@ -222,7 +239,7 @@ _library = torch.library.Library("sere", "FRAGMENT")
 _library.define(
     "fused_topk_reroute(Tensor router_logits, int top_k, bool renormalize, Tensor similarity, "
     "Tensor? neighbors, Tensor? scale, Tensor control, Tensor? row_class, "
-    "Tensor(a!)? counters, str impl) -> (Tensor, Tensor)"
+    "Tensor(a!)? counters, bool distinct, str impl) -> (Tensor, Tensor)"
 )
 _library.impl("fused_topk_reroute", _op, "CompositeExplicitAutograd")
 torch.library.register_fake("sere::fused_topk_reroute", _op_fake, lib=_library)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from sere_sglang.ops import control as ctl
+from sere_sglang.ops.distinct import fill_free_slots, lowest_members, merge_slots
 from sere_sglang.ops.table import LayerTable
 
 
@@ -28,6 +29,7 @@ def reroute_(
     control: torch.Tensor,
     row_class: torch.Tensor | None,
     counters: torch.Tensor | None,
+    distinct: bool,
 ) -> None:
     """See `sere_sglang.ops.reroute_`; arguments are validated there."""
     num_tokens, top_k = topk_ids.shape
@@ -51,18 +53,27 @@ def reroute_(
     moves = candidate & ~critical
     new_ids = torch.where(moves, best_id[ids_or_zero], ids)
 
-    if topk_weights is not None and table.scale is not None:
+    weights = topk_weights
+    if weights is not None and table.scale is not None:
         factor = table.scale[ids_or_zero, new_ids.where(moves, 0)]
-        topk_weights.copy_(torch.where(moves, topk_weights * factor, topk_weights))
+        weights = torch.where(moves, weights * factor, weights)
+    members = _expert_set(new_ids, valid_slot, table.num_experts)  # A
     if counters is not None:
         before = _expert_set(ids, valid_slot, table.num_experts).sum()
-        after = _expert_set(new_ids, valid_slot, table.num_experts).sum()
         rows = valid.sum()
-        step = torch.stack([(rows > 0).long(), rows, before, after, moves.sum(), critical.sum()])
-        counters.add_(step * active)
+        step = [(rows > 0).long(), rows, before, members.sum(), moves.sum(), critical.sum()]
+        counters.add_(torch.stack(step) * active)
+    if distinct and weights is not None:
+        changes = moves.any(dim=1, keepdim=True) & routed  # other rows stay exactly as they are
+        merged, taken = merge_slots(new_ids, weights, changes)
+        placed, merged = fill_free_slots(members, ids, changes, new_ids, merged, taken)
+        new_ids = placed.where(changes, new_ids)
+        weights = merged.where(changes, weights)
+    if topk_weights is not None and weights is not None and weights is not topk_weights:
+        topk_weights.copy_(weights)
 
     pads = ~valid & primary.any() & active
-    padding_ids = _padding_ids(new_ids, valid, primary)
+    padding_ids = _padding_ids(new_ids, valid, members if distinct else primary, distinct)
     topk_ids.copy_(torch.where(pads[:, None], padding_ids, new_ids))
 
 
@@ -114,9 +125,11 @@ def _best_primary(
     return among.gather(1, best_id[:, None]).squeeze(1), best_id
 
 
-def _padding_ids(ids: torch.Tensor, valid: torch.Tensor, primary: torch.Tensor) -> torch.Tensor:
-    """Ids ``[1, K]`` for padding rows: experts that are active anyway, and never -1."""
+def _padding_ids(
+    ids: torch.Tensor, valid: torch.Tensor, active: torch.Tensor, distinct: bool
+) -> torch.Tensor:
+    """Ids ``[1, K]`` for padding rows: experts that are `active` anyway, and never -1."""
     usable = valid & (ids >= 0).all(dim=1)
     first_usable = usable.to(torch.uint8).argmax().view(1)
-    lowest_primary = primary.to(torch.uint8).argmax()
-    return torch.where(usable.any(), ids.index_select(0, first_usable), lowest_primary)
+    lowest = lowest_members(active, ids.shape[1] if distinct else 1)
+    return torch.where(usable.any(), ids.index_select(0, first_usable), lowest)

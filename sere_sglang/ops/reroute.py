@@ -100,7 +100,15 @@ def reroute(
         enabled=enabled, num_valid=-1 if num_valid is None else num_valid, classes=classes
     )
     table = LayerTable(similarity.detach().to(torch.float32).contiguous())
-    reroute_(ids, topk_weights, table, control.to(ids.device), row_class=row_class, impl=impl)
+    reroute_(
+        ids,
+        topk_weights,
+        table,
+        control.to(ids.device),
+        row_class=row_class,
+        distinct=False,
+        impl=impl,
+    )
     return ids
 
 
@@ -112,24 +120,31 @@ def reroute_(
     *,
     row_class: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
+    distinct: bool = True,
     impl: str = "auto",
 ) -> None:
     """Re-route in place, at the operating point that `control` holds on the device.
 
     Args:
         topk_ids: int32 ``[T, K]``, mutated; unit stride within a row.
-        topk_weights: float32 ``[T, K]`` or None (slots already ranked); mutated only where
-            ``table.scale`` is given and a slot moves.
+        topk_weights: float32 ``[T, K]``, mutated; None only with ``distinct=False``, where the
+            slots are ranked already.
         table: from `LayerTable.build`, on the same device.
         control: int32 ``[16]`` (`encode_control`), on the same device.
         row_class: uint8 ``[>= T]`` or None (every row is of class 0); values beyond the block's
             classes are read as the last class.
         counters: int64 ``[6]`` to add to (`COUNTER_FIELDS`), or None.
+        distinct: slots of a row that meet on one expert become one, with the weight of all, and a
+            freed slot gets another active expert at weight 0 (docs/semantics.md, rule 8): the
+            layer computes the same sum, and no runner sees an expert twice in a row. Without, ids
+            are what rules 1 to 7 say, and weights change only by ``table.scale``.
         impl: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
 
     Raises:
         ValueError: arguments that do not fit, naming the argument.
     """
+    if distinct and topk_weights is None:
+        raise ValueError("topk_weights is missing: distinct rows need it; or say distinct=False")
     torch.ops.sere.reroute_.default(
         topk_ids,
         topk_weights,
@@ -139,6 +154,7 @@ def reroute_(
         control,
         row_class,
         counters,
+        distinct,
         impl,
     )
 
@@ -173,6 +189,7 @@ def _op(
     control: torch.Tensor,
     row_class: torch.Tensor | None,
     counters: torch.Tensor | None,
+    distinct: bool,
     impl: str,
 ) -> None:
     table = LayerTable(similarity, neighbors, scale)
@@ -181,7 +198,9 @@ def _op(
     name = select_impl(device_type) if impl == "auto" else impl
     implementation = load_impl(name, device_type)
     if topk_ids.numel() > 0:
-        implementation.reroute_(topk_ids, topk_weights, table, control, row_class, counters)
+        implementation.reroute_(
+            topk_ids, topk_weights, table, control, row_class, counters, distinct
+        )
 
 
 def _op_fake(
@@ -193,6 +212,7 @@ def _op_fake(
     control: torch.Tensor,
     row_class: torch.Tensor | None,
     counters: torch.Tensor | None,
+    distinct: bool,
     impl: str,
 ) -> None:
     table = LayerTable(similarity, neighbors, scale)
@@ -267,7 +287,7 @@ _library = torch.library.Library("sere", "FRAGMENT")
 _library.define(
     "reroute_(Tensor(a!) topk_ids, Tensor(b!)? topk_weights, Tensor similarity, "
     "Tensor? neighbors, Tensor? scale, Tensor control, Tensor? row_class, "
-    "Tensor(c!)? counters, str impl) -> ()"
+    "Tensor(c!)? counters, bool distinct, str impl) -> ()"
 )
 _library.impl("reroute_", _op, "CompositeExplicitAutograd")
 torch.library.register_fake("sere::reroute_", _op_fake, lib=_library)

@@ -8,6 +8,13 @@ from __future__ import annotations
 
 import torch
 
+from sere_sglang.ops.distinct import (
+    fill_free_slots,
+    in_row,
+    lowest_members,
+    merge_slots,
+    sum_slots,
+)
 from sere_sglang.ops.reference import _expert_set, _rank_slots
 from sere_sglang.ops.reroute import reroute
 from sere_sglang.ops.rules_call import FRACTION_BITS, LARGEST_TERM, Routed, RuleCall
@@ -51,7 +58,7 @@ class _Batch:
         self.speaks = (self.valid & ~fast)[:, None]  # rows that sums over rows are taken of
         sure = torch.full_like(rows, call.keep).where(~fast, call.fast_keep)
         self.sure = self.rank < sure[:, None]
-        self.mass = _sum(self.weights, self.routed_slot)
+        self.mass = sum_slots(self.weights, self.routed_slot)
 
     def routed(self) -> Routed:
         members = self._members()
@@ -59,7 +66,7 @@ class _Batch:
         changes = self.changes & some
         own_in = members[self.index] & self.routed_slot
         placed, weights, taken = self._place(members, own_in)
-        placed, weights = self._distinct(members, own_in, changes, placed, weights, taken)
+        placed, weights = fill_free_slots(members, self.ids, changes, placed, weights, taken)
         ids = placed.where(changes, self.ids)
         weights = weights.where(changes, self.weights)
 
@@ -155,7 +162,7 @@ class _Batch:
             return self._keep(own_in, exponent=1.0)
         nothing = torch.zeros_like(own_in)
         ids, scores, taken = self._next_best(members, nothing, self.routed_slot)
-        factor = _ratio(self.mass, _sum(scores, taken), otherwise=0.0)
+        factor = _ratio(self.mass, sum_slots(scores, taken), otherwise=0.0)
         return ids, scores * factor[:, None], taken
 
     def _moved(self) -> torch.Tensor:
@@ -175,9 +182,7 @@ class _Batch:
     def _meet(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Slots that met on one expert: all their weight in the lowest of them."""
         ids = self._moved()
-        same = (ids[:, :, None] == ids[:, None, :]) & self.routed_slot[:, None, :]
-        weights = _sum(self.weights[:, None, :].expand_as(same), same)
-        return ids, weights, ~same.tril(-1).any(dim=2) & self.routed_slot
+        return ids, *merge_slots(ids, self.weights, self.routed_slot)
 
     def _keep(
         self, kept: torch.Tensor, exponent: float
@@ -193,7 +198,7 @@ class _Batch:
             return self._keep(own_in, call.renormalize)
         assert call.scores is not None
         own_scores = call.scores.gather(1, self.index)
-        unit = _ratio(self.mass, _sum(own_scores, self.routed_slot), otherwise=0.0)
+        unit = _ratio(self.mass, sum_slots(own_scores, self.routed_slot), otherwise=0.0)
         ids, scores, filled = self._next_best(members, own_in, self.routed_slot & ~own_in)
         ids = self.ids.where(own_in, ids)
         weights = self.weights.where(own_in, scores * unit[:, None] * call.fill_weight)
@@ -206,7 +211,7 @@ class _Batch:
         """Times (original mass / new mass)^exponent, in rows that lost a slot."""
         if exponent == 0.0:
             return weights
-        ratio = _ratio(self.mass, _sum(weights, taken), otherwise=1.0)
+        ratio = _ratio(self.mass, sum_slots(weights, taken), otherwise=1.0)
         factor = ratio if exponent == 1.0 else ratio.clamp(min=0.0).pow(exponent)
         lossless = (own | ~self.routed_slot).all(dim=1)
         return weights * factor.where(~lossless, 1.0)[:, None]
@@ -220,49 +225,12 @@ class _Batch:
         """
         scores = self.call.scores
         assert scores is not None
-        wanted = members & ~self._in_row(self.ids, held)
+        wanted = members & ~in_row(self.ids, held, self.call.num_experts)
         value, order = scores.where(wanted, float("-inf")).sort(dim=1, descending=True, stable=True)
         nth = (slots.cumsum(dim=1) - 1).clamp(min=0)
         filled = slots & (nth < wanted.sum(dim=1, keepdim=True))
         nth = nth.clamp(max=self.call.num_experts - 1)
         return order.gather(1, nth), value.gather(1, nth).where(filled, 0.0), filled
-
-    # ---- rows stay distinct
-
-    def _distinct(
-        self,
-        members: torch.Tensor,
-        own_in: torch.Tensor,
-        changes: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        taken: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Freed slots hold unused members of A, lowest first, then own experts; weight 0."""
-        freed = changes & ~taken
-        unused = members & ~self._in_row(ids, taken)
-        nth = (freed.cumsum(dim=1) - 1).clamp(min=0)
-        fits = freed & (nth < unused.sum(dim=1, keepdim=True))
-        lowest = unused.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        filler = lowest.gather(1, nth.clamp(max=self.call.num_experts - 1))
-
-        # The row holds all of A: a surplus slot keeps its own expert, unless that is in A, and so
-        # in the row; then it takes one of the row's that another slot gave up.
-        surplus = freed & ~fits
-        takes = surplus & own_in
-        given_up = self.routed_slot & ~own_in & ~surplus
-        donors = given_up.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        donor = donors.gather(1, (takes.cumsum(dim=1) - 1).clamp(min=0))
-        own = self.ids.gather(1, donor).where(takes, self.ids)
-        rest = filler.where(fits, own)
-        return rest.where(freed, ids), weights.where(taken, 0.0)
-
-    def _in_row(self, ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """bool ``[T, E]``: what a row holds in `slots`."""
-        experts = self.call.num_experts
-        found = torch.zeros((ids.shape[0], experts + 1), dtype=torch.bool, device=ids.device)
-        found.scatter_(1, ids.where(slots, experts), True)
-        return found[:, :experts]
 
     def _padding(
         self, ids: torch.Tensor, weights: torch.Tensor, members: torch.Tensor
@@ -270,21 +238,10 @@ class _Batch:
         """Ids and weights ``[1, K]``: the first valid row without an empty slot, or A's lowest."""
         usable = self.valid & self.routed_slot.all(dim=1)
         first = usable.to(torch.uint8).argmax().view(1)
-        top_k = ids.shape[1]
-        slot = torch.arange(top_k, device=ids.device)
-        ascending = members.to(torch.uint8).argsort(descending=True, stable=True)
-        lowest = ascending[slot.where(slot < members.sum(), 0)]
+        lowest = lowest_members(members, ids.shape[1])
         some = usable.any()
         row_weights = weights.index_select(0, first).where(some, 0.0)
         return ids.index_select(0, first).where(some, lowest[None]), row_weights
-
-
-def _sum(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Over the last dimension, float32, one slot after the other as the C++ does."""
-    total = torch.zeros(values.shape[:-1], dtype=torch.float32, device=values.device)
-    for k in range(values.shape[-1]):
-        total = total + values[..., k].where(where[..., k], 0.0)
-    return total
 
 
 def _ratio(above: torch.Tensor, below: torch.Tensor, otherwise: float) -> torch.Tensor:

@@ -48,7 +48,7 @@ def build() -> None:
     ids = torch.zeros(1, 2, dtype=torch.int32, device=device)
     control = encode_control(enabled=True, num_valid=-1, classes=[(1, 0.0)]).to(device)
     try:
-        reroute_(ids, None, LayerTable(torch.eye(2, device=device)), control, None, None)
+        reroute_(ids, None, LayerTable(torch.eye(2, device=device)), control, None, None, False)
         torch.cuda.synchronize(device)
     except Exception as error:
         raise BuildError(f"Triton {triton.__version__} does not compile: {error}") from error
@@ -61,6 +61,7 @@ def reroute_(
     control: torch.Tensor,
     row_class: torch.Tensor | None,
     counters: torch.Tensor | None,
+    distinct: bool,
 ) -> None:
     """See `sere_sglang.ops.reroute_`; arguments are validated there."""
     num_rows, top_k = topk_ids.shape

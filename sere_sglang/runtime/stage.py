@@ -60,8 +60,10 @@ class RerouteStage:
         logits: torch.Tensor | None = None,
         topk_config: Any = None,
     ) -> None:
-        """Re-route topk_ids [T, K (+ fused shared slots)] in place; weights keep their values but
-        under another rule than ``similarity``. logits: [T, E] of the router `topk_config`."""
+        """Re-route topk_ids [T, K (+ fused shared slots)] in place, in rows of distinct experts.
+
+        topk_weights, alike, change with them. logits: [T, E] of the router `topk_config`.
+        """
         self.ran = True  # written, never read here: what torch.compile reads, it compiles again for
         if not self.switch.launch or topk_ids.shape[0] == 0:
             return
@@ -88,7 +90,7 @@ class RerouteStage:
         )
         if ids32 is not ids:
             ids.copy_(ids32)
-        if self.table.scale is not None and weights32 is not weights:
+        if weights32 is not weights:
             weights.copy_(weights32)
 
     def can_fuse(self, router_logits: torch.Tensor, top_k: int) -> bool:

@@ -16,7 +16,7 @@ SIZES = [(1, 60, 4), (5, 8, 8), (64, 128, 8), (33, 512, 10)]  # (T, E, K)
 @pytest.mark.parametrize(("primary_k", "threshold"), [(1, 0.0), (2, 0.3), (3, 0.9)])
 def test_equals_reroute(primary_k: int, threshold: float) -> None:
     for tokens, experts, top_k in SIZES:
-        ids, similarity = make_inputs(tokens, experts, top_k)
+        ids, _, similarity = make_inputs(tokens, experts, top_k)
         want = reroute(ids, similarity, primary_k=primary_k, threshold=threshold, impl="torch")
         assert torch.equal(
             published_sequence.run_torch(ids, similarity, primary_k, threshold), want

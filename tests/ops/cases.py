@@ -134,7 +134,8 @@ def random_spec(rng: random.Random, max_tokens: int = 512, max_experts: int = 51
     )
 
 
-def expected(case: Case) -> oracle.Outcome:
+def expected(case: Case, distinct: bool | None = None) -> oracle.Outcome:
+    """distinct: by default what `reroute_` does by default, wherever there are weights."""
     return oracle.reroute(
         case.ids.tolist(),
         None if case.weights is None else case.weights.tolist(),
@@ -144,13 +145,22 @@ def expected(case: Case) -> oracle.Outcome:
         classes=case.classes,
         row_class=None if case.row_class is None else case.row_class.tolist(),
         scale=None if case.scale is None else case.scale.tolist(),
+        distinct=case.weights is not None if distinct is None else distinct,
     )
 
 
 def check(case: Case, impl: str, device: str = "cpu") -> None:
-    """Run one implementation and compare ids, weights, counters and what must stay untouched."""
+    """Run one implementation and compare ids, weights, counters and what must stay untouched.
+
+    With distinct rows and without, where there are weights.
+    """
+    for distinct in (False,) if case.weights is None else (False, True):
+        _check(case, impl, device, distinct)
+
+
+def _check(case: Case, impl: str, device: str, distinct: bool) -> None:
     spec = case.spec
-    want = expected(case)
+    want = expected(case, distinct)
     wide_ids, ids = _with_extra_columns(case.ids, spec.extra_columns, device)
     wide_weights = weights = None
     if case.weights is not None:
@@ -168,6 +178,7 @@ def check(case: Case, impl: str, device: str = "cpu") -> None:
         control.to(device),
         row_class=None if case.row_class is None else case.row_class.to(device),
         counters=counters,
+        distinct=distinct,
         impl=impl,
     )
 

@@ -38,9 +38,10 @@ class Emulated:
         control: torch.Tensor,
         row_class: torch.Tensor | None,
         counters: torch.Tensor | None,
+        distinct: bool,
     ) -> None:
         library().reroute(
-            *cuda.operands(topk_weights, topk_ids, table, control, row_class, counters),
+            *cuda.operands(topk_weights, topk_ids, table, control, row_class, counters, distinct),
             *cuda.launch_operands(self.plan, topk_ids.device, False),
         )
 
@@ -54,13 +55,14 @@ def fused(
     control: torch.Tensor,
     row_class: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
+    distinct: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weights = torch.full((logits.shape[0], top_k), -1.0)
     ids = torch.full((logits.shape[0], top_k), -2, dtype=torch.int32)
     library().fused(
         logits,
         renormalize,
-        *cuda.operands(weights, ids, table, control, row_class, counters),
+        *cuda.operands(weights, ids, table, control, row_class, counters, distinct),
         *cuda.launch_operands(plan, ids.device, False),
     )
     return weights, ids

@@ -56,19 +56,16 @@ def check(spec: Spec, dtype: torch.dtype, fused: Fused, device: str = "cpu") -> 
     ids, weights = topk(logits, spec.top_k, renormalize)
     want = oracle.reroute(
         ids,
-        None,
+        weights.tolist(),
         case.similarity.tolist(),
         enabled=spec.enabled,
         num_valid=spec.num_valid,
         classes=case.classes,
         row_class=None if case.row_class is None else case.row_class.tolist(),
+        scale=None if case.scale is None else case.scale.tolist(),
+        distinct=True,
     )
-    valid = spec.num_tokens if spec.num_valid < 0 else min(spec.num_valid, spec.num_tokens)
-    if case.scale is not None:
-        for t in range(valid):
-            for k in range(spec.top_k):
-                if want.ids[t][k] != ids[t][k]:
-                    weights[t, k] *= case.scale[ids[t][k], want.ids[t][k]]
+    weights = torch.tensor(want.weights, dtype=torch.float64).view(weights.shape)
 
     table = LayerTable.build(case.similarity, case.scale, device=device)
     if not spec.neighbors:

@@ -44,8 +44,12 @@ def reroute(
     classes: Sequence[tuple[int, float]],
     row_class: Sequence[int] | None = None,
     scale: Matrix | None = None,
+    distinct: bool = False,
 ) -> Outcome:
-    """Everything one forward of one layer does; `similarity` and `weights` hold float32 values."""
+    """Everything one forward of one layer does; `similarity` and `weights` hold float32 values.
+
+    distinct: rule 8, which needs weights; without, ids and weights are those of rules 1 to 7.
+    """
     num_tokens = len(ids)
     top_k = len(ids[0]) if ids else 0
     result = [list(row) for row in ids]
@@ -84,6 +88,7 @@ def reroute(
 
     # 3.: move
     best: dict[int, tuple[float, int]] = {}
+    moved_rows = set()
     for t in range(real):
         s, rho = settings(t)
         if s >= top_k:
@@ -101,13 +106,25 @@ def reroute(
                 continue
             result[t][k] = j_star
             counts["rerouted"] += 1
+            moved_rows.add(t)
             if scale is not None and new_weights is not None:
                 new_weights[t][k] = float32(new_weights[t][k] * float32(scale[e][j_star]))
+
+    # 8.: rows stay distinct. A is what the valid rows hold by now.
+    active = {e for row in result[:real] for e in row if is_expert(e)}
+    if distinct:
+        assert new_weights is not None
+        for t in moved_rows:
+            live = [k for k in range(top_k) if is_expert(ids[t][k])]
+            result[t], new_weights[t] = distinct_row(
+                list(ids[t]), result[t], new_weights[t], live, active
+            )
 
     # 5.: padding
     if primary:
         whole = [row for row in result[:real] if min(row) >= 0]
-        pad = whole[0] if whole else [min(primary)] * top_k
+        lowest = sorted(active)[:top_k] if distinct else [min(primary)]
+        pad = whole[0] if whole else lowest + lowest[:1] * (top_k - len(lowest))
         for t in range(real, num_tokens):
             result[t] = list(pad)
 
@@ -115,8 +132,47 @@ def reroute(
         counts["forwards"] = 1
         counts["rows"] = real
         counts["active_before"] = len({e for row in ids[:real] for e in row if is_expert(e)})
-        counts["active_after"] = len({e for row in result[:real] for e in row if is_expert(e)})
+        counts["active_after"] = len(active)
     return untouched
+
+
+def distinct_row(
+    own: list[int], moved: list[int], weights: list[float], live: list[int], active: set[int]
+) -> tuple[list[int], list[float]]:
+    """Rule 8 for one row: `own` before re-routing, `moved` and `weights` after; `live` slots."""
+    ids, weights = list(moved), list(weights)
+    slots_of: dict[int, list[int]] = {}
+    for k in live:
+        slots_of.setdefault(moved[k], []).append(k)
+    for slots in slots_of.values():
+        for k in slots[1:]:
+            weights[slots[0]] = float32(weights[slots[0]] + weights[k])
+    free = [k for k in live if slots_of[moved[k]][0] != k]
+    unused = sorted(active - set(slots_of))
+    surplus = free[len(unused) :]
+    for k, e in zip(free, unused, strict=False):
+        ids[k] = e
+    for k in free:
+        weights[k] = 0.0
+    # Of what the row had and now lacks, a surplus slot takes its own if it can.
+    held = {ids[k] for k in live if k not in surplus}
+    homeless = [k for k in surplus if own[k] in held]
+    for k in surplus:
+        if k not in homeless:
+            ids[k] = own[k]
+            held.add(own[k])
+    for k in homeless:
+        ids[k] = next(own[j] for j in live if own[j] not in held)
+        held.add(ids[k])
+    return ids, weights
+
+
+def by_expert(ids: Sequence[int], weights: Sequence[float]) -> dict[int, float]:
+    """What a layer computes of a row: the weight of each expert, without those of weight 0."""
+    sums: dict[int, float] = {}
+    for e, weight in zip(ids, weights, strict=True):
+        sums[e] = sums.get(e, 0.0) + weight
+    return {e: weight for e, weight in sums.items() if weight != 0.0}
 
 
 def published(

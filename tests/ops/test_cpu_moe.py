@@ -182,6 +182,18 @@ def test_weights_of_idle_experts_are_not_read(moe_impl: str) -> None:
 
 
 @pytest.mark.parametrize("moe_impl", implementations())
+def test_slots_of_weight_0_are_no_work(moe_impl: str) -> None:
+    """Whatever expert they name: it is not read, and the others' sums are bit for bit the same."""
+    hidden, w13, w2, ids, weights = make(4, 20, 6, 3, 64, 32, torch.bfloat16)
+    ids[ids == 3] = 1
+    weights[::2, 1] = 0.0
+    want = run(moe_impl, hidden, w13, w2, ids.masked_fill(weights == 0, -1), weights)
+    ids[::2, 1] = 3
+    w13[3], w2[3] = float("nan"), float("nan")
+    assert torch.equal(run(moe_impl, hidden, w13, w2, ids, weights), want)
+
+
+@pytest.mark.parametrize("moe_impl", implementations())
 def test_prefill_longer_than_one_pass(moe_impl: str) -> None:
     hidden, w13, w2, ids, weights = make(5, 2100, 4, 2, 64, 32, torch.bfloat16)
     got = run(moe_impl, hidden, w13, w2, ids, weights)

@@ -107,6 +107,6 @@ def test_torch_checks_the_custom_op() -> None:
     operands = (LOGITS, 2, True, table.similarity, table.neighbors, None, CONTROL)
     torch.library.opcheck(
         torch.ops.sere.fused_topk_reroute.default,
-        (*operands, None, counters, "torch"),
+        (*operands, None, counters, True, "torch"),
         test_utils=("test_schema", "test_faketensor"),
     )

@@ -107,7 +107,7 @@ def test_nan_gives_no_id_that_is_not_there(search: Search) -> None:
         for plan in plans(30, 4):
             ids = case.ids.clone()
             emulated.Emulated(replace(plan, search=search)).reroute_(
-                ids, case.weights, table, control, None, None
+                ids, case.weights.clone(), table, control, None, None, True
             )
             assert set(ids.unique().tolist()) <= set(case.ids.unique().tolist())
 
@@ -156,7 +156,9 @@ def test_a_launch_that_does_not_fit_is_refused() -> None:
     table = cases.LayerTable.build(case.similarity)
     control = cases.encode_control(enabled=True, num_valid=-1, classes=[(1, 0.0)])
     with pytest.raises(ValueError, match="do not fit"):
-        emulated.Emulated(Plan(Form.BLOCK, 1, 1024)).reroute_(ids, None, table, control, None, None)
+        emulated.Emulated(Plan(Form.BLOCK, 1, 1024)).reroute_(
+            ids, None, table, control, None, None, False
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -95,6 +95,7 @@ def test_reroute_in_place_names_the_argument_that_does_not_fit(
         "topk_weights": None,
         "table": LayerTable.build(SIMILARITY),
         "control": encode_control(enabled=True, num_valid=-1, classes=[(1, 0.0)]),
+        "distinct": False,
     }
     with pytest.raises(ValueError, match=message):
         reroute_(**{**valid, **arguments})
@@ -144,8 +145,10 @@ def test_counters_accumulate(impl: str) -> None:
     table = LayerTable.build(case.similarity)
     control = encode_control(enabled=True, num_valid=-1, classes=[(1, 0.0)])
     counters = new_counters(2)
+    assert case.weights is not None
     for _ in range(3):
-        reroute_(case.ids.clone(), case.weights, table, control, counters=counters[1], impl=impl)
+        ids, weights = case.ids.clone(), case.weights.clone()
+        reroute_(ids, weights, table, control, counters=counters[1], impl=impl)
     want = cases.expected(case).counters
     assert counters[0].tolist() == [0] * len(COUNTER_FIELDS)
     assert counters[1].tolist() == [3 * want[name] for name in COUNTER_FIELDS]
@@ -236,6 +239,7 @@ def op_arguments(impl: str, weights: bool, scale: bool) -> tuple[object, ...]:
         control,
         row_class,
         new_counters(1)[0].clone(),
+        weights,
         impl,
     )
 
@@ -246,7 +250,7 @@ def test_custom_op_declares_what_it_does(impl: str, weights: bool, scale: bool) 
 
 
 def test_op_inside_torch_compile(impl: str) -> None:
-    ids, weights, similarity, neighbors, scale, control, row_class, counters, _ = op_arguments(
+    ids, weights, similarity, neighbors, scale, control, row_class, counters, *_ = op_arguments(
         impl, True, True
     )
 

@@ -53,11 +53,12 @@ def test_one_compilation_per_shape(impl: str, dtype: torch.dtype) -> None:
             control.write(point, rows, b"", ())
             logits = torch.randn(rows, EXPERTS, generator=torch.Generator().manual_seed(step))
             weights, ids = logits.softmax(-1).topk(TOP_K)
-            expected = ids.to(dtype, copy=True)
-            eager.run(expected, weights)
+            expected, expected_weights = ids.to(dtype, copy=True), weights.clone()
+            eager.run(expected, expected_weights)
             found = ids.to(dtype, copy=True)
             compiled(found, weights)
             assert torch.equal(found, expected), step
+            assert torch.equal(weights, expected_weights), step
     assert counter.frame_count == len(sizes)
     assert traced.ran and torch.equal(traced.counters, eager.counters)
     assert int(eager.counters.sum()) > 0, "something was re-routed"

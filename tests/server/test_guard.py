@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang.config import SereConfig
 from sere_sglang.config_check import resolved
 from sere_sglang.errors import SereError
-from sere_sglang.patches.cpu_moe import distinct
 from sere_sglang.patches.guard import HOOKS, Guarded
 from sere_sglang.patches.number_keys import unflatten
 from sere_sglang.runtime import rank as runtime
@@ -185,18 +183,3 @@ def test_what_can_be_decoded_is_checked_like_the_nested_form(
     changes, _ = unflatten(numbers)
     with pytest.raises(SereError, match=r"min_batch|primary_k"):
         active.prepared(changes)
-
-
-def test_a_row_without_repetitions_sums_the_same() -> None:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 6, (50, 4), generator=generator, dtype=torch.int32)
-    ids[3] = -1
-    weights = torch.rand(50, 4, generator=generator)
-    found, own = distinct(ids, weights, 6)
-    assert torch.equal(found[3], ids[3])
-
-    def per_expert(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(50, 7).scatter_add(1, ids.long() % 7, weights)
-
-    torch.testing.assert_close(per_expert(found, own), per_expert(ids, weights))
-    assert all(len(set(row)) == 4 for i, row in enumerate(found.tolist()) if i != 3)
