@@ -6,11 +6,11 @@ namespace sere {
 
 void reroute(TensorView ids, Optional<TensorView> weights, TensorView similarity,
              Optional<TensorView> neighbors, Optional<TensorView> scale, TensorView control,
-             Optional<TensorView> row_class, Optional<TensorView> counters,
+             Optional<TensorView> row_class, Optional<TensorView> counters, bool distinct,
              Optional<TensorView> scratch, int64_t search, int64_t form, int64_t blocks,
              int64_t threads, bool overlaps) {
   const Params p = make_params(ids, weights, similarity, neighbors, scale, control, row_class,
-                               counters, scratch, search);
+                               counters, distinct, scratch, search);
   const Plan plan = make_plan(p, form, blocks, threads, overlaps);
   const Launcher launcher(ids.device(), plan);
   switch (plan.form) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "reroute_block.cuh"
+#include "reroute_distinct.h"
 
 namespace sere {
 
@@ -22,21 +23,56 @@ SERE_DEVICE int lowest_primary(const Shared& s) {
   return word * 32 + lowest_bit(s.primary[word]);
 }
 
-// What slot k of a padding row becomes; P is not empty.
-SERE_DEVICE int padding_id(const Shared& s, const Params& p, int k) {
-  if (s.first_usable == kNoRow) return lowest_primary(s);
-  int id = s.padding[k];
-  const int c = class_of(s.control, p.row_class, s.first_usable);
-  resolve(s, p, s.control.threshold[c], id);
-  return id;
+// Rows in which slots met, as rule 8 of docs/semantics.md wants them; all lanes of a warp call this,
+// a row's at once. `own`: what the slot held; `id`, `weight`: what it holds after re-routing, and
+// then in the end. Returns whether the weight is a new one. Most rows cost a few shuffles.
+SERE_DEVICE bool keep_distinct(Shared& s, const Params& p, const Slot& slot, bool pads, bool moved,
+                               bool scaled, int own, int& id, float& weight) {
+  const uint32_t moves = ballot(moved);
+  if (moves == 0) return false;
+  const int width = 1 << p.group_bits, first_lane = lane_index() & -width;
+  bool meets = false;
+  for (int other = 0; other < p.top_k; ++other) {
+    const int theirs = shuffle(id, other, width);
+    meets |= other < slot.k && theirs == id;
+  }
+  const bool is_live = slot.exists && is_expert(id, p.experts);
+  const uint32_t met = ballot(meets && is_live);
+  if (met == 0) return false;
+  const uint32_t live = ballot(is_live) >> first_lane;
+  const uint32_t group = (width == 32 ? ~0u : (1u << width) - 1) << first_lane;
+  const bool changes = slot.exists && (met & group) != 0 && (moves & group) != 0;
+  const int t = thread_index();
+  if (changes) {
+    if (!pads && !scaled) weight = p.weights[slot.row * p.weight_stride + slot.k];
+    s.row_own[t] = own;
+    s.row_id[t] = id;
+    s.row_weight[t] = weight;
+  }
+  sync_warp();
+  if (changes && slot.k == 0) {
+    const uint32_t slots = live & (width == 32 ? ~0u : (1u << width) - 1);
+    const uint32_t taken = merge_slots(p.top_k, slots, s.row_id + t, s.row_weight + t);
+    fill_free_slots({s.active, num_words(p.experts)}, p.top_k, slots, taken, s.row_own + t,
+                    s.row_id + t, s.row_weight + t);
+  }
+  sync_warp();
+  if (!changes) return false;
+  id = s.row_id[t];
+  weight = s.row_weight[t];
+  return !pads;
 }
 
-// An expert that stays active without being in P.
-SERE_DEVICE void count_kept(Shared& s, Tally& tally, int id) {
-  const uint32_t bit = 1u << (id & 31);
-  if (atomic_or(&s.mine_kept[id >> 5], bit) & bit) return;
-  if (atomic_or(&tally.kept[id >> 5], bit) & bit) return;
-  atomic_add(&tally.kept_experts, 1);
+// What a padding row's slot holds where there is no row to copy; as keep_distinct.
+SERE_DEVICE void pad_with_lowest(Shared& s, const Params& p, const Slot& slot, bool pads, int& id) {
+  if (pads) id = lowest_primary(s);
+  if (!p.distinct) return;
+  if (pads && slot.k == 0) {
+    fill_padding_slots({s.active, num_words(p.experts)}, p.top_k, s.row_id + thread_index());
+  }
+  sync_warp();
+  if (pads) id = s.row_id[thread_index()];
+  sync_warp();
 }
 
 // kStores: the ids of this block's rows have not been written yet, so all of them are.
@@ -50,21 +86,33 @@ SERE_DEVICE void apply(Shared& s, const Params& p, const Rows& rows, const Held&
     if (pass >= rows.passes) continue;
     const Slot slot = slot_of(p, rows, pass);
     Outcome outcome = Outcome::kStays;
+    int id = held.id[pass];
+    float weight = 0.0f;
+    bool new_weight = false;
+    if (has_primary) {
+      const bool pads = slot.exists && slot.row >= rows.valid;
+      int c = class_of_slot(s, held, pass);
+      if (pads && s.first_usable != kNoRow) {  // as that row
+        id = s.padding[slot.k];
+        c = class_of(s.control, p.row_class, s.first_usable);
+      }
+      const int own = id;
+      if (slot.exists) outcome = resolve(s, p, s.control.threshold[c], id);
+      const bool moves = outcome == Outcome::kMoves;
+      if (pads) outcome = Outcome::kStays;  // not counted
+      if (moves && !pads && p.scale != nullptr) {
+        weight = p.weights[slot.row * p.weight_stride + slot.k] *
+                 p.scale[int64_t(own) * p.experts + id];
+        new_weight = true;
+      }
+      if (p.distinct) {
+        new_weight |= keep_distinct(s, p, slot, pads, moves, new_weight, own, id, weight);
+      }
+      if (pads_here(rows) && s.first_usable == kNoRow) pad_with_lowest(s, p, slot, pads, id);
+    }
     if (slot.exists) {
-      const int before = held.id[pass];
-      int id = before;
-      if (has_primary && slot.row >= rows.valid) {
-        id = padding_id(s, p, slot.k);
-      } else if (has_primary) {
-        const float threshold = s.control.threshold[class_of_slot(s, held, pass)];
-        outcome = resolve(s, p, threshold, id);
-        if (outcome == Outcome::kCritical && counts) count_kept(s, tally, id);
-      }
-      if (kStores || id != before) p.ids[slot.row * p.id_stride + slot.k] = id;
-      if (outcome == Outcome::kMoves && p.scale != nullptr) {
-        p.weights[slot.row * p.weight_stride + slot.k] *=
-            p.scale[int64_t(before) * p.experts + id];
-      }
+      if (kStores || id != held.id[pass]) p.ids[slot.row * p.id_stride + slot.k] = id;
+      if (new_weight) p.weights[slot.row * p.weight_stride + slot.k] = weight;
     }
     if (counts) {
       moved += count_bits(ballot(outcome == Outcome::kMoves));
@@ -95,8 +143,12 @@ SERE_DEVICE void add_counters(const Shared& s, const Params& p, const Rows& rows
     case kForwards: step = rows.valid > 0; break;
     case kRows: step = rows.valid; break;
     case kActiveBefore: step = s.present; break;
-    // With primaries, what is active afterwards is those and the critical experts.
-    case kActiveAfter: step = s.primaries > 0 ? s.primaries + tally.kept_experts : s.present; break;
+    case kActiveAfter:
+      step = s.primaries > 0 ? 0 : s.present;
+      for (int word = 0; word < num_words(p.experts) && s.primaries > 0; ++word) {
+        step += count_bits(s.active[word]);
+      }
+      break;
     case kRerouted: step = tally.rerouted; break;
     case kCritical: step = tally.critical; break;
     default: return;

@@ -17,8 +17,6 @@ enum Search : int { kSearchAuto, kSearchRows, kSearchNeighbors };
 
 // What the blocks of a forward count together.
 struct Tally {
-  uint32_t kept[kExpertWords];  // experts kept because they are critical
-  int kept_experts;
   int rerouted;
   int critical;
 };
@@ -26,12 +24,13 @@ struct Tally {
 // Device memory of the grid form, zero at the start.
 struct GridScratch {
   uint32_t primary[kExpertWords];
-  uint32_t present[kExpertWords];
-  int usable_from_end;  // rows - first usable row; 0: none
-  int blocks_done;
+  uint32_t present[kMaxClasses][kExpertWords];
+  int32_t padding[kMaxTopK];  // ids of the first usable row
+  int usable_from_end;        // rows - first usable row; 0: none
+  int blocks_voted, blocks_done;
   Tally tally;
 };
-static_assert(sizeof(GridScratch) <= 512, "what sere_sglang/ops/cuda.py allocates");
+static_assert(sizeof(GridScratch) <= 1024, "what sere_sglang/ops/cuda.py allocates");
 
 struct Params {
   int32_t* ids;              // [rows, top_k], rows id_stride apart
@@ -50,6 +49,7 @@ struct Params {
   int experts;
   int group_bits;  // a row takes 2^group_bits lanes, at least top_k
   Search search;
+  bool distinct;   // no expert twice in a row; needs weights
   bool quads;      // rows of the tables are aligned for loads of four
 };
 
@@ -59,6 +59,7 @@ struct Shared {
   uint32_t mine_primary[kExpertWords];  // this block's votes, read by its peers
   uint32_t mine_present[kExpertWords];
   uint32_t mine_kept[kExpertWords];     // critical experts of this block's rows
+  uint32_t active[kExpertWords];        // A: P and the critical experts of all rows
   int primaries, present;               // experts in P, experts used by valid rows
   int usable;                           // first row that padding rows can copy, in this block
   int first_usable;                     // ... and in the whole forward
@@ -67,10 +68,13 @@ struct Shared {
   int32_t mine_padding[kMaxTopK];       // ids of row `usable`, read by this block's peers
   int32_t padding[kMaxTopK];            // ids of row `first_usable`
   alignas(16) uint8_t voted[kMaxExperts];
-  alignas(16) uint8_t seen[kMaxExperts];
+  alignas(16) uint8_t seen[kMaxExperts][kMaxClasses];  // in use, by rows of a class
   uint16_t list[kMaxExperts];           // experts that may move
   int16_t best[kMaxExperts];            // by expert, for those in the list
   float best_similarity[kMaxExperts];
+  int32_t row_own[kMaxThreads];         // rows in which slots met, by thread
+  int32_t row_id[kMaxThreads];
+  float row_weight[kMaxThreads];
 };
 
 SERE_DEVICE int lane_index() { return thread_index() & 31; }
@@ -152,16 +156,17 @@ SERE_DEVICE void clear(Shared& s, const Params& p, int32_t control_word) {
   const int t = thread_index();
   for (int word = t; word < num_words(p.experts) * 8; word += num_threads()) {
     reinterpret_cast<uint32_t*>(s.voted)[word] = 0;
-    reinterpret_cast<uint32_t*>(s.seen)[word] = 0;
+  }
+  for (int expert = t; expert < num_words(p.experts) * 32; expert += num_threads()) {
+    *reinterpret_cast<uint32_t*>(s.seen[expert]) = 0;
   }
   for (int word = t; word < kExpertWords; word += num_threads()) {
     s.primary[word] = s.mine_primary[word] = s.mine_present[word] = s.mine_kept[word] = 0;
-    s.tally.kept[word] = 0;
   }
   if (t == 0) {
     s.primaries = s.present = s.listed = 0;
     s.usable = s.first_usable = kNoRow;
-    s.tally.kept_experts = s.tally.rerouted = s.tally.critical = 0;
+    s.tally.rerouted = s.tally.critical = 0;
   }
   if (t < int(sizeof(Control) / 4)) reinterpret_cast<int32_t*>(&s.control)[t] = control_word;
 }

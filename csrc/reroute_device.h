@@ -27,6 +27,7 @@ SERE_DEVICE int num_blocks() { return gridDim.x; }
 SERE_DEVICE void sync_block() { __syncthreads(); }
 SERE_DEVICE bool elect_any_block(bool value) { return __syncthreads_or(value); }
 
+SERE_DEVICE void sync_warp() { __syncwarp(); }
 SERE_DEVICE uint32_t ballot(bool value) { return __ballot_sync(0xffffffffu, value); }
 template <typename T>
 SERE_DEVICE T shuffle(T value, int lane, int width = 32) {

@@ -237,6 +237,7 @@ inline uint32_t ballot(bool value) {
   for (int lane = 0; lane < 32; ++lane) bits |= uint32_t(all[lane] & 1) << lane;
   return bits;
 }
+inline void sync_warp() { ballot(false); }
 template <typename T>
 T shuffle(T value, int lane, int width = 32) {
   const int base = emulation::machine.current->thread % 32 / width * width;

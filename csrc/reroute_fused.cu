@@ -25,10 +25,10 @@ void run_fused(const Launcher& launcher, const Plan& plan, const Params& p, cons
 void fused(TensorView logits, bool renormalize, TensorView ids, TensorView weights,
            TensorView similarity, Optional<TensorView> neighbors, Optional<TensorView> scale,
            TensorView control, Optional<TensorView> row_class, Optional<TensorView> counters,
-           Optional<TensorView> scratch, int64_t search, int64_t form, int64_t blocks,
-           int64_t threads, bool overlaps) {
+           bool distinct, Optional<TensorView> scratch, int64_t search, int64_t form,
+           int64_t blocks, int64_t threads, bool overlaps) {
   Params p = make_params(ids, weights, similarity, neighbors, scale, control, row_class, counters,
-                         scratch, search);
+                         distinct, scratch, search);
   p.group_bits = 5;  // a warp ranks a row's logits, and keeps its slots
   const Plan plan = make_plan(p, form, blocks, threads, overlaps);
 

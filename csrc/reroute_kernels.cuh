@@ -29,6 +29,9 @@ SERE_DEVICE void reroute_held(Shared& s, const Params& p, Rows& rows, const Held
     gather_block(s, p, rows, held);
   }
   match(s, p);
+  if (kCluster && has_threshold(s.control) && (p.distinct || p.counters != nullptr)) {
+    gather_kept(s, p, num_blocks());
+  }
   Tally& tally = kCluster ? *peer(&s.tally, 0) : s.tally;
   apply<kFused>(s, p, rows, held, tally);
   if constexpr (kCluster) {
@@ -81,6 +84,21 @@ SERE_KERNEL(fused_threads(kSpans)) fused_kernel(SERE_PARAMS Params p, SERE_PARAM
   reroute_held<kCluster, true>(s, p, rows, held);
 }
 
+// Once all blocks have voted: the ids of the first usable row, which its owner is going to rewrite
+// while others' padding rows copy them.
+SERE_DEVICE void publish_grid_padding(const Params& p) {
+  fence_device();  // a fused launch has just stored the ids
+  sync_block();
+  const bool is_last = elect_any_block(thread_index() == 0 &&
+                                       atomic_add(&p.scratch->blocks_voted, 1) == num_blocks() - 1);
+  if (!is_last || thread_index() >= p.top_k) return;
+  fence_device();
+  const int from_end = atomic_max(&p.scratch->usable_from_end, 0);
+  if (from_end == 0) return;
+  const int32_t* ids = p.ids + (p.rows - from_end) * p.id_stride;
+  p.scratch->padding[thread_index()] = load_racing(ids + thread_index());
+}
+
 // Grid form, first launch: pool the votes in p.scratch.
 SERE_DEVICE void vote_in_grid(Shared& s, const Params& p, Rows& rows, const Held& held,
                               bool is_ranked) {
@@ -88,14 +106,20 @@ SERE_DEVICE void vote_in_grid(Shared& s, const Params& p, Rows& rows, const Held
   rows.valid = valid_rows(s.control, p.rows);
   vote(s, p, rows, held, is_ranked);
   gather_own(s, p, rows, held);
-  sync_block();
-  for (int word = thread_index(); word < num_words(p.experts); word += num_threads()) {
-    if (s.mine_primary[word]) atomic_or(&p.scratch->primary[word], s.mine_primary[word]);
-    if (s.mine_present[word]) atomic_or(&p.scratch->present[word], s.mine_present[word]);
+  for (int word = warp_index(); word < num_words(p.experts); word += num_warps()) {
+    for (int c = 0; c < num_classes(s.control); ++c) {
+      const uint32_t present = ballot(s.seen[word * 32 + lane_index()][c] != 0);
+      if (lane_index() == 0 && present) atomic_or(&p.scratch->present[c][word], present);
+    }
+    if (lane_index() == 0 && s.mine_primary[word]) {
+      atomic_or(&p.scratch->primary[word], s.mine_primary[word]);
+    }
   }
+  if (!has_padding(p, rows)) return;
   if (thread_index() == 0 && s.usable != kNoRow) {
     atomic_max(&p.scratch->usable_from_end, p.rows - s.usable);
   }
+  publish_grid_padding(p);
 }
 
 SERE_KERNEL(kGridThreads) vote_grid_kernel(SERE_PARAMS Params p) {
@@ -125,25 +149,35 @@ SERE_KERNEL(fused_threads(kSpans)) fused_vote_grid_kernel(SERE_PARAMS Params p,
 // The pooled votes, and the row that padding rows copy. Ends with a barrier.
 SERE_DEVICE void gather_grid(Shared& s, const Params& p, const Rows& rows, const Held& held) {
   for (int word = thread_index(); word < num_words(p.experts); word += num_threads()) {
-    s.primary[word] = p.scratch->primary[word];
+    s.primary[word] = s.active[word] = p.scratch->primary[word];
+    uint32_t present = 0;
+    for (int c = 0; c < kMaxClasses; ++c) present |= p.scratch->present[c][word];
     atomic_add(&s.primaries, count_bits(s.primary[word]));
-    atomic_add(&s.present, count_bits(p.scratch->present[word]));
+    atomic_add(&s.present, count_bits(present));
+  }
+  // Which experts are critical is for every block to know, so each looks them all up.
+  const bool needs_all = has_threshold(s.control) && (p.distinct || p.counters != nullptr);
+  for (int expert = thread_index(); needs_all && expert < p.experts; expert += num_threads()) {
+    for (int c = 0; c < num_classes(s.control); ++c) {
+      if (has(p.scratch->present[c], expert)) s.seen[expert][c] = 1;
+    }
   }
 #pragma unroll
   for (int pass = 0; pass < kHeldSlots; ++pass) {
     const Slot slot = slot_of(p, rows, pass);
     const bool counts = pass < rows.passes && slot.exists && slot.row < rows.valid;
-    if (counts && is_expert(held.id[pass], p.experts)) s.seen[held.id[pass]] = 1;
+    if (counts && is_expert(held.id[pass], p.experts)) {
+      s.seen[held.id[pass]][class_of_slot(s, held, pass)] = 1;
+    }
   }
   const int from_end = p.scratch->usable_from_end;
   if (pads_here(rows) && from_end > 0) {
     const int usable = p.rows - from_end;
     if (thread_index() == 0) s.first_usable = usable;
     if (thread_index() < p.top_k) {
-      // Its owner may be rewriting it: applying twice changes nothing, so either id will do.
-      const int id = load_racing(p.ids + usable * p.id_stride + thread_index());
+      const int id = p.scratch->padding[thread_index()];
       s.padding[thread_index()] = id;
-      if (is_expert(id, p.experts)) s.seen[id] = 1;
+      if (is_expert(id, p.experts)) s.seen[id][class_of(s.control, p.row_class, usable)] = 1;
     }
   }
   sync_block();
@@ -152,11 +186,6 @@ SERE_DEVICE void gather_grid(Shared& s, const Params& p, const Rows& rows, const
 // Adds this block's tally to the grid's; the last block to do so adds the counters.
 SERE_DEVICE void count_in_grid(Shared& s, const Params& p, const Rows& rows) {
   Tally& all = p.scratch->tally;
-  for (int word = thread_index(); word < num_words(p.experts); word += num_threads()) {
-    if (s.mine_kept[word] == 0) continue;
-    const uint32_t before = atomic_or(&all.kept[word], s.mine_kept[word]);
-    atomic_add(&all.kept_experts, count_bits(s.mine_kept[word] & ~before));
-  }
   if (thread_index() == 0) {
     if (s.tally.rerouted) atomic_add(&all.rerouted, s.tally.rerouted);
     if (s.tally.critical) atomic_add(&all.critical, s.tally.critical);
@@ -168,7 +197,6 @@ SERE_DEVICE void count_in_grid(Shared& s, const Params& p, const Rows& rows) {
   if (!is_last || thread_index() >= kNumCounters) return;
   fence_device();
   Tally total;  // through the atomics' path: other blocks wrote these while this one ran
-  total.kept_experts = atomic_add(&all.kept_experts, 0);
   total.rerouted = atomic_add(&all.rerouted, 0);
   total.critical = atomic_add(&all.critical, 0);
   add_counters(s, p, rows, total);

@@ -110,7 +110,7 @@ inline Params make_params(TensorView ids, const Optional<TensorView>& weights,
                           TensorView similarity, const Optional<TensorView>& neighbors,
                           const Optional<TensorView>& scale, TensorView control,
                           const Optional<TensorView>& row_class,
-                          const Optional<TensorView>& counters,
+                          const Optional<TensorView>& counters, bool distinct,
                           const Optional<TensorView>& scratch, int64_t search) {
   Params p;
   p.ids = static_cast<int32_t*>(ids.data_ptr());
@@ -133,6 +133,7 @@ inline Params make_params(TensorView ids, const Optional<TensorView>& weights,
   p.group_bits = 0;
   while (1 << p.group_bits < p.top_k) ++p.group_bits;
   p.search = Search(search);
+  p.distinct = distinct && p.weights != nullptr;
   p.quads = p.experts % 4 == 0 && is_aligned(p.similarity, sizeof(Quad<float>)) &&
             is_aligned(p.neighbors, sizeof(Quad<int16_t>));
   return p;

@@ -101,6 +101,16 @@ SERE_DEVICE int search_list(const Shared& s, const Params& p, int expert, Quad<i
   }
 }
 
+// Whether an expert outside P stays active: to rows of one class it may be critical, and move in
+// those of another.
+SERE_DEVICE bool is_kept(const Shared& s, int expert, float similarity) {
+  bool kept = false;
+  for (int c = 0; c < num_classes(s.control); ++c) {
+    kept |= s.seen[expert][c] != 0 && is_critical(similarity, s.control.threshold[c]);
+  }
+  return kept;
+}
+
 template <bool kLists>
 SERE_DEVICE void match_listed(Shared& s, const Params& p) {
   const int warps = num_warps();
@@ -139,12 +149,13 @@ SERE_DEVICE void match_listed(Shared& s, const Params& p) {
     }
     if (expert < 0) continue;
     s.best[expert] = int16_t(mine.id);
-    if (needs_similarity) {
-      if constexpr (kLists) {
-        s.best_similarity[expert] = p.similarity[int64_t(expert) * p.experts + mine.id];
-      } else {
-        s.best_similarity[expert] = from_key(mine.key);
-      }
+    if (!needs_similarity) continue;
+    float similarity = from_key(mine.key);
+    if constexpr (kLists) similarity = p.similarity[int64_t(expert) * p.experts + mine.id];
+    s.best_similarity[expert] = similarity;
+    if (is_kept(s, expert, similarity)) {
+      atomic_or(&s.mine_kept[expert >> 5], 1u << (expert & 31));
+      atomic_or(&s.active[expert >> 5], 1u << (expert & 31));
     }
   }
 }

@@ -32,8 +32,9 @@ SERE_DEVICE void vote(Shared& s, const Params& p, const Rows& rows, const Held& 
     const int id = held.id[pass];
     const int rank = is_ranked ? slot.k : rank_in_row(p, held.weight[pass], slot.k, counts);
     if (counts && is_expert(id, p.experts)) {
-      s.seen[id] = 1;
-      const int votes = s.control.primary_k[class_of_slot(s, held, pass)];
+      const int c = class_of_slot(s, held, pass);
+      s.seen[id][c] = 1;
+      const int votes = s.control.primary_k[c];
       if (rank < (votes < 1 ? 1 : votes)) s.voted[id] = 1;
     }
     if (has_padding(p, rows)) {  // its rows will need one to copy
@@ -58,8 +59,11 @@ SERE_DEVICE void publish_padding(const Shared& s, const Params& p, const Rows& r
   }
 }
 
-SERE_DEVICE uint32_t flags_of_word(const uint8_t* flags, int word) {
-  return ballot(flags[word * 32 + lane_index()] != 0);
+SERE_DEVICE uint32_t voted_of_word(const Shared& s, int word) {
+  return ballot(s.voted[word * 32 + lane_index()] != 0);
+}
+SERE_DEVICE uint32_t seen_of_word(const Shared& s, int word) {
+  return ballot(*reinterpret_cast<const uint32_t*>(s.seen[word * 32 + lane_index()]) != 0);
 }
 
 // The calling warp lists its word's experts that may move, in any order.
@@ -77,9 +81,9 @@ SERE_DEVICE void list_candidates(Shared& s, uint32_t candidates, int word) {
 SERE_DEVICE void gather_block(Shared& s, const Params& p, const Rows& rows, const Held& held) {
   sync_block();
   for (int word = warp_index(); word < num_words(p.experts); word += num_warps()) {
-    const uint32_t primary = flags_of_word(s.voted, word), present = flags_of_word(s.seen, word);
+    const uint32_t primary = voted_of_word(s, word), present = seen_of_word(s, word);
     if (lane_index() == 0) {
-      s.primary[word] = primary;
+      s.primary[word] = s.active[word] = primary;
       atomic_add(&s.primaries, count_bits(primary));
       atomic_add(&s.present, count_bits(present));
     }
@@ -94,7 +98,7 @@ SERE_DEVICE void gather_block(Shared& s, const Params& p, const Rows& rows, cons
 SERE_DEVICE void gather_own(Shared& s, const Params& p, const Rows& rows, const Held& held) {
   sync_block();
   for (int word = warp_index(); word < num_words(p.experts); word += num_warps()) {
-    const uint32_t primary = flags_of_word(s.voted, word), present = flags_of_word(s.seen, word);
+    const uint32_t primary = voted_of_word(s, word), present = seen_of_word(s, word);
     if (lane_index() == 0) {
       s.mine_primary[word] = primary;
       s.mine_present[word] = present;
@@ -117,7 +121,7 @@ SERE_DEVICE void gather_peers(Shared& s, const Params& p, const Rows& rows, int 
     primary = warp_or(primary);
     present = warp_or(present);
     if (lane_index() == 0) {
-      s.primary[word] = primary;
+      s.primary[word] = s.active[word] = primary;
       atomic_add(&s.primaries, count_bits(primary));
       atomic_add(&s.present, count_bits(present));
     }
@@ -130,8 +134,20 @@ SERE_DEVICE void gather_peers(Shared& s, const Params& p, const Rows& rows, int 
       const int owner = first / rows_per_block(p.rows, blocks);
       const int id = peer(&s, owner)->mine_padding[lane_index()];
       s.padding[lane_index()] = id;
-      if (is_expert(id, p.experts)) s.seen[id] = 1;  // it is looked up here too
+      const int c = class_of(s.control, p.row_class, first);
+      if (is_expert(id, p.experts)) s.seen[id][c] = 1;  // it is looked up here too
     }
+  }
+  sync_block();
+}
+
+// The critical experts of all blocks' rows. Ends with a barrier of this block.
+SERE_DEVICE void gather_kept(Shared& s, const Params& p, int blocks) {
+  sync_cluster();
+  for (int word = warp_index(); word < num_words(p.experts); word += num_warps()) {
+    const bool is_peer = lane_index() < blocks;
+    const uint32_t kept = warp_or(is_peer ? peer(&s, lane_index())->mine_kept[word] : 0);
+    if (lane_index() == 0) s.active[word] = s.primary[word] | kept;
   }
   sync_block();
 }
@@ -139,7 +155,7 @@ SERE_DEVICE void gather_peers(Shared& s, const Params& p, const Rows& rows, int 
 // The experts of this block's own rows, and of the row its padding rows copy. Ends with a barrier.
 SERE_DEVICE void list_own(Shared& s, const Params& p) {
   for (int word = warp_index(); word < num_words(p.experts); word += num_warps()) {
-    list_candidates(s, flags_of_word(s.seen, word) & ~s.primary[word], word);
+    list_candidates(s, seen_of_word(s, word) & ~s.primary[word], word);
   }
   sync_block();
 }

@@ -17,7 +17,7 @@ from sere_sglang.ops.table import LayerTable
 LIBRARIES = {"reroute": "reroute.cu", "fused": "reroute_fused.cu"}
 """Library, and exported function -> source."""
 
-SCRATCH_BYTES = 512  # at least sizeof(GridScratch)
+SCRATCH_BYTES = 1024  # at least sizeof(GridScratch)
 OLDEST_GPU = (8, 0)
 CLUSTERS_SINCE = (9, 0)  # as programmatic dependent launch
 
@@ -94,9 +94,9 @@ def operands(
     counters: torch.Tensor | None,
     distinct: bool,
 ) -> tuple[Any, ...]:
-    """The tensors of a native function, in its order."""
+    """The tensors of a native function, in its order, and what rows they ask for."""
     tables = (table.similarity, table.neighbors, table.scale)
-    return topk_ids, topk_weights, *tables, control, row_class, counters
+    return topk_ids, topk_weights, *tables, control, row_class, counters, distinct
 
 
 def launch_operands(plan: Plan, device: torch.device, overlaps: bool) -> tuple[Any, ...]:

@@ -149,13 +149,14 @@ def expected(case: Case, distinct: bool | None = None) -> oracle.Outcome:
     )
 
 
-def check(case: Case, impl: str, device: str = "cpu") -> None:
+def check(case: Case, impl: str, device: str = "cpu", distinct: bool | None = None) -> None:
     """Run one implementation and compare ids, weights, counters and what must stay untouched.
 
-    With distinct rows and without, where there are weights.
+    distinct: None for both, with distinct rows and without; without weights there is one only.
     """
-    for distinct in (False,) if case.weights is None else (False, True):
-        _check(case, impl, device, distinct)
+    forms = (False, True) if distinct is None else (distinct,)
+    for form in (False,) if case.weights is None else forms:
+        _check(case, impl, device, form)
 
 
 def _check(case: Case, impl: str, device: str, distinct: bool) -> None:

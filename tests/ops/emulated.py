@@ -15,7 +15,9 @@ from sere_sglang.ops.jit import load_module
 
 @functools.cache
 def library() -> Any:
-    return load_module("reroute_emulated", ["reroute_emulated.cpp"])
+    return load_module(
+        "reroute_emulated", ["reroute_emulated.cpp"], extra_cflags=["-ffp-contract=off"]
+    )
 
 
 @dataclass
