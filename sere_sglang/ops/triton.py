@@ -85,7 +85,7 @@ def reroute_(
             kernels.reroute_decode[(1,)](
                 topk_ids, topk_weights, table.similarity, scale, control, row_class, counters,
                 scratch, num_rows, id_stride, weight_stride,
-                **sizes, **rows, EXPERT_TILE=expert_tile, **warps,
+                **sizes, **rows, EXPERT_TILE=expert_tile, DISTINCT=distinct, **warps,
             )  # fmt: skip
             return
         scratch = torch.zeros(scratch_words, dtype=torch.int32, device=topk_ids.device)
@@ -97,13 +97,17 @@ def reroute_(
         kernels.match_many[(triton.cdiv(num_experts, expert_tile),)](
             table.similarity, control, scratch, **sizes, EXPERT_TILE=expert_tile
         )
+        kernels.mark_many[tiles](
+            topk_ids, topk_weights, control, row_class, scratch, num_rows, id_stride,
+            weight_stride, **sizes, **rows, **warps,
+        )  # fmt: skip
         kernels.apply_many[tiles](
             topk_ids, topk_weights, scale, control, row_class, scratch, num_rows, id_stride,
-            weight_stride, **sizes, **rows, COUNT=counters is not None, **warps,
+            weight_stride, **sizes, **rows, DISTINCT=distinct, **warps,
         )  # fmt: skip
         kernels.finish_many[(1,)](
             topk_ids, counters, control, scratch, num_rows, id_stride,
-            E_PAD=e_pad, K=top_k, **rows, **warps,
+            E_PAD=e_pad, K=top_k, **rows, DISTINCT=distinct, **warps,
         )  # fmt: skip
 
 

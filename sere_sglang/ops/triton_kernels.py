@@ -1,6 +1,6 @@
-"""Triton kernels of re-routing: vote, match, apply and finish (triton_phases.py).
+"""Triton kernels of re-routing: vote, match, mark, apply and finish (triton_phases.py).
 
-For decode sizes one program runs all four, with barriers between; for more rows each phase is a
+For decode sizes one program runs all of them, with barriers between; for more rows each phase is a
 launch of its own over many programs.
 """
 
@@ -25,6 +25,8 @@ from sere_sglang.ops.triton_phases import (
     apply,
     finish,
     is_active,
+    list_active,
+    mark,
     match,
     valid_rows,
     vote,
@@ -36,7 +38,7 @@ def reroute_decode(
     ids, weights, similarity, scale, control, row_class, counters, scratch, num_rows,
     id_stride, weight_stride,
     E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
-    EXPERT_TILE: tl.constexpr,
+    EXPERT_TILE: tl.constexpr, DISTINCT: tl.constexpr,
 ):  # fmt: skip
     """All of it in one program."""
     if is_active(control, K):
@@ -74,17 +76,25 @@ def reroute_decode(
         critical = num_valid * 0
         rows_after_usable = num_valid * 0
         for start in range(0, num_valid, TILE):
-            moved, kept, rows = apply(
-                ids, weights, scale, control, row_class, scratch, start, num_rows, num_valid,
-                id_stride, weight_stride, E, E_PAD, K, K_PAD, TILE, counters is not None,
+            moved, kept, rows = mark(
+                ids, weights, control, row_class, scratch, start, num_rows, num_valid,
+                id_stride, weight_stride, E, E_PAD, K, K_PAD, TILE,
             )  # fmt: skip
             rerouted += moved
             critical += kept
             rows_after_usable = tl.maximum(rows_after_usable, rows)
         tl.debug_barrier()
+        num_active = list_active(scratch, E_PAD)
+        tl.debug_barrier()
+        for start in range(0, num_valid, TILE):
+            apply(
+                ids, weights, scale, control, row_class, scratch, num_active, start, num_valid,
+                id_stride, weight_stride, E, E_PAD, K, K_PAD, TILE, DISTINCT,
+            )  # fmt: skip
+        tl.debug_barrier()
         finish(
             ids, counters, scratch, rerouted, critical, rows_after_usable, num_rows, num_valid,
-            id_stride, E_PAD, K, K_PAD, TILE,
+            id_stride, E_PAD, K, K_PAD, TILE, DISTINCT,
         )  # fmt: skip
 
 
@@ -120,29 +130,44 @@ def match_many(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def apply_many(
-    ids, weights, scale, control, row_class, scratch, num_rows, id_stride, weight_stride,
+def mark_many(
+    ids, weights, control, row_class, scratch, num_rows, id_stride, weight_stride,
     E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
-    COUNT: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows per program."""
     if is_active(control, K):
-        rerouted, critical, rows_after_usable = apply(
-            ids, weights, scale, control, row_class, scratch, tl.program_id(0) * TILE, num_rows,
-            valid_rows(control, num_rows), id_stride, weight_stride,
-            E, E_PAD, K, K_PAD, TILE, COUNT,
+        rerouted, critical, rows_after_usable = mark(
+            ids, weights, control, row_class, scratch, tl.program_id(0) * TILE, num_rows,
+            valid_rows(control, num_rows), id_stride, weight_stride, E, E_PAD, K, K_PAD, TILE,
         )  # fmt: skip
         totals = scratch + TOTALS * E_PAD
         tl.atomic_max(totals + ROWS_AFTER_USABLE, rows_after_usable, sem="relaxed")
-        if COUNT:
-            tl.atomic_add(totals + TOTAL_REROUTED, rerouted, sem="relaxed")
-            tl.atomic_add(totals + TOTAL_CRITICAL, critical, sem="relaxed")
+        tl.atomic_add(totals + TOTAL_REROUTED, rerouted, sem="relaxed")
+        tl.atomic_add(totals + TOTAL_CRITICAL, critical, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def apply_many(
+    ids, weights, scale, control, row_class, scratch, num_rows, id_stride, weight_stride,
+    E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
+    DISTINCT: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows per program; each lists A for itself, all write the same."""
+    if is_active(control, K):
+        num_active = list_active(scratch, E_PAD)
+        tl.debug_barrier()
+        apply(
+            ids, weights, scale, control, row_class, scratch, num_active, tl.program_id(0) * TILE,
+            valid_rows(control, num_rows), id_stride, weight_stride, E, E_PAD, K, K_PAD, TILE,
+            DISTINCT,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def finish_many(
     ids, counters, control, scratch, num_rows, id_stride,
     E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
+    DISTINCT: tl.constexpr,
 ):  # fmt: skip
     """One program."""
     if is_active(control, K):
@@ -150,5 +175,5 @@ def finish_many(
         finish(
             ids, counters, scratch, tl.load(totals + TOTAL_REROUTED),
             tl.load(totals + TOTAL_CRITICAL), tl.load(totals + ROWS_AFTER_USABLE), num_rows,
-            valid_rows(control, num_rows), id_stride, E_PAD, K, K_PAD, TILE,
+            valid_rows(control, num_rows), id_stride, E_PAD, K, K_PAD, TILE, DISTINCT,
         )  # fmt: skip

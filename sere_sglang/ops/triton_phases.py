@@ -2,7 +2,8 @@
 
 vote    rows -> which experts are in use, which are primary
 match   experts in use outside P -> their best primary
-apply   rows -> new ids, scaled weights
+mark    rows -> which experts are active afterwards, counts
+apply   rows -> new ids and weights
 finish  padding rows, counters
 
 They share a scratch row in device memory, to which they write flags and results per expert, never
@@ -29,16 +30,18 @@ NUM_CLASSES = tl.constexpr(2)
 PRIMARY_K = tl.constexpr(4)
 THRESHOLD = tl.constexpr(8)
 
-# Rows of the scratch, E_PAD words each: flags, flags, flags, ids, float bits, a list of ids, and
-# three words that only the many-program form uses.
+# Rows of the scratch, E_PAD words each: flags, flags, flags, ids, float bits, a list of ids, those
+# that are active, their places in it, and three words that only the many-program form uses.
 BEFORE = tl.constexpr(0)
 PRIMARY = tl.constexpr(1)
 AFTER = tl.constexpr(2)
 BEST_ID = tl.constexpr(3)
 BEST = tl.constexpr(4)
 WANTED = tl.constexpr(5)
-TOTALS = tl.constexpr(6)
-SCRATCH_ROWS = 7
+LISTED = tl.constexpr(6)
+PLACE = tl.constexpr(7)
+TOTALS = tl.constexpr(8)
+SCRATCH_ROWS = 9
 TOTAL_REROUTED = tl.constexpr(0)
 TOTAL_CRITICAL = tl.constexpr(1)
 ROWS_AFTER_USABLE = tl.constexpr(2)  # T - (first row that padding can copy); 0: there is none
@@ -129,17 +132,8 @@ def match(similarity, scratch, expert, wanted, E: tl.constexpr, E_PAD: tl.conste
 
 
 @triton.jit
-def apply(
-    ids, weights, scale, control, row_class, scratch, start, num_rows, num_valid,
-    id_stride, weight_stride,
-    E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
-    COUNT: tl.constexpr,
-):  # fmt: skip
-    """Returns moved slots, critical slots, rows from the first whole one on (0: no whole row)."""
-    row, slot, inside, expert, weight, routed, primary, rho = load_rows(
-        ids, weights, control, row_class, start, num_valid, id_stride, weight_stride,
-        E, K, K_PAD, TILE,
-    )  # fmt: skip
+def resolve(scratch, expert, routed, primary, rho, E_PAD: tl.constexpr):
+    """Of a tile: what each slot becomes, and which slots move, which are critical."""
     secondary = routed & (primary == 0)
     # An expert that stays in any case (in P, or P is empty) is listed as its own best.
     best_id = tl.load(scratch + BEST_ID * E_PAD + expert, mask=secondary, other=-1)
@@ -148,18 +142,22 @@ def apply(
     best = best.to(tl.float32, bitcast=True)
     critical = candidate & (rho > 0)[:, None] & (best < rho[:, None])
     moves = candidate & (critical == 0)
-    new = tl.where(moves, best_id, expert)
-    # Every thread has read the tile before any thread writes to it.
-    tl.debug_barrier()
-    tl.store(ids + row[:, None] * id_stride + slot[None, :], new, mask=moves)
-    if scale is not None:
-        factor = tl.load(scale + expert * E + best_id, mask=moves, other=1.0)
-        tl.store(
-            weights + row[:, None] * weight_stride + slot[None, :], weight * factor, mask=moves
-        )
-    if COUNT:
-        one = tl.full([TILE, K_PAD], 1, tl.int32)
-        tl.store(scratch + AFTER * E_PAD + new, one, mask=routed)
+    return tl.where(moves, best_id, expert), moves, critical
+
+
+@triton.jit
+def mark(
+    ids, weights, control, row_class, scratch, start, num_rows, num_valid, id_stride, weight_stride,
+    E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Returns moved slots, critical slots, rows from the first whole one on (0: no whole row)."""
+    row, _, inside, expert, _, routed, primary, rho = load_rows(
+        ids, weights, control, row_class, start, num_valid, id_stride, weight_stride,
+        E, K, K_PAD, TILE,
+    )  # fmt: skip
+    new, moves, critical = resolve(scratch, expert, routed, primary, rho, E_PAD)
+    one = tl.full([TILE, K_PAD], 1, tl.int32)
+    tl.store(scratch + AFTER * E_PAD + new, one, mask=routed)
     holes = tl.sum((inside & (expert < 0)).to(tl.int32), axis=1)
     whole = (row < num_valid) & (holes == 0)
     rows_after_usable = tl.max(tl.where(whole, num_rows - row, 0), axis=0)
@@ -169,9 +167,108 @@ def apply(
 
 
 @triton.jit
+def list_active(scratch, E_PAD: tl.constexpr):
+    """A as a list, lowest first, and the place of each in it. Returns their number."""
+    column = tl.arange(0, E_PAD)
+    active = tl.load(scratch + AFTER * E_PAD + column)
+    place = tl.cumsum(active, axis=0) - 1
+    tl.store(scratch + LISTED * E_PAD + place, column, mask=active != 0)
+    tl.store(scratch + PLACE * E_PAD + column, place, mask=active != 0)
+    return tl.sum(active, axis=0)
+
+
+@triton.jit
+def sum_met(
+    slot, new, weight, routed, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """For each slot the weights of all that hold its expert, added in slot order."""
+    total = tl.zeros([TILE, K_PAD], tl.float32)
+    for k in range(K):
+        here = (slot == k)[None, :] & routed
+        holds = tl.sum(here.to(tl.int32), axis=1) > 0
+        expert = tl.sum(tl.where(here, new, 0), axis=1)
+        share = tl.sum(tl.where(here, weight, 0.0), axis=1)  # of one slot: nothing is rounded
+        same = holds[:, None] & (new == expert[:, None])
+        total += tl.where(same, share[:, None], 0.0)
+    return total
+
+
+@triton.jit
+def keep_distinct(
+    scratch, num_active, slot, own, new, changes, met, E_PAD: tl.constexpr
+):  # fmt: skip
+    """Ids of a tile whose slots in `met` are free: unused members of A, then own experts.
+
+    As csrc/reroute_distinct.h, for all slots at once. `changes`: slots of the rows concerned.
+    """
+    taken = changes & (met == 0)
+    freed = changes & met
+    # The n-th member of A that the row lacks: n, and those before it that the row has.
+    nth = tl.cumsum(freed.to(tl.int32), axis=1) - 1
+    place = tl.load(scratch + PLACE * E_PAD + new, mask=taken, other=0)
+    lower = taken[:, None, :] & (new[:, None, :] < new[:, :, None])
+    unused_before = place - tl.sum(lower.to(tl.int32), axis=2)
+    skipped = taken[:, None, :] & (unused_before[:, None, :] <= nth[:, :, None])
+    index = nth + tl.sum(skipped.to(tl.int32), axis=2)
+    fits = freed & (index < num_active)
+    filler = tl.load(scratch + LISTED * E_PAD + index, mask=fits, other=0)
+
+    # A row that holds all of A: own experts, those that the row holds replaced by what it gave up.
+    surplus = freed & (fits == 0)
+    own_in = tl.load(scratch + AFTER * E_PAD + own, mask=changes, other=0) != 0
+    takes = surplus & own_in
+    gave_up = changes & (own_in == 0) & (surplus == 0)
+    turn = tl.cumsum(takes.to(tl.int32), axis=1) - 1
+    offer = tl.cumsum(gave_up.to(tl.int32), axis=1) - 1
+    fitting = gave_up[:, None, :] & (offer[:, None, :] == turn[:, :, None])
+    donated = tl.sum(tl.where(fitting, own[:, None, :], 0), axis=2)
+    takes = takes & (tl.sum(fitting.to(tl.int32), axis=2) > 0)
+    rest = tl.where(fits, filler, tl.where(takes, donated, own))
+    return tl.where(freed, rest, new)
+
+
+@triton.jit
+def apply(
+    ids, weights, scale, control, row_class, scratch, num_active, start, num_valid,
+    id_stride, weight_stride,
+    E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
+    DISTINCT: tl.constexpr,
+):  # fmt: skip
+    row, slot, inside, expert, weight, routed, primary, rho = load_rows(
+        ids, weights, control, row_class, start, num_valid, id_stride, weight_stride,
+        E, K, K_PAD, TILE,
+    )  # fmt: skip
+    new, moves, _ = resolve(scratch, expert, routed, primary, rho, E_PAD)
+    rewrite = moves & (moves == 0)  # weights
+    if scale is not None:
+        weight = weight * tl.load(scale + expert * E + new, mask=moves, other=1.0)
+        rewrite = moves
+    if DISTINCT:
+        moved_row = tl.max(moves.to(tl.int32), axis=1) > 0
+        earlier = (slot[None, :] < slot[:, None])[None, :, :]
+        twins = (new[:, None, :] == new[:, :, None]) & routed[:, None, :] & earlier
+        met = routed & moved_row[:, None] & (tl.sum(twins.to(tl.int32), axis=2) > 0)
+        met_in_row = tl.max(met.to(tl.int32), axis=1)
+        if tl.max(met_in_row, axis=0) > 0:
+            changes = routed & (met_in_row > 0)[:, None]
+            total = sum_met(slot, new, weight, routed, K, K_PAD, TILE)
+            weight = tl.where(changes, tl.where(met, 0.0, total), weight)
+            new = keep_distinct(scratch, num_active, slot, expert, new, changes, met, E_PAD)
+            rewrite = rewrite | changes
+    # Every thread has read the tile before any thread writes to it.
+    tl.debug_barrier()
+    at = row[:, None] * id_stride + slot[None, :]
+    tl.store(ids + at, new, mask=inside & (new != expert))
+    if (scale is not None) | DISTINCT:
+        at = row[:, None] * weight_stride + slot[None, :]
+        tl.store(weights + at, weight, mask=rewrite)
+
+
+@triton.jit
 def finish(
     ids, counters, scratch, rerouted, critical, rows_after_usable, num_rows, num_valid, id_stride,
     E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
+    DISTINCT: tl.constexpr,
 ):  # fmt: skip
     expert = tl.arange(0, E_PAD)
     slot = tl.arange(0, K_PAD)
@@ -182,7 +279,12 @@ def finish(
         pad = tl.load(
             ids + usable_row * id_stride + slot, mask=(slot < K) & (rows_after_usable > 0), other=0
         )
-        pad = tl.where(rows_after_usable > 0, pad, lowest)
+        fallback = lowest + tl.zeros([K_PAD], tl.int32)
+        if DISTINCT:  # the lowest of A, which may be fewer than K
+            active = tl.load(scratch + AFTER * E_PAD + expert)
+            listed = tl.where(slot < tl.sum(active, axis=0), slot, 0)
+            fallback = tl.load(scratch + LISTED * E_PAD + listed)
+        pad = tl.where(rows_after_usable > 0, pad, fallback)
         for start in range(num_valid, num_rows, TILE):
             row = start + tl.arange(0, TILE)
             tl.store(

@@ -81,13 +81,15 @@ def test_in_a_graph(num_tokens: int, fused_impl: str) -> None:
         ids, weights = fused_cases.topk(logits.cpu(), 8, True)
         want = fused_cases.oracle.reroute(
             ids,
-            None,
+            weights.tolist(),
             case.similarity.tolist(),
             enabled=enabled,
             num_valid=num_valid,
             classes=[(primary_k, 0.95)],
+            distinct=True,
         )
         assert out[1].tolist() == want.ids
+        weights = torch.tensor(want.weights, dtype=torch.float64)
         torch.testing.assert_close(out[0].double().cpu(), weights, rtol=2e-6, atol=1e-7)
 
 

@@ -70,14 +70,15 @@ def test_one_graph_serves_every_operating_point(num_tokens: int, impl: str) -> N
     case = cases.make_case(Spec(num_tokens=num_tokens, num_experts=64, top_k=6))
     assert case.weights is not None
     table = LayerTable.build(case.similarity, device="cuda")
-    source, weights = case.ids.cuda(), case.weights.cuda()
-    ids = source.clone()
+    source, source_weights = case.ids.cuda(), case.weights.cuda()
+    ids, weights = source.clone(), source_weights.clone()
     control = encode_control(enabled=False, num_valid=-1, classes=[(1, 0.0)]).cuda()
     row_class = torch.zeros(num_tokens, dtype=torch.uint8, device="cuda")
     counters = new_counters(1, "cuda")[0]
 
     def step() -> None:
         ids.copy_(source)
+        weights.copy_(source_weights)
         reroute_(ids, weights, table, control, row_class=row_class, counters=counters, impl=impl)
 
     graph = capture(step)
@@ -102,8 +103,10 @@ def test_one_graph_serves_every_operating_point(num_tokens: int, impl: str) -> N
             num_valid=num_valid,
             classes=classes,
             row_class=of_row.tolist(),
+            distinct=True,
         )
         assert ids.tolist() == want.ids
+        assert weights.tolist() == want.weights
         assert dict(zip(COUNTER_FIELDS, counters.tolist(), strict=True)) == want.counters
 
 
@@ -130,9 +133,11 @@ def test_what_comes_before_on_the_stream_is_seen(impl: str) -> None:
     for _ in range(200):
         ids = torch.full_like(source, -1)
         ids.copy_(source)
-        reroute_(ids, weights, table, control, impl=impl)
-        results.append(ids + 0)
-    assert all(result.tolist() == want.ids for result in results)
+        own = weights.clone()
+        reroute_(ids, own, table, control, impl=impl)
+        results.append((ids + 0, own + 0))
+    for ids, own in results:
+        assert ids.tolist() == want.ids and own.tolist() == want.weights
 
 
 @pytest.mark.parametrize("num_tokens", [40, 3000, 6000])
@@ -151,7 +156,7 @@ def test_a_control_block_copied_right_before_is_seen(num_tokens: int, impl: str)
     for turn in range(80):
         ids = source.clone()
         control.copy_(pinned[turn % len(points)], non_blocking=True)
-        reroute_(ids, None, table, control, impl=impl)
+        reroute_(ids, None, table, control, distinct=False, impl=impl)
         results.append(ids)
     wanted = [
         oracle.reroute(
@@ -187,10 +192,11 @@ def test_streams_do_not_meet(num_tokens: int, impl: str) -> None:
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             reroute_(ids, weights, table, control, impl=impl)
-        runs.append((case, ids, (weights, table, control)))
+        runs.append((case, ids, weights, (table, control)))
     torch.cuda.synchronize()
-    for case, ids, _ in runs:
-        assert ids.tolist() == cases.expected(case).ids
+    for case, ids, weights, _ in runs:
+        want = cases.expected(case)
+        assert ids.tolist() == want.ids and weights.tolist() == want.weights
 
 
 def test_auto_chooses_cuda() -> None:
