@@ -76,7 +76,7 @@ def _check_experts(experts: Callable[..., torch.Tensor]) -> None:
         x = normal(num_tokens, 256)
         w1, w2 = normal(8, 256, 256, std=1 / 16), normal(8, 256, 128, std=128**-0.5)
         ids = torch.randint(0, 7, (num_tokens, 4), generator=generator, device="cuda")
-        ids = ids.to(torch.int32)  # a token may name an expert twice, as after re-routing
+        ids = ids.to(torch.int32)  # a token may name an expert twice, which is harder
         weights = torch.rand(num_tokens, 4, generator=generator, device="cuda")
         want = fused_experts_loop(x, w1, w2, weights, ids)
         error = relative_error(experts(x.clone(), w1, w2, weights, ids), want)
