@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def print_tables(rows: Sequence[dict[str, Any]], show: Callable[[str], Any] = print) -> None:
     """A line per size: every implementation, and the ratios that the goals are about."""
-    names = ("empty", "cuda", "fused", "topk_only", "triton", "published")
+    names = ("empty", "cuda", "repeated", "fused", "topk_only", "triton", "published")
     sizes: dict[tuple[int, int, int], dict[str, float]] = {}
     for row in rows:
         size = (row["E"], row["K"], row["T"])

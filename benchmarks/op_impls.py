@@ -19,7 +19,8 @@ from sere_sglang.ops.dispatch import load_impl
 
 Calls = list[Callable[[], object]]
 MakeCalls = Callable[[OpCase, torch.Tensor], Calls]
-NAMES = ("cuda", "triton", "published", "empty", "fused", "topk_only")
+NAMES = ("cuda", "repeated", "triton", "published", "empty", "fused", "topk_only")
+"""``repeated`` is ``cuda`` that leaves an expert twice in a row: what distinct rows cost."""
 RENORMALIZE = True
 
 
@@ -39,6 +40,7 @@ def load_impls(
         return stand_ins, [], {"dry_run": "CPU implementations stand in for all of them"}
     loaders: dict[str, Callable[[], MakeCalls]] = {
         "cuda": lambda: _load_reroute("cuda"),
+        "repeated": lambda: _load_reroute("cuda", distinct=False),
         "triton": lambda: _load_reroute("triton"),
         "published": _load_published,
         "empty": _load_empty,
@@ -61,9 +63,9 @@ def load_impls(
     return impls, missing, {"topk_only": source}
 
 
-def _load_reroute(impl: str) -> MakeCalls:
+def _load_reroute(impl: str, distinct: bool = True) -> MakeCalls:
     load_impl(impl, "cuda")
-    return partial(_reroute, impl=impl)
+    return partial(_reroute, impl=impl, distinct=distinct)
 
 
 def _load_published() -> MakeCalls:
@@ -89,7 +91,7 @@ def load_fused() -> Callable[..., Any]:
     return fused
 
 
-def _reroute(case: OpCase, control: torch.Tensor, *, impl: str) -> Calls:
+def _reroute(case: OpCase, control: torch.Tensor, *, impl: str, distinct: bool = True) -> Calls:
     return [
         partial(
             reroute_,
@@ -98,6 +100,7 @@ def _reroute(case: OpCase, control: torch.Tensor, *, impl: str) -> Calls:
             case.tables[i],
             control,
             counters=case.counters[i],
+            distinct=distinct,
             impl=impl,
         )
         for i in range(case.calls)
@@ -160,6 +163,7 @@ def _stand_ins() -> dict[str, MakeCalls]:
 
     return {
         "cuda": partial(_reroute, impl="auto"),
+        "repeated": partial(_reroute, impl="auto", distinct=False),
         "triton": partial(_reroute, impl="torch"),
         "fused": partial(_fused, topk_reroute),
         "published": _published,

@@ -44,7 +44,7 @@ def test_op_dry_run(
     assert op.main(["--dry-run"]) == 0
     rows = _rows(tmp_path / "op.json", OP_ROW)
     impls = {row["impl"] for row in rows}
-    assert impls == {"cuda", "fused", "triton", "published", "topk_only", "empty"}
+    assert impls == {"cuda", "repeated", "fused", "triton", "published", "topk_only", "empty"}
     assert all("us_off" in row for row in rows if row["impl"] in ("cuda", "fused"))
     assert "published" in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import Spec
 
-from sere_sglang.ops import LayerTable, encode_control, fused
+from sere_sglang.ops import LayerTable, encode_control, fused, reroute_
 from sere_sglang.ops.dispatch import UnavailableError
 from sere_sglang.ops.fused import fused_topk_reroute, softmax_topk
 from sere_sglang.ops.jit import BuildError
@@ -41,6 +41,19 @@ def test_equals_the_oracle(name: str) -> None:
     for _ in range(80):
         dtype = rng.choice(fused.LOGIT_DTYPES)
         fused_cases.check(cases.random_spec(rng, 60, 100), dtype, run)
+
+
+def test_rows_as_they_come() -> None:
+    """Without distinct rows: rules 1 to 7 on what top-k gives."""
+    case = cases.make_case(Spec(num_experts=8, top_k=4))
+    table = LayerTable.build(case.similarity)
+    want_weights, want = softmax_topk(LOGITS, 4, renormalize=True)
+    reroute_(want, want_weights, table, CONTROL, distinct=False)
+    weights, ids = fused_topk_reroute(LOGITS, 4, True, table, CONTROL, distinct=False)
+    assert torch.equal(ids, want) and torch.equal(weights, want_weights)
+    assert any(len(set(row)) < 4 for row in ids.tolist())
+    _, distinct = fused_topk_reroute(LOGITS, 4, True, table, CONTROL)
+    assert all(len(set(row)) == 4 for row in distinct.tolist())
 
 
 def test_equal_logits_rank_by_expert_and_nan_ranks_last() -> None:

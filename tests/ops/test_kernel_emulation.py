@@ -26,6 +26,7 @@ from sere_sglang.ops.cuda_plan import (
     plan_fused,
     plan_reroute,
 )
+from sere_sglang.ops.fused import softmax_topk
 
 CORNERS = [
     Spec(num_tokens=1),
@@ -177,6 +178,20 @@ def test_fused_random_cases_in_every_form() -> None:
         dtype = rng.choice([torch.float32, torch.bfloat16])
         for plan in plans(spec.num_tokens, 32, most_threads=MAX_THREADS // 2):
             fused_cases.check(spec, dtype, fused_cases.emulated_at(plan))
+
+
+def test_fused_rows_as_they_come() -> None:
+    """Without distinct rows: rules 1 to 7 on what top-k gives."""
+    case = cases.make_case(Spec(num_tokens=40, num_experts=24, top_k=6))
+    table = cases.LayerTable.build(case.similarity)
+    control = cases.encode_control(enabled=True, num_valid=33, classes=[(1, 0.4)])
+    logits = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
+    for plan in plans(40, 32):
+        weights, ids = emulated.fused(plan, logits, 6, True, table, control, distinct=False)
+        plain, chosen = softmax_topk(logits, 6, renormalize=True)
+        cases.reroute_(chosen, plain, table, control, distinct=False, impl="torch")
+        assert torch.equal(ids, chosen)
+        torch.testing.assert_close(weights, plain, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("clusters", [True, False])
