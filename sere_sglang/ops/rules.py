@@ -58,8 +58,6 @@ def apply_rule(
     renormalize: float = 0.0,
     num_valid: int | None = None,
     protected: torch.Tensor | None = None,
-    fast: torch.Tensor | None = None,
-    fast_k: int = 1,
     impl: str = "auto",
 ) -> Routed:
     """Choose the experts that one layer loads, A, and what its rows get instead of the others.
@@ -88,9 +86,6 @@ def apply_rule(
             (original mass / new mass)^gamma.
         num_valid: rows from this one on are padding and repeat a valid row; None for none.
         protected: bool ``[T]``; such a row loads all its experts and is left as it is.
-        fast: bool ``[T]``; such a row is sure of its `fast_k` best experts only and has no say in
-            what else is loaded; not for ``similarity``.
-        fast_k: in [1, K).
         impl: ``auto``, ``torch`` or ``cpu``.
 
     Returns:
@@ -105,13 +100,16 @@ def apply_rule(
         rule, topk_ids, topk_weights, scores=scores, similarity=similarity, primary_k=primary_k,
         threshold=threshold, k0=k0, budget=budget, warmup=warmup, fill=fill, loss=loss,
         fill_weight=fill_weight, renormalize=renormalize, num_valid=num_valid,
-        protected=protected, fast=fast, fast_k=fast_k,
+        protected=protected,
     )  # fmt: skip
-    implementation = load_rules(impl, topk_ids.device.type)
-    off = call.rule == "similarity" and not 0 < call.keep < topk_ids.shape[1]
-    if topk_ids.numel() == 0 or off:
-        return _untouched(call)
-    return implementation.apply(call)
+    return applied(call, impl)
+
+
+def applied(call: RuleCall, impl: str = "auto") -> Routed:
+    """`apply_rule` of arguments that were checked (`rules_check.checked`)."""
+    implementation = load_rules(impl, call.ids.device.type)
+    off = call.rule == "similarity" and not 0 < call.keep < call.ids.shape[1]
+    return _untouched(call) if call.ids.numel() == 0 or off else implementation.apply(call)
 
 
 def load_rules(impl: str, device_type: str) -> Implementation:

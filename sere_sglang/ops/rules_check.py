@@ -32,7 +32,11 @@ def checked(
     fast: torch.Tensor | None = None,
     fast_k: int = 1,
 ) -> RuleCall:
-    """The arguments of `apply_rule`, checked, as implementations take them."""
+    """The arguments of `apply_rule`, checked, as implementations take them; and two of servers.
+
+    fast: bool ``[T]``; such a row is sure of its `fast_k` best experts only and has no say in what
+        else is loaded; not for ``similarity``. fast_k: in [1, K).
+    """
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is none of: {', '.join(RULES)}")
     if fill not in FILLS:

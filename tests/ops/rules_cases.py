@@ -9,9 +9,10 @@ import rules_oracle
 import torch
 from hypothesis import strategies as st
 
-from sere_sglang import apply_rule
 from sere_sglang.ops import Routed
+from sere_sglang.ops.rules import applied
 from sere_sglang.ops.rules_call import RULES
+from sere_sglang.ops.rules_check import checked
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Batch:
     options: dict[str, Any]
 
     def run(self, impl: str) -> Routed:
-        return apply_rule(self.rule, self.ids, self.weights, impl=impl, **self.options)
+        return applied(checked(self.rule, self.ids, self.weights, **self.options), impl)
 
     def expected(self) -> rules_oracle.Outcome:
         o = self.options

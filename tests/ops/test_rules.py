@@ -268,7 +268,7 @@ def test_what_is_no_tensor_is_named(name: str) -> None:
         "scores": torch.full((1, 4), 0.25),
     }
     with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got list"):
-        apply_rule("topk", k0=1, **(arguments | {name: [[0.5, 0.5]]}))
+        checked("topk", k0=1, **(arguments | {name: [[0.5, 0.5]]}))
 
 
 def test_a_kernel_without_rules_says_so() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sere_sglang import apply_rule
-from sere_sglang.ops.rules import load_rules
+from sere_sglang.ops.rules import applied, load_rules
+from sere_sglang.ops.rules_check import checked
 from sere_sglang.ops.surrogates import Surrogates
 from sere_sglang.runtime.counters import FIELDS, LOSS_UNIT
 from sere_sglang.runtime.rule_stage import FILL_WEIGHT, RENORMALIZE, RuleForward, RuleStage
@@ -54,12 +55,13 @@ def test_is_the_public_function_on_the_routers_scores(point: OperatingPoint, sco
         "sqrtsoftplus": torch.nn.functional.softplus(logits).sqrt(),
     }[scoring]
     ids, weights = _routed(scores)
-    want = apply_rule(
+    call = checked(
         point.rule, ids, weights, scores=scores, k0=point.primary_k or None,
         budget=point.experts or None, loss=min(1.0, point.loss * 2.25), num_valid=7,
         fill_weight=FILL_WEIGHT, renormalize=RENORMALIZE,
         protected=torch.arange(ROWS) == 1, fast=torch.arange(ROWS) == 2,
     )  # fmt: skip
+    want = applied(call)
     classes = torch.tensor([0, RowClass.EXACT, RowClass.FAST, 0, 0, 0, 0], dtype=torch.uint8)
     stage = _stage()
     stage.apply(ids, weights, logits, _config(scoring), RuleForward(point, 7, classes, 1, True))
