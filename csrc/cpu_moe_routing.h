@@ -15,7 +15,7 @@ struct Panel {
   int32_t count;
 };
 
-// Only experts that have rows; a slot of weight 0, as re-routing leaves one where slots met, is none.
+// Only experts that have rows; a slot of weight 0, as re-routing leaves it where slots met, is none.
 // A row's place within its expert follows from its token and slot.
 struct Routing {
   struct Expert {

@@ -52,6 +52,16 @@ CORNERS = [
     Spec(num_tokens=48, num_experts=256, top_k=8, classes=((1, 0.97), (2, 0.0)), row_classes=True),
     Spec(num_tokens=30, foreign=0.2, holes=0.1, classes=((1, 0.5),)),
     Spec(num_tokens=30, num_experts=33, top_k=17, foreign=0.4, ranked=True, classes=((3, 0.0),)),
+    # What frees a slot of row 0 names experts critical to the other class: in the grid, padding
+    # rows must not take them from that row while it is being rewritten.
+    Spec(
+        num_tokens=40,
+        num_experts=64,
+        top_k=6,
+        num_valid=6,
+        classes=((1, 0.0), (1, 0.9)),
+        row_classes=True,
+    ),
     # As many slots as a row can have; experts that fill neither words nor loads of four.
     Spec(num_tokens=9, num_experts=32, top_k=32, classes=((1, 0.9),), num_valid=7),
     Spec(num_tokens=9, num_experts=127, top_k=31, classes=((30, 0.9), (1, 0.2)), row_classes=True),
