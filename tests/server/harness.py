@@ -18,6 +18,7 @@ from benchmarks.serving.server import CPU_ENGINE, CPU_FLAGS, SGLANG, Server, fre
 
 __all__ = [
     "CPU_ENGINE",
+    "TWO_RANKS",
     "Server",
     "free_port",
     "refusal_of",
@@ -35,6 +36,14 @@ serve_spawned = functools.partial(
     local_server.serve, start=lambda *started: Forked.start(*started, fork_workers=False)
 )
 """The same with SGLang's workers spawned, as users have them."""
+
+_CORES = sorted(os.sched_getaffinity(0))
+TWO_RANKS = {
+    # SGLang wants to be told which cores a rank may use when there is less than a NUMA node each.
+    "SGLANG_CPU_OMP_THREADS_BIND": f"{_CORES[0]}|{_CORES[-1]}",
+    # Found, NCCL is used by SGLang's CPU engine as well, and needs a GPU.
+    "SGLANG_NCCL_SO_PATH": "/nonexistent",
+}
 
 
 def run_to_exit(

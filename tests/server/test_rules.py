@@ -17,7 +17,7 @@ from sere_sglang.profile import save_profile
 from sere_sglang.schedule.point import RULES
 from sere_sglang.schedule.trace import read_trace
 from tests.server.checkpoints import EXPERTS, LAYERS
-from tests.server.harness import Server, refusal_of, serve
+from tests.server.harness import TWO_RANKS, Server, refusal_of, serve
 from tests.server.profiles import random_profile
 
 Checkpoint = Callable[[str], Path]
@@ -168,6 +168,26 @@ def test_surrogates_are_added_for_what_is_lost(server: Server) -> None:
     assert exactly == _ask(server, [None] * len(PROMPTS))
 
 
+def test_two_ranks_add_surrogates_once(
+    server: Server, checkpoint: Checkpoint, profile: Path, tmp_path: Path
+) -> None:
+    """Each adds its share, and the sum is what one rank alone adds."""
+    harsh = STATIC | {"rule": "energy", "quality_budget": 0.5, "surrogates": True}
+    server.set_sere(**harsh)
+    one = _first_decoded(server)
+    server.set_sere(surrogates=False)
+    without = _first_decoded(server)
+    flags = ("--moe-backend=sere", f"--sere-profile={profile}", "--tp-size=2")
+    with serve(checkpoint("qwen3_moe"), tmp_path / "log", *flags, env=TWO_RANKS) as two_ranks:
+        two_ranks.set_sere(**harsh)
+        two = _first_decoded(two_ranks)
+    # Two ranks round differently: some row's first token, or an expert at the edge of its top-k, may
+    # be another one, and these surrogates make much of that. Twice their sum would move all rows.
+    near = [abs(a[1] - b[1]) < 0.1 for a, b in zip(one, two, strict=True)]
+    moved = [abs(a[1] - b[1]) > 0.3 for a, b in zip(one, without, strict=True)]
+    assert sum(near) > len(PROMPTS) // 2 < sum(moved)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -216,6 +236,16 @@ def _counters(server: Server, **settings: Any) -> list[dict[str, float]]:
     server.set_sere(reset_counters=True)
     server.generate(PROMPTS, 8)
     return list(server.sere()["counters"].values())
+
+
+def _first_decoded(server: Server) -> list[tuple[int, float]]:
+    """The prefill's token, and one token's log-probability in the first decode step."""
+    sampling = {"temperature": 0, "max_new_tokens": 2, "ignore_eos": True}
+    body = {"text": PROMPTS, "sampling_params": sampling, "return_logprob": True}
+    answers = server.post("/generate", body | {"token_ids_logprob": [[7]] * len(PROMPTS)})
+    return [
+        (a["output_ids"][0], a["meta_info"]["output_token_ids_logprobs"][1][0][0]) for a in answers
+    ]
 
 
 def _ask(server: Server, qualities: list[str | None]) -> list[tuple[list[int], list[float]]]:

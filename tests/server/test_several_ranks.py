@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import os
 import time
 import urllib.error
 from collections.abc import Callable, Iterator
@@ -16,16 +15,9 @@ import pytest
 from sere_sglang.schedule.cost import StepModel
 from tests.server.cost_files import write_cost
 from tests.server.faults import Faults, install
-from tests.server.harness import Server, refusal_of, serve
+from tests.server.harness import TWO_RANKS, Server, refusal_of, serve
 
 PROMPTS = [f"request number {i} " * (1 + i % 3) for i in range(10)]
-CORES = sorted(os.sched_getaffinity(0))
-TWO_RANKS = {
-    # SGLang wants to be told which cores a rank may use when there is less than a NUMA node each.
-    "SGLANG_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}",
-    # Found, NCCL is used by SGLang's CPU engine as well, and needs a GPU.
-    "SGLANG_NCCL_SO_PATH": "/nonexistent",
-}
 EAGER = {"policy": "adaptive", "quality_budget": 1.0, "min_gain": 0.0, "min_batch": 1}
 LOCAL = ("time", "after_idle")  # what ranks may see differently; no decision reads it
 
