@@ -20,6 +20,7 @@ from sere_sglang.runtime.counters import FIELDS
 from sere_sglang.runtime.moe_layers import (
     moe_layers,
     require_standard_format,
+    require_weights_on_output,
     routed_top_k,
     routers_of,
 )
@@ -103,6 +104,7 @@ def bind_model(
     for row, layer_id in enumerate(sorted(layers)):
         router = routers[layer_id]
         require_standard_format(router, name)
+        require_weights_on_output(layers[layer_id], name)
         topk_config = router.topk_config
         stage = RerouteStage(
             layer_id=layer_id,

@@ -37,6 +37,18 @@ def routed_top_k(router: Any) -> int:
     return int(topk_config.top_k - topk_config.num_shared_topk_slots)
 
 
+def require_weights_on_output(layer: Any, model_name: str) -> None:
+    """Raise `SereError` for a ``FusedMoE`` that multiplies its input by the routing weights.
+
+    Slots that meet on one expert are added up, which is right only behind the experts.
+    """
+    if layer.moe_runner_config.apply_router_weight_on_input:
+        raise SereError(
+            f"--moe-backend sere: {model_name} applies routing weights to the input of its "
+            "experts, where they cannot be re-routed; serve it without --moe-backend sere"
+        )
+
+
 def require_standard_format(
     router: Any, model_name: str, *, asked: str = "--moe-backend sere"
 ) -> None:

@@ -181,8 +181,8 @@ def test_two_ranks_add_surrogates_once(
     with serve(checkpoint("qwen3_moe"), tmp_path / "log", *flags, env=TWO_RANKS) as two_ranks:
         two_ranks.set_sere(**harsh)
         two = _first_decoded(two_ranks)
-    # Two ranks round differently: some row's first token, or an expert at the edge of its top-k, may
-    # be another one, and these surrogates make much of that. Twice their sum would move all rows.
+    # Two ranks round differently: some row's first token, or an expert at the edge of its top-k,
+    # may be another, and these surrogates make much of that. Twice their sum would move all rows.
     near = [abs(a[1] - b[1]) < 0.1 for a, b in zip(one, two, strict=True)]
     moved = [abs(a[1] - b[1]) > 0.3 for a, b in zip(one, without, strict=True)]
     assert sum(near) > len(PROMPTS) // 2 < sum(moved)
