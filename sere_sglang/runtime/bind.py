@@ -25,6 +25,7 @@ from sere_sglang.runtime.moe_layers import (
     routers_of,
 )
 from sere_sglang.runtime.rule_stage import RuleStage, exposes_scores
+from sere_sglang.runtime.runners import takes_repeated_ids
 from sere_sglang.runtime.stage import RerouteStage, Switch, bind_stage
 from sere_sglang.schedule.point import RULES, SIMILARITY
 
@@ -120,6 +121,7 @@ def bind_model(
             switch=switch,
             impl=impl,
             fuse=fuses and layer_id in softmax_routers,
+            distinct=target.type == "cpu" or not takes_repeated_ids(layers[layer_id]),
             rules=_rules(layers[layer_id], profile, counters[row])
             if target.type == "cpu"
             else None,

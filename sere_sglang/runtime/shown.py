@@ -20,6 +20,7 @@ def constants(active: SereRuntime) -> dict[str, Any]:
         "cost": describe_cost(context.cost),
         "layers": binding.layer_ids,
         "kernel": binding.impl,
+        "distinct_rows": all(stage.distinct for stage in binding.stages),
         "surrogate_bytes": {
             str(stage.layer_id): stage.rules.surrogates.num_bytes
             for stage in binding.stages

@@ -47,6 +47,8 @@ class RerouteStage:
     impl: str = "auto"
     fuse: bool = False
     """Plain softmax routers: top-k and re-routing in one launch (`run_fused`)."""
+    distinct: bool = True
+    """Rows hold no expert twice, as most runners need it (`runtime.runners`)."""
     rules: RuleStage | None = None
     """The rules beside ``similarity``, where they can be had."""
     ran: bool = field(default=False, init=False)
@@ -60,9 +62,10 @@ class RerouteStage:
         logits: torch.Tensor | None = None,
         topk_config: Any = None,
     ) -> None:
-        """Re-route topk_ids [T, K (+ fused shared slots)] in place, in rows of distinct experts.
+        """Re-route topk_ids [T, K (+ fused shared slots)] in place.
 
-        topk_weights, alike, change with them. logits: [T, E] of the router `topk_config`.
+        topk_weights, alike, change with them where rows stay distinct. logits: [T, E] of the
+        router `topk_config`.
         """
         self.ran = True  # written, never read here: what torch.compile reads, it compiles again for
         if not self.switch.launch or topk_ids.shape[0] == 0:
@@ -86,6 +89,7 @@ class RerouteStage:
             self.control,
             row_class=row_class,
             counters=self.counters,
+            distinct=self.distinct,
             impl=self.impl,
         )
         if ids32 is not ids:
@@ -117,6 +121,7 @@ class RerouteStage:
             self.control,
             row_class=self.row_class,
             counters=self.counters,
+            distinct=self.distinct,
         )
         return weights, self.fused_ids
 
