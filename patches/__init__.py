@@ -227,3 +227,22 @@ PINNED = {
     "_sere": "endpoint of /set_internal_state: it is ours already (http_server.py)",
 }
 """Every attribute that we put on an object of SGLang's."""
+
+PROCESS_STATE = {
+    "sere_sglang.runtime.rank._current": "the runtime of this scheduler process",
+    "sere_sglang.patches.topk._selecting": "whose top-k SGLang's router is computing right now",
+    "sere_sglang.patches.guard.HOOKS": "every hook that this process has installed",
+    "sere_sglang.patches.guard._launcher": "what failed in the launcher",
+    "sere_sglang.patches.engine._confirming": "the launcher waits for schedulers to report SERE",
+    "sere_sglang.patches.http_server._tasks": "changes on their way to the schedulers",
+    "sere_sglang.patches.request_quality._rules": "what requests of this launcher may ask for",
+    "sere_sglang.patches.calibration._collector": "of this worker, while it calibrates",
+    "sere_sglang.patches.doctor._answer": "of this worker, to doctor's question",
+    "sere_sglang.patches.cpu_engine._library": "torch's registration of the sgl_kernel stand-in",
+    "sere_sglang.ops.dispatch._ready": "implementations that are built",
+    "sere_sglang.ops.dispatch._auto": "what impl=auto chose, by device type",
+    "sere_sglang.ops.reroute._library": "torch's registration of the re-routing op",
+    "sere_sglang.ops.fused._library": "torch's registration of the fused op",
+}
+"""Every module variable that a running process changes or holds something alive by. Functions under
+functools.cache keep what they were asked first, besides."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sere_sglang.patches import PATCHES, PINNED, TESTED_VERSIONS, TOOLS, Patch
+from sere_sglang.patches import PATCHES, PINNED, PROCESS_STATE, TESTED_VERSIONS, TOOLS, Patch
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "patches"
@@ -75,6 +75,34 @@ def test_every_pinned_attribute_is_listed() -> None:
     assert set(re.findall(r"[\"'.](_sere(?:_\w+)?)\b(?!\()", text)) - {"_sere_fields"} == set(
         PINNED
     )
+
+
+def test_every_process_global_is_listed() -> None:
+    found = set()
+    for prefix, folder in (("sere_sglang", ROOT / "sere_sglang"), ("sere_sglang.patches", FOLDER)):
+        for path in folder.rglob("*.py"):
+            parts = (prefix, *path.relative_to(folder).with_suffix("").parts)
+            tree = ast.parse(path.read_text())
+            found |= {".".join((*parts, name)) for name in _rebound(tree) | _held(tree)}
+    assert found == set(PROCESS_STATE)
+
+
+def _rebound(tree: ast.Module) -> set[str]:
+    return {n for node in ast.walk(tree) if isinstance(node, ast.Global) for n in node.names}
+
+
+def _held(tree: ast.Module) -> set[str]:
+    """Module variables that start as an empty container, or are the one object of a kind."""
+    names = set()
+    for node in tree.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        empty = isinstance(node.value, ast.Dict | ast.List) and not ast.unparse(node.value)[1:-1]
+        called = ast.unparse(node.value).split("(")[0] if isinstance(node.value, ast.Call) else ""
+        if empty or called in ("set", "dict", "list", "torch.library.Library", "_Launcher"):
+            names.add(ast.unparse(target))
+    return names
 
 
 def test_supported_versions_are_stated_once() -> None:
