@@ -29,6 +29,7 @@ from sere_sglang.ops import (
     rules_reference,
 )
 from sere_sglang.ops.rules_call import RuleCall
+from sere_sglang.ops.surrogates import Surrogates, compensate_
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024)
 SHAPES = ((60, 4), (64, 6), (128, 8), (256, 8), (512, 10))  # (E, K)
@@ -112,7 +113,7 @@ def measure_rules(budget_s: float) -> list[dict[str, Any]]:
     weights, ids = scores.topk(top_k)
     weights = weights / weights.sum(dim=1, keepdim=True)
     similarity = make_inputs(tokens, experts, top_k)[2]
-    rows = []
+    rows: list[dict[str, Any]] = []
     print(f"\n{'rule':24}{'active':>8}{'us':>10}{'us_native':>10}{'us_torch':>10}")
     for name, (rule, options) in RULE_OPTIONS.items():
         inputs: dict[str, Any] = {"scores": scores, "similarity": similarity}
@@ -141,7 +142,39 @@ def measure_rules(budget_s: float) -> list[dict[str, Any]]:
         rows.append(row)
         figures = "".join(f"{row[key]:10.1f}" for key in ("us", "us_native", "us_torch"))
         print(f"{name:24}{active:8}{figures}", flush=True)
-    return rows
+    lost = apply_rule("energy", ids, weights, scores=scores, loss=0.02).lost
+    assert lost is not None
+    return rows + [measure_surrogates(lost, rank, budget_s) for rank in (8, 32)]
+
+
+def measure_surrogates(lost: torch.Tensor, rank: int, budget_s: float) -> dict[str, Any]:
+    """What makes up for what ``energy .02`` lost, in a layer of hidden size 2048."""
+    rows, experts, hidden = *lost.shape, 2048
+    inward, outward = torch.randn(2, experts, rank, hidden)
+    layer = Surrogates.build(inward, outward, torch.randn(experts, hidden), device="cpu")
+    x, output = torch.randn(2, rows, hidden).bfloat16()
+    seconds = interleaved_median(
+        {
+            "us": functools.partial(compensate_, output, x, lost, layer),
+            "us_torch": functools.partial(compensate_, output, x, lost, layer, impl="torch"),
+        },
+        budget_s=budget_s,
+    )
+    slots = int((lost > 0).sum())
+    megabytes = layer.num_bytes / experts * int(lost.any(dim=0).sum()) / 1e6
+    name = f"surrogates of rank {rank}"
+    us = {key: value * 1e6 for key, value in seconds.items()}
+    figures = f"{us['us']:.0f} us, torch {us['us_torch']:.0f}"
+    print(f"{name:24}{slots:8} slots, {megabytes:.2f} MB: {figures}", flush=True)
+    return {
+        "rule": name,
+        "T": rows,
+        "E": experts,
+        "H": hidden,
+        "slots": slots,
+        "mb": megabytes,
+        **us,
+    }
 
 
 def main() -> None:
