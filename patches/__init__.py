@@ -213,6 +213,7 @@ TOOLS = {
     "seam": "how a symbol is hooked, and how it fails when it has changed",
     "guard": "what becomes of a hook that fails while the server serves",
     "moe_rows": "whose rows a MoE layer sees under DP attention and all-to-all; changes nothing",
+    "server_flags": "flags of SGLang's under which SERE is refused; changes nothing",
     "number_keys": "settings as numbers, on the way to the schedulers",
 }
 """The other modules of this folder."""

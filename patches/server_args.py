@@ -81,8 +81,12 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
 
     from sere_sglang.cpu import isa as cpu_isa
     from sere_sglang.cpu.large_pages import ask_allocator_for_large_pages
-    from sere_sglang.patches import engine, moe_rows
+    from sere_sglang.patches import engine, moe_rows, server_flags
     from sere_sglang.preflight import prepare
+
+    def restrict(asked: config.SereConfig) -> config.SereConfig:
+        server_flags.require_supported(record)
+        return moe_rows.restrict(record, asked)
 
     with engine.reported(record):
         if record.device == "cpu":
@@ -94,7 +98,7 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
             hf_config,
             asked,
             record.revision,
-            restrict=lambda asked: moe_rows.restrict(record, asked),
+            restrict=restrict,
             calibrate=lambda model: _calibrated(record, model),
         )
         config.attach(record, resolved)

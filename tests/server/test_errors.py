@@ -52,6 +52,12 @@ def test_no_profile_to_be_found(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert f"sere-sglang calibrate --model {bare}" in message
 
 
+def test_a_flag_of_sglangs_that_rules_it_out(checkpoint: Checkpoint) -> None:
+    model = f"--model-path={checkpoint('qwen3_moe')}"
+    message = _refused(model, "--moe-backend=sere", "--enable-pdmux")
+    assert "with --enable-pdmux prefill and decode run at the same time" in message
+
+
 def test_named_profile_is_missing(checkpoint: Checkpoint, tmp_path: Path) -> None:
     message = _with_profile(checkpoint("qwen3_moe"), tmp_path / "absent.safetensors")
     assert "--sere-profile" in message and "absent.safetensors" in message

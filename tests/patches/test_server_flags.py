@@ -1,0 +1,44 @@
+"""Flags of SGLang's that rule SERE out are named at start, with the reason."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.server_args import ServerArgs
+
+from sere_sglang.errors import SereError
+from sere_sglang.patches import server_flags
+from sere_sglang.patches.server_flags import UNSUPPORTED, require_supported
+
+
+@pytest.fixture(autouse=True)
+def _record_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resolved view needs a whole server's record; what is checked are its fields."""
+    monkeypatch.setattr(server_flags, "resolve", lambda _symbol: lambda record: record)
+
+
+def _record(**given: Any) -> SimpleNamespace:
+    return SimpleNamespace(**(dict.fromkeys(UNSUPPORTED) | given))
+
+
+def test_sglang_has_these_fields() -> None:
+    assert set(UNSUPPORTED) <= set(ServerArgs.__struct_fields__)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_each_is_refused_by_name(name: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(SereError, match=f"--moe-backend sere: with {flag} .*; drop one of the two"):
+        require_supported(_record(**{name: "x"}))
+
+
+def test_others_are_not() -> None:
+    require_supported(_record())
+
+
+def test_ragged_verify_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_RAGGED_VERIFY_MODE", "cap")
+    with pytest.raises(SereError, match="SGLANG_RAGGED_VERIFY_MODE=cap"):
+        require_supported(_record())
