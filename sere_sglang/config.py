@@ -21,6 +21,8 @@ BACKENDS = ("default", "sere")
 ON_ERROR = ("exit", "fallback")
 DEFAULT_QUALITY_BUDGET = 0.02
 DEFAULT_MIN_GAIN = 0.03
+AUTO_RULE, BEST_RULE = "auto", "energy"
+"""``--sere-rule auto`` and what it stands for in this version."""
 
 _RECORD_ATTRIBUTE = "_sere_config"
 
@@ -55,7 +57,7 @@ class SereConfig:
         "all but those whose routing weight fits in --sere-quality-budget, what a token loses "
         "made up for by the profile's surrogates. auto: energy. Rules beside similarity need the "
         "CPU engine so far (default: similarity).",
-        choices=(*RULES, "auto"),
+        choices=(*RULES, AUTO_RULE),
     )
     sere_policy: str | None = _option(
         None,
@@ -188,7 +190,7 @@ class SereConfig:
     @property
     def rule(self) -> str:
         """The rule asked for; ``auto`` is the best that this version has."""
-        return "energy" if self.sere_rule == "auto" else self.sere_rule or SIMILARITY
+        return BEST_RULE if self.sere_rule == AUTO_RULE else self.sere_rule or SIMILARITY
 
     @property
     def policy(self) -> str:

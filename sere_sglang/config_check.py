@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from sere_sglang.config import (
+    AUTO_RULE,
     BACKENDS,
     DEFAULT_MIN_GAIN,
     DEFAULT_QUALITY_BUDGET,
@@ -41,7 +42,7 @@ def checked(asked: SereConfig) -> SereConfig:
         return asked
     _check_choice("moe_backend", asked.moe_backend, BACKENDS)
     _check_choice("sere_policy", asked.sere_policy, policy_names())
-    _check_choice("sere_rule", asked.sere_rule, (*RULES, "auto"))
+    _check_choice("sere_rule", asked.sere_rule, (*RULES, AUTO_RULE))
     _check_choice("sere_surrogates", asked.sere_surrogates, ("on", "off"))
     _check_choice("sere_on_error", asked.sere_on_error, ON_ERROR)
     _check_choice("sere_quality", asked.sere_quality, QUALITIES)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sere_sglang.config import DEFAULT_MIN_GAIN, DEFAULT_QUALITY_BUDGET
+from sere_sglang.config import AUTO_RULE, BEST_RULE, DEFAULT_MIN_GAIN, DEFAULT_QUALITY_BUDGET
 from sere_sglang.errors import SereError
 from sere_sglang.schedule.point import RULES, SIMILARITY
 
@@ -67,7 +67,7 @@ def command(
         list[int] | None, typer.Option(help="S of static policies to compare; repeat it.")
     ] = None,
     rule: Annotated[
-        str, typer.Option(help=f"As --sere-rule of a server: {', '.join(RULES)}.")
+        str, typer.Option(help=f"As --sere-rule of a server: {', '.join(RULES)} or auto.")
     ] = SIMILARITY,
     seed: Annotated[int, typer.Option(help="Of the synthetic traffic and the noise.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for simulate.json and simulate.png.")] = Path(
@@ -141,8 +141,9 @@ def _policies(
 ) -> dict[str, Settings]:
     from sere_sglang.schedule.settings import Settings
 
-    if rule not in RULES:
-        raise SereError(f"--rule {rule}: choose from {', '.join(RULES)}")
+    if rule not in (*RULES, AUTO_RULE):
+        raise SereError(f"--rule {rule}: choose from {', '.join((*RULES, AUTO_RULE))}")
+    rule = BEST_RULE if rule == AUTO_RULE else rule
     if primary_k and rule in ("budget", "energy"):
         raise SereError(f"--primary-k: rule {rule} has no S; drop one of the two")
     base = Settings(

@@ -80,6 +80,19 @@ def test_command_on_a_trace(tmp_path: Path, cost: Path) -> None:
     assert "TPOT" in result.stdout
 
 
+@pytest.mark.parametrize("rule", ["energy", "auto", "budget", "topk"])
+def test_command_under_another_rule(tmp_path: Path, cost: Path, rule: str) -> None:
+    given = ["--steps=300", f"--rule={rule}", f"--out={tmp_path}", "--quality-budget=0.05"]
+    command = ["simulate", f"--profile={PROFILE}", f"--cost={cost}", *given]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "simulate.json").read_text())["rows"]
+    exact, *_, adaptive = rows
+    assert adaptive["policy"] == "adaptive" and 0 < adaptive["loss"] <= 0.05
+    assert adaptive["active"] < exact["active"] and adaptive["rerouted_steps"] > 0.5
+    assert "static" in {row["policy"].split()[0] for row in rows} or rule == "budget"
+
+
 def test_the_step_is_the_files_where_no_flag_says_otherwise(tmp_path: Path) -> None:
     """One row: 6 experts of 10 us in each of 4 layers, and what the step adds; steps differ by
     noise of 2 %."""
@@ -117,6 +130,8 @@ def test_the_simulated_budget_is_the_served_one() -> None:
         ([f"--profile={PROFILE}", "--trace=/absent"], "--trace /absent: cannot be read"),
         ([f"--profile={PROFILE}", "--primary-k=6"], "primary_k must be in [1, 5]"),
         ([f"--profile={PROFILE}", "--quality-budget=3"], "quality_budget must lie in [0, 1]"),
+        ([f"--profile={PROFILE}", "--rule=oea"], "--rule oea: choose from similarity"),
+        ([f"--profile={PROFILE}", "--rule=energy", "--primary-k=1"], "rule energy has no S"),
         ([f"--profile={PROFILE}", "--cost=/absent"], "--cost /absent: no such file"),
     ],
 )
