@@ -82,7 +82,14 @@ def test_command_on_a_trace(tmp_path: Path, cost: Path) -> None:
 
 @pytest.mark.parametrize("rule", ["energy", "auto", "budget", "topk"])
 def test_command_under_another_rule(tmp_path: Path, cost: Path, rule: str) -> None:
-    given = ["--steps=300", f"--rule={rule}", f"--out={tmp_path}", "--quality-budget=0.05"]
+    given = [
+        "--steps=600",
+        "--rate=200",
+        "--peak=300",
+        f"--rule={rule}",
+        f"--out={tmp_path}",
+        "--quality-budget=0.05",
+    ]
     command = ["simulate", f"--profile={PROFILE}", f"--cost={cost}", *given]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
