@@ -99,13 +99,13 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
             asked,
             record.revision,
             restrict=restrict,
-            calibrate=lambda model: _calibrated(record, model),
+            calibrate=lambda model: _calibrated(record, asked, model),
         )
         config.attach(record, resolved)
     engine.require_confirmation()
 
 
-def _calibrated(record: Any, model: MoeModelInfo) -> Path:
+def _calibrated(record: Any, asked: config.SereConfig, model: MoeModelInfo) -> Path:
     """The model loads as it will be served: on as many ranks, quantized alike."""
     from sere_sglang.calibration.on_demand import calibrated
 
@@ -121,7 +121,10 @@ def _calibrated(record: Any, model: MoeModelInfo) -> Path:
     if record.trust_remote_code:
         server_args.append("--trust-remote-code")
     device = record.device if record.device in ("cpu", "cuda") else "auto"
-    return calibrated(model, [f"--device={device}"], server_args)
+    flags = [f"--device={device}"]
+    if asked.rule == "energy" and asked.sere_surrogates != "off":
+        flags.append("--surrogate-rank=auto")
+    return calibrated(model, flags, server_args)
 
 
 def _resolved_dict(result: dict[str, Any], record: Any) -> dict[str, Any]:

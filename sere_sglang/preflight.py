@@ -15,10 +15,12 @@ from sere_sglang.profile import (
     AUTO,
     MoeModelInfo,
     ProfileError,
+    SereProfile,
     check_has_scale,
     check_profile_fits,
     find_profile,
     load_profile,
+    surrogates_command,
 )
 from sere_sglang.schedule.cost_file import CostModel, check_cost_fits, load_cost
 
@@ -47,6 +49,7 @@ def prepare(
         check_profile_fits(profile, model, path)
         if asked.sere_scale:
             check_has_scale(profile, model, path)
+        _check_surrogates(profile, model, path, asked)
         if asked.sere_cost is not None:
             cost = load_cost(asked.sere_cost)
             check_cost_fits(cost, CostModel.of(model), asked.sere_cost)
@@ -56,6 +59,26 @@ def prepare(
         logger.warning("Serving WITHOUT SERE (--sere-on-error fallback): %s", error)
         return SereConfig()
     return dataclasses.replace(config, sere_profile=str(path))
+
+
+def _check_surrogates(
+    profile: SereProfile, model: MoeModelInfo, path: Path, asked: SereConfig
+) -> None:
+    """Rule energy does without, but nobody should miss them unknowingly."""
+    command = surrogates_command(profile, model)
+    if asked.rule != "energy" or asked.sere_surrogates == "off" or command is None:
+        return
+    if asked.sere_surrogates == "on":
+        raise ProfileError(
+            f"--sere-surrogates on: {path} has none; write them with '{command}', or drop the flag"
+        )
+    logger.warning(
+        "--sere-rule %s: %s has no surrogates, so what tokens lose is made up for in part only; "
+        "'%s' writes them",
+        asked.sere_rule,
+        path,
+        command,
+    )
 
 
 def _profile(

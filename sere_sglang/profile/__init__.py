@@ -12,7 +12,12 @@ from sere_sglang.profile.file import (
     save_profile,
 )
 from sere_sglang.profile.model_files import DEFAULT_FILE_NAME
-from sere_sglang.profile.model_info import MoeModelInfo, check_has_scale, check_profile_fits
+from sere_sglang.profile.model_info import (
+    MoeModelInfo,
+    check_has_scale,
+    check_profile_fits,
+    surrogates_command,
+)
 from sere_sglang.profile.place import AUTO, default_place, find_profile
 
 __all__ = [
@@ -30,4 +35,5 @@ __all__ = [
     "find_profile",
     "load_profile",
     "save_profile",
+    "surrogates_command",
 ]

@@ -123,6 +123,13 @@ def check_has_scale(profile: SereProfile, model: MoeModelInfo, path: Path) -> No
         )
 
 
+def surrogates_command(profile: SereProfile, model: MoeModelInfo) -> str | None:
+    """What writes surrogates for a profile that has none; None for one that has."""
+    if any("surrogate_bias" in tables for tables in profile.tables.values()):
+        return None
+    return f"sere-sglang calibrate --model {model.name} --surrogate-rank auto"
+
+
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in ("text_config", "llm_config", "language_config", "thinker_config"):
         nested = config.get(key)

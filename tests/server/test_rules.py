@@ -216,6 +216,7 @@ def test_a_wrong_live_setting_is_refused(server: Server, change: Any, named: str
         (["--sere-rule=budget", "--sere-policy=static"], "needs --sere-max-experts"),
         (["--sere-max-experts=9"], "--sere-max-experts is of --sere-rule budget"),
         (["--sere-surrogates=off"], "--sere-surrogates is of --sere-rule energy"),
+        (["--sere-rule=energy", "--sere-surrogates=on"], "has none; write them with 'sere-sglang"),
         (["--sere-rule=topk", "--sere-primary-k=99"], "--sere-primary-k 99: must be smaller"),
     ],
 )

@@ -63,9 +63,12 @@ def test_launch_server_module_with_config_file(checkpoint: Checkpoint, tmp_path:
 def test_auto_calibrates_before_it_serves(checkpoint: Checkpoint, tmp_path: Path) -> None:
     bare = without_profile(checkpoint("qwen3_moe"), tmp_path / "bare")
     log = tmp_path / "log"
-    with serve(bare, log, "--moe-backend=sere", "--sere-profile=auto") as server:
-        assert server.sere()["enabled"]
-    assert load_profile(bare / "sere_profile.safetensors").metadata.num_tokens > 10_000
+    flags = ("--moe-backend=sere", "--sere-profile=auto", "--sere-rule=auto")
+    with serve(bare, log, *flags) as server:
+        assert server.sere()["enabled"] and server.sere()["rule"] == "energy"
+    profile = load_profile(bare / "sere_profile.safetensors")
+    assert profile.metadata.num_tokens > 10_000
+    assert all("surrogate_bias" in tables for tables in profile.tables.values())
     assert "has no profile yet; calibrating it, once, before serving" in log.read_text()
     assert not list(bare.glob("*.partial"))
 
