@@ -16,6 +16,7 @@ from sere_sglang.calibration.job import (
     check_job,
     choose_device,
     default_out,
+    existing_profile,
     revision_of,
 )
 from sere_sglang.calibration.result import build_profile
@@ -29,6 +30,7 @@ __all__ = [
     "calibrate",
     "check_job",
     "default_out",
+    "existing_profile",
     "revision_of",
 ]
 

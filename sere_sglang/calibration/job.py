@@ -18,7 +18,7 @@ from sere_sglang.calibration.text import CalibrationText, check_files, read_wind
 from sere_sglang.cpu import isa as cpu_isa
 from sere_sglang.cpu.large_pages import ask_allocator_for_large_pages
 from sere_sglang.errors import SereError
-from sere_sglang.profile import MoeModelInfo, default_place
+from sere_sglang.profile import MoeModelInfo, ProfileError, default_place, find_profile
 from sere_sglang.profile.model_files import downloaded, model_folder, weights_fingerprint
 
 SAVE_EVERY_S = 30.0
@@ -80,8 +80,21 @@ def default_out(model: str, revision: str | None) -> Path:
 
     Raises `SereError`.
     """
+    return default_place(_whole_model(model, revision))
+
+
+def existing_profile(model: str, revision: str | None) -> Path | None:
+    """The profile that a server would find; a hub model is downloaded first. Raises `SereError`."""
+    info = _whole_model(model, revision)
+    try:
+        return find_profile(info)
+    except ProfileError:
+        return None
+
+
+def _whole_model(model: str, revision: str | None) -> MoeModelInfo:
     info = _read_model(str(downloaded(model, revision)))
-    return default_place(dataclasses.replace(info, name=model, revision=revision))
+    return dataclasses.replace(info, name=model, revision=revision)
 
 
 class Interrupted(Exception):

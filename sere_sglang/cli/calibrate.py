@@ -92,6 +92,13 @@ def command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted calibration.")
     ] = False,
+    if_missing: Annotated[
+        bool,
+        typer.Option(
+            "--if-missing",
+            help="Do nothing where --out exists, or without it where a server finds a profile.",
+        ),
+    ] = False,
     server_args: Annotated[
         list[str] | None,
         typer.Argument(
@@ -106,10 +113,16 @@ def command(
     SGLang serves will do; one too large for this machine runs with --layer-by-layer. Ctrl-C
     keeps what is done; --resume continues.
     """
-    from sere_sglang.calibration import check_job
+    from sere_sglang.calibration import check_job, existing_profile, revision_of
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # SGLang's imports warn in every process
     warnings.simplefilter("ignore")
+    if if_missing:
+        revision = revision_of(server_args or ())
+        found = existing_profile(model, revision) if out is None else out
+        if found is not None and found.is_file():
+            print(f"{found} is there already; nothing to do")
+            return
     number, weighting = _tokens(tokens or [], weighting)
     job = _job(
         model=model,

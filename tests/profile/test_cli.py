@@ -250,6 +250,21 @@ def test_calibrate_refuses_before_the_model_loads(
     assert "Traceback" not in output
 
 
+def test_if_missing_leaves_a_profile_alone(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.safetensors"
+    out.write_bytes(b"x")
+    model = ("--model", str(folder / "moe"), "--if-missing")
+    code, output = run("calibrate", *model, "--out", str(out))
+    assert code == 0 and f"{out} is there already" in output and out.read_bytes() == b"x"
+    beside = folder / "moe" / "sere_profile.safetensors"
+    beside.write_bytes(b"y")
+    try:
+        code, output = run("calibrate", *model)
+        assert code == 0 and f"{beside} is there already" in output
+    finally:
+        beside.unlink()
+
+
 def test_an_unfinished_calibration_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "p.safetensors"
     partial = tmp_path / "p.safetensors.partial"
