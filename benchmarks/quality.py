@@ -83,12 +83,15 @@ def main() -> None:
                                  **weigh.shares(), **costs, "_kl": _by_text(kl, own, len(texts))}
                             )  # fmt: skip
                         bar.advance(task)
-    table = _compare(rows, asked.rules)
-    _print(table, asked.rules)
-    for row in rows:
-        del row["_kl"]
-    path = write_result("quality", rows, model=asked.model.name, at_equal_bytes=table)
+                    path = _write(asked.model.name, rows, asked.rules)
+    _print(_compare(rows, asked.rules), asked.rules)
     print(f"wrote {path}")
+
+
+def _write(model: str, rows: list[dict[str, Any]], rules: list[str]) -> Path:
+    """What there is so far: an end before the end costs only what was not measured."""
+    shown = [{key: value for key, value in row.items() if key != "_kl"} for row in rows]
+    return write_result("quality", shown, model=model, at_equal_bytes=_compare(rows, rules))
 
 
 def _profile(model: Path, data: Path | None, folder: Path) -> Path:
@@ -205,11 +208,14 @@ def _compare(rows: list[dict[str, Any]], rules: list[str]) -> list[dict[str, Any
             points: dict[str, list[dict[str, Any]]] = {}
             for row in own:
                 points.setdefault(row["point"]["name"], []).append(row)
+            if not own:
+                continue
             curves[rule] = Curve(
                 np.array([np.mean([r["bytes_share"] for r in p]) for p in points.values()]),
                 np.array([np.mean([r["_kl"] for r in p], axis=0) for p in points.values()]),
             )
-        table += [{"batch": batch} | row for row in compared(curves, rules[0])]
+        if rules[0] in curves:
+            table += [{"batch": batch} | row for row in compared(curves, rules[0])]
     return table
 
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Calibrates a model once, serves it with SERE, and measures the server, with flags that fit it.
-#   bash launch/model.sh NAME [calibrate | serve | bench] [--dry-run] [-- flags of sglang serve]
-# NAME is one of launch/models/. Without a step: calibrate where there is no profile, then serve;
-# Ctrl-C stops the server. bench is run beside a server that is up. --dry-run only prints the
-# commands. MODEL, TP and PORT in the environment replace the model's folder or hub id, the number
-# of GPUs, and port 30000; SGLang is the one on PATH.
-# No script here has been run on a GPU yet.
+#   bash launch/model.sh NAME [calibrate | serve | bench] [--dry-run] [-- further flags]
+# NAME is one of launch/models/. Without a step: calibrate where there is no profile (or go on with
+# an interrupted one), then serve; Ctrl-C stops the server. bench is run beside a server that is up;
+# its prompts are drawn from a dataset that SGLang downloads. --dry-run only prints the commands.
+# Flags behind -- go to the last command. MODEL, TP and PORT in the environment replace the model's
+# folder or hub id, the number of GPUs, and port 30000; sglang and sere-sglang are those on PATH.
+# Nothing of this has been run on a GPU yet.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -40,14 +41,15 @@ if [ ! -f "$here/models/$name.sh" ]; then
   exit 2
 fi
 
-# What a model may say: MODEL, TP, FLAGS (of sglang serve) and CALIBRATION (of calibrate).
-FLAGS=() CALIBRATION=()
+# What a model may say: MODEL, TP and FLAGS (of SGLang, also while it is calibrated).
+FLAGS=()
 source "$here/models/$name.sh"
 serving=(--tp-size "$TP" ${FLAGS[@]+"${FLAGS[@]}"})
 
 if [ "${step:-calibrate}" = calibrate ]; then
-  run sere-sglang calibrate --model "$MODEL" --if-missing \
-    ${CALIBRATION[@]+"${CALIBRATION[@]}"} -- "${serving[@]}"
+  if [ "$step" != calibrate ]; then further=(); else further=("$@"); fi
+  run sere-sglang calibrate --model "$MODEL" --if-missing -- "${serving[@]}" \
+    ${further[@]+"${further[@]}"}
 fi
 if [ "${step:-serve}" = serve ]; then
   run sglang serve --model-path "$MODEL" --port "${PORT:-30000}" "${serving[@]}" \
@@ -56,5 +58,5 @@ fi
 if [ "$step" = bench ]; then
   run python -m sglang.benchmark.serving --backend sglang --port "${PORT:-30000}" \
     --dataset-name random --random-input-len 256 --random-output-len 256 \
-    --num-prompts 256 --max-concurrency 32
+    --num-prompts 256 --max-concurrency 32 "$@"
 fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -96,7 +97,8 @@ def command(
         bool,
         typer.Option(
             "--if-missing",
-            help="Do nothing where --out exists, or without it where a server finds a profile.",
+            help="Do nothing where --out exists, or without it where a server finds a profile; "
+            "continue what was interrupted.",
         ),
     ] = False,
     server_args: Annotated[
@@ -142,6 +144,8 @@ def command(
         layer_by_layer=layer_by_layer,
         server_args=tuple(server_args or ()),
     )
+    if if_missing and job.partial.exists():
+        job = dataclasses.replace(job, resume=True)
     check_job(job)
     _run(job)
 

@@ -62,5 +62,5 @@ def require_standard_format(
             f"{asked}: {model_name} runs --moe-runner-backend "
             f"{getattr(backend, 'value', backend)}, which routes inside its kernel "
             f"({topk_config.output_format.name.lower()}); choose another, for instance "
-            "--moe-runner-backend triton or flashinfer_trtllm_routed"
+            "--moe-runner-backend triton, or marlin for a model in mxfp4 such as gpt-oss"
         )
