@@ -150,7 +150,8 @@ def test_the_demo_model_agrees_with_its_calibration_through_sglang(tmp_path: Pat
         counts = ours.tables[layer]["popularity"], theirs.tables[layer]["popularity"]
         moved = (counts[0] - counts[1]).abs().sum() / counts[1].sum()
         assert moved < 5e-3  # bfloat16: two nearly equal router logits change places
-    same = {"model", "data", "tool_version", "date", "method_parameters"}
+    # The shipped one has surrogates, which this test does not fit again.
+    same = {"model", "data", "tool_version", "date", "method_parameters", "format_version"}
     for field in {f.name for f in dataclasses.fields(told)} - same:
         assert getattr(ours.metadata, field) == getattr(told, field), field
     digest = ours.metadata.method_parameters["text_digest"]

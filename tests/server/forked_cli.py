@@ -60,6 +60,11 @@ def _fork_workers() -> None:
         set_start_method("fork" if method == "spawn" else method, force)
 
     multiprocessing.set_start_method = fork_for_spawn
+    # A process that has OpenMP threads cannot hand them on to one it forks, whose first parallel
+    # loop would wait for them for ever. So the launcher has none; its workers start their own.
+    threads = torch.get_num_threads()
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(threads))
+    torch.set_num_threads(1)
 
 
 def _reap(_signal: int, _frame: Any) -> None:
