@@ -25,7 +25,12 @@ from rich.progress import Progress
 from benchmarks._common import write_result
 from benchmarks.serving import quality
 from benchmarks.serving.equal_bytes import Curve, compared, mean_ratios
-from benchmarks.serving.experiment import heldout_prompts, interval, static_settings
+from benchmarks.serving.experiment import (
+    counted_exactly,
+    heldout_prompts,
+    interval,
+    static_settings,
+)
 from benchmarks.serving.server import IMPORTS_CHECKOUT, Server, serve
 from sere_sglang.profile import MoeModelInfo
 
@@ -145,9 +150,7 @@ class _Weigher:
         }
 
     def counts_exactly(self) -> None:
-        """Exact routing, counted: a threshold of 1 moves nothing but exact twins."""
-        exact = static_settings(self.top_k - 1) | {"rule": FIRST, "threshold": 1.0}
-        self.server.set_sere(**exact, reset_counters=True)
+        self.server.set_sere(**counted_exactly(self.top_k), reset_counters=True)
 
     def active(self) -> float:
         """Experts executed per forward, summed over layers."""

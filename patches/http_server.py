@@ -114,9 +114,9 @@ def check(asked: Any, state: Mapping[str, Any]) -> None:
     if not isinstance(asked, Mapping):
         raise SereError(_not_an_object(asked))
     try:
-        rule = Settings.from_state(state).updated(asked, top_k=state["top_k"]).rule
-        if rule in state["unavailable_rules"]:
-            raise SereError(f"rule {rule} cannot be had: {state['unavailable_rules'][rule]}")
+        Settings.from_state(state).updated(
+            asked, top_k=state["top_k"], unavailable=state["unavailable_rules"]
+        )
     except SereError as error:
         raise SereError(f"sere: {error}") from None
 

@@ -122,7 +122,7 @@ def _calibrated(record: Any, asked: config.SereConfig, model: MoeModelInfo) -> P
         server_args.append("--trust-remote-code")
     device = record.device if record.device in ("cpu", "cuda") else "auto"
     flags = [f"--device={device}"]
-    if asked.rule == "energy" and asked.sere_surrogates != "off":
+    if asked.uses_surrogates:
         flags.append("--surrogate-rank=auto")
     return calibrated(model, flags, server_args)
 

@@ -47,11 +47,11 @@ def _ids_are_simulated() -> bool:
 
 
 def _reroute(*args: Any, **kwargs: Any) -> None:
-    stage = stage_of(kwargs["topk_config"] if "topk_config" in kwargs else args[2])
+    config = kwargs["topk_config"] if "topk_config" in kwargs else args[2]
+    stage = stage_of(config)
     if stage is not None:
         ids = kwargs["topk_ids"] if "topk_ids" in kwargs else args[0]
         weights = kwargs["topk_weights"] if "topk_weights" in kwargs else args[1]
-        config = kwargs["topk_config"] if "topk_config" in kwargs else args[2]
         stage.run(ids, weights, kwargs.get("router_logits"), config)
 
 

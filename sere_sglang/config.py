@@ -193,6 +193,11 @@ class SereConfig:
         return BEST_RULE if self.sere_rule == AUTO_RULE else self.sere_rule or SIMILARITY
 
     @property
+    def uses_surrogates(self) -> bool:
+        """Whether the server would use a profile's surrogates."""
+        return self.rule == "energy" and self.sere_surrogates != "off"
+
+    @property
     def policy(self) -> str:
         """The policy asked for, by name or by the flags that only it has."""
         if self.sere_policy is not None:

@@ -66,7 +66,7 @@ def _check_surrogates(
 ) -> None:
     """Rule energy does without, but nobody should miss them unknowingly."""
     command = surrogates_command(profile, model)
-    if asked.rule != "energy" or asked.sere_surrogates == "off" or command is None:
+    if not asked.uses_surrogates or command is None:
         return
     if asked.sere_surrogates == "on":
         raise ProfileError(

@@ -52,6 +52,11 @@ def static_settings(primary_k: int) -> dict[str, Any]:
     return {"enabled": True, "rule": "similarity", **settings}
 
 
+def counted_exactly(top_k: int) -> dict[str, Any]:
+    """Exact routing that counters see: a threshold of 1 moves nothing but exact twins."""
+    return static_settings(top_k - 1) | {"threshold": 1.0}
+
+
 @dataclass(frozen=True)
 class Speed:
     """tok_s: decode tokens per second by round; text: what the first stream wrote."""
@@ -143,9 +148,7 @@ def count_active(server: Server, routing: Routing, run: Callable[[], Any]) -> tu
     step of one batch size gets the same decision, but for the few before the first feedback.
     """
     if not routing.reroutes:
-        # Exact routing, counted: a threshold of 1 moves nothing but exact twins.
-        top_k = server.sere()["top_k"]
-        server.set_sere(**static_settings(top_k - 1) | {"threshold": 1.0})
+        server.set_sere(**counted_exactly(server.sere()["top_k"]))
     server.set_sere(reset_counters=True)
     run()
     layers = list(server.sere()["counters"].values())

@@ -47,6 +47,8 @@ class Surrogates:
             )
         if list(bias.shape) != [inward.shape[0], inward.shape[2]]:
             raise ValueError(f"bias {list(bias.shape)} does not fit inward {list(inward.shape)}")
+        if torch.device(device).type == "cpu":
+            _native()  # compiled now: at its first use a server is decoding
         parts = (inward, outward, bias)
         return cls(*(part.to(device, torch.bfloat16).contiguous() for part in parts))
 

@@ -86,10 +86,11 @@ class SereRuntime:
         """After the weights have loaded."""
         self.binding = binding
         try:
-            self._require_rule(self.settings.rule)
+            self.settings.require_rule(binding.unavailable)
         except SereError as error:
             raise SereError(f"--sere-rule {self.settings.rule}: {error}") from None
         self.context = PolicyContext(expect(statistics_of(profile)), cost)
+        self.context.expectation.of(self.settings.rule)  # now, not in the first decode step
         self._reader = CounterReader(binding.counters, binding.squared_mass)
         self._take_policy(make_policy(self.settings.policy, self.context))
         logger.info(
@@ -190,7 +191,7 @@ class SereRuntime:
         if self.binding is not None:
             self.point = OFF
             self.binding.control.write(OFF, 0)
-            self.binding.switch.launch, self.binding.switch.rule = False, None
+            self.binding.switch.off()
 
     @property
     def is_serving(self) -> bool:
@@ -223,7 +224,7 @@ class SereRuntime:
         self.point = OFF
         if self.binding is not None:
             # The control block is written by the next forward, on its own stream.
-            self.binding.switch.launch, self.binding.switch.rule = False, None
+            self.binding.switch.off()
         if self.metrics is not None:
             self.metrics.set_failed(True)
 
@@ -243,15 +244,8 @@ class SereRuntime:
 
     def settings_with(self, changes: Mapping[str, Any]) -> Settings:
         """The settings after `changes`, validated; raises `SereError` and changes nothing."""
-        settings = self.settings.updated(changes, top_k=self.top_k)
-        self._require_rule(settings.rule)
-        return settings
-
-    def _require_rule(self, rule: str) -> None:
-        """Raise `SereError` for a rule that this model cannot be served under."""
-        reason = self.binding.unavailable.get(rule) if self.binding is not None else None
-        if reason is not None:
-            raise SereError(f"rule {rule} cannot be had: {reason}")
+        unavailable = self.binding.unavailable if self.binding is not None else {}
+        return self.settings.updated(changes, top_k=self.top_k, unavailable=unavailable)
 
     def prepared(self, changes: Mapping[str, Any]) -> Callable[[], None]:
         """What applies `changes` of ``/set_internal_state``, everything that can be refused being
@@ -259,6 +253,8 @@ class SereRuntime:
         starts again after a failure."""
         settings = self.settings_with(changes)
         again = changes.get("enabled") is True and self.trouble is not None
+        if self.context is not None:
+            self.context.expectation.of(settings.rule)
         policy = None
         if settings.policy != self.settings.policy or again:
             assert self.context is not None

@@ -28,6 +28,10 @@ class Switch:
     launch: bool = True
     rule: RuleForward | None = None
 
+    def off(self) -> None:
+        """Exact routing, and nothing is launched."""
+        self.launch, self.rule = False, None
+
 
 @dataclass
 class RerouteStage:

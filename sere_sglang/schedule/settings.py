@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from sere_sglang.errors import SereError, shown
@@ -13,6 +14,7 @@ from sere_sglang.schedule.point import RULES, SIMILARITY
 
 COMMANDS = ("reset_counters",)
 MOST_ROWS = (1 << 31) - 1  # of a batch
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,12 @@ class Settings:
         """From the live state that ``/server_info`` shows."""
         return cls(**{f.name: state[f.name] for f in dataclasses.fields(cls)})
 
-    def updated(self, changes: Mapping[str, Any], *, top_k: int) -> Settings:
-        """A validated copy; `COMMANDS` are not settings and pass through. Raises `SereError`
-        naming the key; nothing is applied then."""
+    def updated(
+        self, changes: Mapping[str, Any], *, top_k: int, unavailable: Mapping[str, str] = _NOTHING
+    ) -> Settings:
+        """A validated copy; `COMMANDS` are not settings and pass through. unavailable: rules that
+        this server does not have, with the reason. Raises `SereError` naming the key; nothing is
+        applied then."""
         for command in COMMANDS:
             if not isinstance(changes.get(command, True), bool):
                 raise SereError(f"{command} must be true or false, got {shown(changes[command])}")
@@ -62,7 +67,13 @@ class Settings:
                 raise SereError(f"unknown key {shown(key)}; known: {every}")
         new = dataclasses.replace(self, **changes)
         new.check(top_k=top_k)
+        new.require_rule(unavailable)
         return new
+
+    def require_rule(self, unavailable: Mapping[str, str]) -> None:
+        """Raise `SereError` if the rule is among those."""
+        if self.rule in unavailable:
+            raise SereError(f"rule {self.rule} cannot be had: {unavailable[self.rule]}")
 
     def check(self, *, top_k: int) -> None:
         """Raise `SereError` naming the first key that is wrong."""

@@ -17,6 +17,7 @@ from sere_sglang.patches.number_keys import unflatten
 from sere_sglang.runtime import rank as runtime
 from sere_sglang.runtime import shown
 from sere_sglang.runtime.rank import SereRuntime
+from sere_sglang.runtime.stage import Switch
 from sere_sglang.schedule.composition import BatchComposition
 
 
@@ -113,8 +114,7 @@ def test_a_refusal_is_no_failure(active: SereRuntime) -> None:
 class Silent:
     """A model whose layers never pass SGLang's top-k."""
 
-    class switch:
-        launch = True
+    switch = Switch()
 
     def check_all_ran(self) -> None:
         raise SereError("layer 1 ran without")
