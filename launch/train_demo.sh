@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train the demo model anew from Debian's archive (about 75 minutes on 2 cores with AMX), measure
-# it and write it to demo_model/. Ctrl-C loses nothing: the same command resumes.
+# it and write it to demo_model/; with --shape shared its sibling, to demo_model_shared/. Ctrl-C
+# loses nothing: the same command resumes.
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
 command -v apt-get >/dev/null && command -v dpkg >/dev/null || {
@@ -10,5 +11,7 @@ command -v apt-get >/dev/null && command -v dpkg >/dev/null || {
 # Batches route other numbers of rows to each expert; without room for their kernels the GEMM
 # library would compile them over and over.
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY=4096
-"$PYTHON" -m tools.train_demo.train "$@"
-"$PYTHON" -m tools.train_demo.export
+shape=demo
+[[ "$*" =~ --shape[=\ ]([a-z]+) ]] && shape="${BASH_REMATCH[1]}"
+"$PYTHON" -m tools.train_demo.train --work "out/train_$shape" "$@"
+"$PYTHON" -m tools.train_demo.export --work "out/train_$shape"

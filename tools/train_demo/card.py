@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tools.train_demo.corpus import DOMAINS
-from tools.train_demo.model import Qwen3Moe
+from tools.train_demo.model import QwenMoe, Shape
 
 
-def model_card(model: Qwen3Moe, found: dict[str, Any]) -> str:
+def model_card(model: QwenMoe, found: dict[str, Any]) -> str:
     s = model.shape
     bytes_ = found["bytes"]
     data = "\n".join(
@@ -24,14 +24,12 @@ def model_card(model: Qwen3Moe, found: dict[str, Any]) -> str:
         for layer, e in found["experts"].items()
     )
     seen = found["steps"] * found["tokens_per_step"]
-    return f"""# Demo model of sere-sglang
-
-A real, small Mixture-of-Experts language model, so that the demo and the tests of this repository
-serve something trained. Qwen3-MoE architecture, {found["parameters"] / 1e6:.1f} M parameters:
+    return f"""# {_title(s)}
+{_architecture(s)}, {found["parameters"] / 1e6:.1f} M parameters:
 {s.layers} MoE layers, {s.experts} experts, top-{s.top_k}, hidden {s.hidden}, expert width
 {s.inter}, vocabulary {s.vocab} (byte-level BPE), context {s.context}. It completes text in the
-manner of its seven sources; it answers no questions and knows nothing. `launch/train_demo.sh`
-trains it anew.
+manner of its seven sources; it answers no questions and knows nothing.
+`launch/train_demo.sh{" --shape shared" if s.qwen2 else ""}` trains it anew.
 
 Licence of the weights: Apache-2.0. Licences of the text it was trained on: below.
 
@@ -68,3 +66,24 @@ information of domain and expert, in bits (0: every domain uses the experts alik
 |---|---|---|---|---|
 {experts}
 """
+
+
+def _title(shape: Shape) -> str:
+    if shape.qwen2:
+        return """Second model of sere-sglang
+
+A sibling of the demo model with another router and wider experts, trained on the same text, so
+that what this repository says of rules does not rest on one model."""
+    return """Demo model of sere-sglang
+
+A real, small Mixture-of-Experts language model, so that the demo and the tests of this repository
+serve something trained."""
+
+
+def _architecture(shape: Shape) -> str:
+    if shape.qwen2:
+        return (
+            "Qwen2-MoE architecture (softmax not renormalised over the top-k, a shared expert "
+            f"of width {shape.shared_inter})"
+        )
+    return "Qwen3-MoE architecture"

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from tools.train_demo.model import Qwen3Moe
+from tools.train_demo.model import QwenMoe
 from tools.train_demo.tokens import encode
 
 
 @torch.inference_mode()
 def evaluate(
-    model: Qwen3Moe, made: Tokenizer, heldout: dict[str, list[str]]
+    model: QwenMoe, made: Tokenizer, heldout: dict[str, list[str]]
 ) -> dict[str, dict[str, Any]]:
     """`{"bits_per_byte": {domain or "all": b}, "experts": {layer: {...}}}` in bfloat16."""
     model.eval()
@@ -36,7 +36,7 @@ def evaluate(
     return {"bits_per_byte": per_byte, "experts": experts}
 
 
-def _nats(model: Qwen3Moe, ids: list[int]) -> float:
+def _nats(model: QwenMoe, ids: list[int]) -> float:
     """Summed over all tokens but the opening one; each sees at least half a context."""
     context, half = model.shape.context, model.shape.context // 2
     total, done = 0.0, 1

@@ -1,9 +1,10 @@
-"""Measure the trained model against the n-gram and write ``demo_model/``."""
+"""Measure the trained model against the n-gram and write it as a checkpoint folder."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from safetensors.torch import save_file
 from tools.train_demo import corpus, tokens
 from tools.train_demo.card import model_card
 from tools.train_demo.evaluate import evaluate
-from tools.train_demo.model import Qwen3Moe, Shape
+from tools.train_demo.model import SHAPES, QwenMoe
 from tools.train_demo.ngram import ByteNgram
 
+FOLDERS = {"demo": "demo_model", "shared": "demo_model_shared"}
 PROMPTS_PER_DOMAIN = 10
 PROMPT_CHARS, CONTINUATION_CHARS = 240, 600
 
@@ -23,11 +25,12 @@ PROMPT_CHARS, CONTINUATION_CHARS = 240, 600
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("out/train_demo"), help="scratch folder")
-    parser.add_argument("--out", type=Path, default=Path("demo_model"))
+    parser.add_argument("--out", type=Path, help="default: demo_model or demo_model_shared")
     args = parser.parse_args()
     splits = corpus.build(args.work)
     made = tokens.tokenizer(splits, args.work)
-    model = Qwen3Moe(Shape(vocab=made.get_vocab_size()))
+    run = json.loads((args.work / "run.json").read_text())
+    model = QwenMoe(replace(SHAPES[run["shape"]], vocab=made.get_vocab_size()))
     state = torch.load(args.work / "state.pt", weights_only=True)
     model.load_state_dict(state["model"])
     # What ships is bfloat16: measure that.
@@ -41,7 +44,6 @@ def main() -> None:
     )
     for name, bits in found["ngram_bits_per_byte"].items():
         print(f"5-gram  held-out bits per byte {bits:.4f}  ({name})")
-    run = json.loads((args.work / "run.json").read_text())
     found |= {
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": state["step"],
@@ -56,12 +58,15 @@ def main() -> None:
         },
         "packages": corpus.versions(args.work),
     }
-    _write(args.out, model, made, splits, found)
-    print(f"wrote {args.out}")
+    out = args.out or Path(FOLDERS[run["shape"]])
+    _write(out, model, made, found)
+    if run["shape"] == "demo":
+        _write_data(out / "data", splits)  # the other shape saw the same text
+    print(f"wrote {out}")
 
 
-def _write(out: Path, model: Qwen3Moe, made: Any, splits: Any, found: dict[str, Any]) -> None:
-    (out / "data").mkdir(parents=True, exist_ok=True)
+def _write(out: Path, model: QwenMoe, made: Any, found: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     save_file(model.hf_tensors(), out / "model.safetensors", {"format": "pt"})
     made.save(str(out / "tokenizer.json"))
     for name, content in {
@@ -78,9 +83,13 @@ def _write(out: Path, model: Qwen3Moe, made: Any, splits: Any, found: dict[str, 
     }.items():
         (out / name).write_text(json.dumps(content, indent=1) + "\n")
     (out / "README.md").write_text(model_card(model, found))
+
+
+def _write_data(data: Path, splits: Any) -> None:
+    data.mkdir(parents=True, exist_ok=True)
     heldout = splits["heldout"]
-    (out / "data" / "heldout.txt").write_text("\n".join(t for d in heldout.values() for t in d))
-    with (out / "data" / "heldout_prompts.jsonl").open("w") as lines:
+    (data / "heldout.txt").write_text("\n".join(t for d in heldout.values() for t in d))
+    with (data / "heldout_prompts.jsonl").open("w") as lines:
         for prompt in _prompts(heldout):
             lines.write(json.dumps(prompt, ensure_ascii=False) + "\n")
     calibration = []
@@ -91,7 +100,7 @@ def _write(out: Path, model: Qwen3Moe, made: Any, splits: Any, found: dict[str, 
             size += len(text.encode())
             if size > corpus.MAX_CALIBRATION_BYTES:
                 break
-    (out / "data" / "calibration.txt").write_text("\n".join(calibration))
+    (data / "calibration.txt").write_text("\n".join(calibration))
 
 
 def _prompts(heldout: dict[str, list[str]]) -> list[dict[str, str]]:

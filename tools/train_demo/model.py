@@ -1,5 +1,5 @@
-"""Qwen3-MoE in plain torch, for training on a CPU: the arithmetic of transformers' Qwen3Moe, with
-the experts of a layer stacked and its tokens sorted by expert.
+"""Qwen3-MoE and Qwen2-MoE in plain torch, for training on a CPU: the arithmetic of transformers'
+Qwen3Moe and Qwen2Moe, with the experts of a layer stacked and its tokens sorted by expert.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ BLOCK = 128  # rows
 
 @dataclass(frozen=True)
 class Shape:
-    """The checkpoint's `config.json` in short."""
+    """The checkpoint's `config.json` in short.
+
+    shared_inter: width of the expert that every token uses, beside the routed ones; 0 for none.
+    A model with one is a Qwen2-MoE: its router's weights are the softmax itself, not renormalised
+    over the top-k, its attention has biases and no norms of queries and keys.
+    """
 
     vocab: int = 2048
     hidden: int = 256
@@ -27,33 +32,49 @@ class Shape:
     experts: int = 48
     top_k: int = 6
     inter: int = 64
+    shared_inter: int = 0
     context: int = 1024
     rope_theta: float = 10_000.0
     eps: float = 1e-6
 
+    @property
+    def qwen2(self) -> bool:
+        return self.shared_inter > 0
+
     def hf_config(self) -> dict[str, object]:
-        return {
+        family = {
             "architectures": ["Qwen3MoeForCausalLM"],
             "model_type": "qwen3_moe",
+            "head_dim": self.head_dim,
+            "norm_topk_prob": True,
+            "attention_bias": False,
+        }
+        if self.qwen2:
+            family = {
+                "architectures": ["Qwen2MoeForCausalLM"],
+                "model_type": "qwen2_moe",
+                "norm_topk_prob": False,
+                "shared_expert_intermediate_size": self.shared_inter,
+                "qkv_bias": True,
+            }
+        return {
+            **family,
             "vocab_size": self.vocab,
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
             "num_experts": self.experts,
             "num_experts_per_tok": self.top_k,
             "moe_intermediate_size": self.inter,
             "intermediate_size": self.inter * self.top_k,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
-            "norm_topk_prob": True,
             "hidden_act": "silu",
             "max_position_embeddings": self.context,
             "rope_theta": self.rope_theta,
             "rms_norm_eps": self.eps,
             "tie_word_embeddings": False,  # SGLang's Qwen3-MoE always loads its own lm_head
-            "attention_bias": False,
             "attention_dropout": 0.0,
             "use_sliding_window": False,
             "router_aux_loss_coef": 0.01,
@@ -62,6 +83,13 @@ class Shape:
             "eos_token_id": 0,
             "torch_dtype": "bfloat16",
         }
+
+
+# The models of this repository: the demo's, and one of another shape for what is claimed of rules.
+SHAPES = {
+    "demo": Shape(),
+    "shared": Shape(hidden=128, head_dim=32, experts=64, inter=96, shared_inter=192),
+}
 
 
 class Norm(nn.Module):
@@ -79,18 +107,22 @@ class Attention(nn.Module):
         super().__init__()
         self.shape = shape
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden, q, bias=False)
-        self.k_proj = nn.Linear(shape.hidden, kv, bias=False)
-        self.v_proj = nn.Linear(shape.hidden, kv, bias=False)
+        self.q_proj = nn.Linear(shape.hidden, q, bias=shape.qwen2)
+        self.k_proj = nn.Linear(shape.hidden, kv, bias=shape.qwen2)
+        self.v_proj = nn.Linear(shape.hidden, kv, bias=shape.qwen2)
         self.o_proj = nn.Linear(q, shape.hidden, bias=False)
-        self.q_norm = Norm(shape.head_dim, shape.eps)
-        self.k_norm = Norm(shape.head_dim, shape.eps)
+        if not shape.qwen2:
+            self.q_norm = Norm(shape.head_dim, shape.eps)
+            self.k_norm = Norm(shape.head_dim, shape.eps)
 
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         b, t, _ = x.shape
         s = self.shape
-        q = self.q_norm(self.q_proj(x).view(b, t, s.heads, s.head_dim)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(b, t, s.kv_heads, s.head_dim)).transpose(1, 2)
+        q = self.q_proj(x).view(b, t, s.heads, s.head_dim)
+        k = self.k_proj(x).view(b, t, s.kv_heads, s.head_dim)
+        if not s.qwen2:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
         v = self.v_proj(x).view(b, t, s.kv_heads, s.head_dim).transpose(1, 2)
         q, k = _rotate(q, *rope), _rotate(k, *rope)
         groups = s.heads // s.kv_heads
@@ -142,6 +174,21 @@ class _Gather(torch.autograd.Function):
         return grad.new_zeros(ctx.count, grad.shape[-1]).index_copy_(0, place, grad), None
 
 
+class SharedExpert(nn.Module):
+    """The expert of every token, weighed by a sigmoid of its own."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.hidden, shape.shared_inter, bias=False)
+        self.up_proj = nn.Linear(shape.hidden, shape.shared_inter, bias=False)
+        self.down_proj = nn.Linear(shape.shared_inter, shape.hidden, bias=False)
+        self.share = nn.Linear(shape.hidden, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out * F.sigmoid(self.share(x))
+
+
 class Experts(nn.Module):
     """Router and experts of one layer. `load` counts slots per expert since it was zeroed."""
 
@@ -153,6 +200,7 @@ class Experts(nn.Module):
         self.gate = nn.Parameter(torch.empty(shape.experts, shape.hidden))
         self.w13 = nn.Parameter(torch.empty(shape.experts, 2 * shape.inter, shape.hidden))
         self.w2 = nn.Parameter(torch.empty(shape.experts, shape.hidden, shape.inter))
+        self.shared = SharedExpert(shape) if shape.qwen2 else None
         self.register_buffer("load", torch.zeros(shape.experts), persistent=False)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +209,8 @@ class Experts(nn.Module):
         with torch.autocast("cpu", enabled=False):
             probs = F.linear(x.float(), self.gate).softmax(-1)
         weights, ids = probs.topk(s.top_k, -1)
-        weights = weights / weights.sum(-1, keepdim=True)
+        if not s.qwen2:
+            weights = weights / weights.sum(-1, keepdim=True)
         flat = ids.reshape(-1)
         counts = torch.bincount(flat, minlength=s.experts)
         # Whole blocks per expert: a GEMM library that compiles per shape meets few shapes.
@@ -181,6 +230,8 @@ class Experts(nn.Module):
             outs.append(F.linear(F.silu(gate) * up, down))
         chosen = _Gather.apply(torch.cat(outs), place).view(len(x), s.top_k, -1)
         out = torch.einsum("tkh,tk->th", chosen, weights.to(x.dtype))
+        if self.shared is not None:
+            out = out + self.shared(x)
         share = counts.float() / len(flat)
         self.load += counts
         return out, s.experts * (share * probs.mean(0)).sum()
@@ -202,7 +253,7 @@ class Layer(nn.Module):
         return x + out.view_as(x), balance
 
 
-class Qwen3Moe(nn.Module):
+class QwenMoe(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
@@ -217,7 +268,7 @@ class Qwen3Moe(nn.Module):
         for name, p in self.named_parameters():
             if p.ndim > 1:
                 # Residual writers start smaller, so that depth does not add up (GPT-2).
-                last = name.endswith(("o_proj.weight", "w2"))
+                last = name.endswith(("o_proj.weight", "w2", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * shape.layers) ** 0.5 if last else 0.02)
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -253,4 +304,10 @@ class Qwen3Moe(nn.Module):
                 out[f"{expert}.gate_proj.weight"] = gate
                 out[f"{expert}.up_proj.weight"] = up
                 out[f"{expert}.down_proj.weight"] = layer.mlp.w2[e]
+            if layer.mlp.shared is not None:
+                for name, p in layer.mlp.shared.named_parameters():
+                    name = (
+                        f"shared_expert.{name}" if "proj" in name else "shared_expert_gate.weight"
+                    )
+                    out[f"{at}.mlp.{name}"] = p
         return {name: p.detach().bfloat16().contiguous() for name, p in out.items()}

@@ -1,4 +1,5 @@
-"""Train the demo model on a CPU. ``bash launch/train_demo.sh`` runs it; Ctrl-C loses nothing.
+"""Train the demo model, or its sibling of another shape, on a CPU. ``bash launch/train_demo.sh``
+runs it; Ctrl-C loses nothing.
 
 Learning rate: warm-up, constant, then linear to zero over the last quarter of ``--steps``, so
 that a run can be resumed with fewer or more steps than it started with.
@@ -10,6 +11,7 @@ import argparse
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from rich.progress import Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tools.train_demo import corpus, tokens
-from tools.train_demo.model import Qwen3Moe, Shape
+from tools.train_demo.model import SHAPES, QwenMoe
 
 WARMUP, DECAY = 200, 0.25
 SAVE_EVERY = 200
@@ -25,7 +27,10 @@ SAVE_EVERY = 200
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("out/train_demo"), help="scratch folder")
+    parser.add_argument(
+        "--work", type=Path, default=Path("out/train_demo"), help="scratch, one per shape"
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="demo", help="which model to train")
     parser.add_argument("--steps", type=int, default=1700)
     parser.add_argument("--sequences", type=int, default=8, help="sequences of 1024 per step")
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -34,9 +39,9 @@ def main() -> None:
     torch.manual_seed(0)
     splits = corpus.build(args.work)
     tokenizer = tokens.tokenizer(splits, args.work)
-    shape = Shape(vocab=tokenizer.get_vocab_size())
+    shape = replace(SHAPES[args.shape], vocab=tokenizer.get_vocab_size())
     windows = tokens.Windows(splits["train"], tokenizer, shape.context, args.work / "train.pt")
-    model = Qwen3Moe(shape)
+    model = QwenMoe(shape)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, ", end="")
     print(f"{windows.count / 1e6:.2f} M training tokens")
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -93,7 +98,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _step(
-    model: Qwen3Moe, optimizer: torch.optim.Optimizer, batch: torch.Tensor, balance: float
+    model: QwenMoe, optimizer: torch.optim.Optimizer, batch: torch.Tensor, balance: float
 ) -> float:
     with torch.autocast("cpu", torch.bfloat16):
         logits, uneven = model(batch[:, :-1])
@@ -106,7 +111,7 @@ def _step(
 
 
 def _save(
-    path: Path, model: Qwen3Moe, optimizer: torch.optim.Optimizer, step: int, log: list[list[float]]
+    path: Path, model: QwenMoe, optimizer: torch.optim.Optimizer, step: int, log: list[list[float]]
 ) -> None:
     """Write whole or not at all: an interrupted save leaves the former one."""
     partial = path.with_suffix(".part")
