@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from benchmarks._common import write_result
-from sere_sglang.config import SereConfig
 from sere_sglang.config_check import checked, resolved
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable
+from sere_sglang.options import SereConfig
 from sere_sglang.profile import load_profile
 from sere_sglang.runtime.bind import Binding
 from sere_sglang.runtime.control import ControlBlock

@@ -7,6 +7,7 @@ without SERE after being asked for it.
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,7 +31,7 @@ def accept_keywords() -> None:
     def build(**keywords: Any) -> Any:
         asked = config.pop_keywords(keywords)
         if keywords.get("moe_runner_backend") == "sere":
-            asked = config.SereConfig(**{**asked.as_dict(), "moe_backend": "sere"})
+            asked = dataclasses.replace(asked, moe_backend="sere")
             keywords["moe_runner_backend"] = "auto"
         record = record_class(**keywords)
         config.attach(record, checked(asked))
@@ -70,4 +71,4 @@ def _check_handshake(result: Any, _cls: type, server_args: Any, *_args: Any, **_
             )
     guard.launcher_serves(lambda: http_server.stop(result[0]))
     http_server.install()
-    request_quality.install(config.config_of(server_args).quality_rules())
+    request_quality.install(config.quality_rules(config.config_of(server_args)))

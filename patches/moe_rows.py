@@ -17,8 +17,8 @@ import dataclasses
 import logging
 from typing import Any
 
-from sere_sglang.config import SereConfig
 from sere_sglang.errors import SereError
+from sere_sglang.options import SereConfig
 from sere_sglang.patches.seam import resolve
 from sere_sglang.schedule.composition import MoeRows
 

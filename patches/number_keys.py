@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sere_sglang.errors import SereError, shown
-from sere_sglang.schedule.names import policy_names
-from sere_sglang.schedule.point import RULES
+from sere_sglang.options import LIVE
 from sere_sglang.schedule.settings import COMMANDS, Settings
 
 PREFIX = "sere."
@@ -22,13 +21,10 @@ STOP = "stop"
 """A command from the HTTP process itself, which nobody else may send: re-routing ends."""
 
 _NONE = -1  # of the settings that may be null; they are positive otherwise
-_OPTIONAL = ("max_batch", "tpot_slo_ms", "max_experts")
-_FLAGS = ("enabled", "surrogates", *COMMANDS, STOP)
-_WHOLE = ("primary_k", "fast_primary_k", "min_batch", "max_batch", "max_experts")
-_NAMES: Mapping[str, Callable[[], tuple[str, ...]]] = {
-    "policy": policy_names,
-    "rule": lambda: RULES,
-}
+_NULLABLE = {name for name, option in LIVE.items() if option.nullable}
+_BOOLEAN = {"enabled", *COMMANDS, STOP} | {n for n, option in LIVE.items() if option.base is bool}
+_WHOLE = {name for name, option in LIVE.items() if option.base is int}
+_WORDS = {name for name, option in LIVE.items() if option.base is str}
 _KNOWN = frozenset(f.name for f in dataclasses.fields(Settings)) | {*COMMANDS, STOP}
 
 
@@ -36,8 +32,8 @@ def flatten(changes: Mapping[str, Any]) -> dict[str, float]:
     """`{"primary_k": 2}` -> `{"sere.primary_k": 2}`; booleans become 0 or 1, null becomes -1, a
     policy or rule its place among their names, which are the same in every process."""
     numbers = dict(changes)
-    for key in _NAMES.keys() & numbers:
-        numbers[key] = _NAMES[key]().index(numbers[key])
+    for key in _WORDS & numbers.keys():
+        numbers[key] = LIVE[key].names.index(numbers[key])
     return {PREFIX + k: _NONE if v is None else v + 0 for k, v in numbers.items()}
 
 
@@ -61,12 +57,12 @@ def _decoded(name: str, value: Any) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value):
         raise SereError(f"{PREFIX}{name} is no number: {shown(value)}")
-    if name in _FLAGS:
+    if name in _BOOLEAN:
         return bool(_among(name, value, 2))
-    if name in _NAMES:
-        names = _NAMES[name]()
+    if name in _WORDS:
+        names = LIVE[name].names
         return names[_among(name, value, len(names))]
-    if name in _OPTIONAL and value == _NONE:
+    if name in _NULLABLE and value == _NONE:
         return None
     # JSON and msgpack may have made 2.0 of a 2; whatever else is wrong `Settings.check` sees.
     return int(value) if name in _WHOLE and float(value).is_integer() else value

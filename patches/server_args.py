@@ -20,6 +20,7 @@ from sglang.srt.server_args import add_moe_runner_backend_choices
 from sere_sglang import config
 from sere_sglang.config_check import checked
 from sere_sglang.errors import SereError, exit_on_error
+from sere_sglang.options import SereConfig
 from sere_sglang.patches.seam import declare, require_applied
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
     from sere_sglang.patches import engine, moe_rows, server_flags
     from sere_sglang.preflight import prepare
 
-    def restrict(asked: config.SereConfig) -> config.SereConfig:
+    def restrict(asked: SereConfig) -> SereConfig:
         server_flags.require_supported(record)
         return moe_rows.restrict(record, asked)
 
@@ -105,7 +106,7 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
     engine.require_confirmation()
 
 
-def _calibrated(record: Any, asked: config.SereConfig, model: MoeModelInfo) -> Path:
+def _calibrated(record: Any, asked: SereConfig, model: MoeModelInfo) -> Path:
     """The model loads as it will be served: on as many ranks, quantized alike."""
     from sere_sglang.calibration.on_demand import calibrated
 

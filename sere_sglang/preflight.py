@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sere_sglang.config import SereConfig
 from sere_sglang.config_check import resolved
 from sere_sglang.errors import SereError
+from sere_sglang.options import SereConfig
 from sere_sglang.profile import (
     AUTO,
     MoeModelInfo,
@@ -68,7 +68,7 @@ def _check_surrogates(
     command = surrogates_command(profile, model)
     if not asked.uses_surrogates or command is None:
         return
-    if asked.sere_surrogates == "on":
+    if asked.sere_surrogates:
         raise ProfileError(
             f"--sere-surrogates on: {path} has none; write them with '{command}', or drop the flag"
         )

@@ -16,7 +16,7 @@ from tools.train_demo.corpus import build
 
 SHARES = {"scripture": 45_000, "sqlite-manual": 75_000}  # bytes
 EXCERPT = 1_500
-TARGET = Path(__file__).parents[1] / "sere_sglang" / "profile" / "calibration.txt"
+TARGET = Path(__file__).parents[1] / "sere_sglang" / "calibration" / "calibration.txt"
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import Any, cast
@@ -11,10 +10,10 @@ import typer
 from typer.core import TyperGroup
 
 from sere_sglang.cli import calibrate, doctor, inspect, simulate, top
-from sere_sglang.config import SereConfig, flag_of
 from sere_sglang.errors import USER_ERROR, SereError, exit_on_error
+from sere_sglang.options import OPTIONS
 
-_FLAGS = ", ".join(f"`{flag_of(f.name)}`" for f in dataclasses.fields(SereConfig))
+_FLAGS = ", ".join(f"`{option.flag}`" for option in OPTIONS.values())
 
 # Of what a wrong flag raises typer exports one kind, and this is the base of all.
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])

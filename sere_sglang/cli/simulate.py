@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sere_sglang.config import AUTO_RULE, BEST_RULE, DEFAULT_MIN_GAIN, DEFAULT_QUALITY_BUDGET
 from sere_sglang.errors import SereError
-from sere_sglang.schedule.point import RULES, SIMILARITY
+from sere_sglang.names import SIMILARITY
+from sere_sglang.options import OPTIONS
 
 if TYPE_CHECKING:
     from sere_sglang.schedule.settings import Settings
     from sere_sglang.schedule.simulate import Run
+
+_BUDGET, _MIN_GAIN, _SLO, _RULE = (
+    OPTIONS[f"sere_{name}"] for name in ("quality_budget", "min_gain", "tpot_slo_ms", "rule")
+)
 
 
 def command(
@@ -56,18 +60,16 @@ def command(
             show_default=False,
         ),
     ] = None,
-    quality_budget: Annotated[
-        float, typer.Option(help="Of adaptive and slo.")
-    ] = DEFAULT_QUALITY_BUDGET,
-    min_gain: Annotated[float, typer.Option(help="Of adaptive and slo.")] = DEFAULT_MIN_GAIN,
+    quality_budget: Annotated[float, typer.Option(help=_BUDGET.help)] = _BUDGET.default,
+    min_gain: Annotated[float, typer.Option(help=_MIN_GAIN.help)] = _MIN_GAIN.default,
     tpot_slo_ms: Annotated[
-        float | None, typer.Option(help="Simulate slo too, with this target.")
+        float | None, typer.Option(help=f"Simulate slo too. {_SLO.help}", show_default=False)
     ] = None,
     primary_k: Annotated[
         list[int] | None, typer.Option(help="S of static policies to compare; repeat it.")
     ] = None,
     rule: Annotated[
-        str, typer.Option(help=f"As --sere-rule of a server: {', '.join(RULES)} or auto.")
+        str, typer.Option(help=_RULE.help, metavar=f"[{'|'.join(_RULE.names)}]")
     ] = SIMILARITY,
     seed: Annotated[int, typer.Option(help="Of the synthetic traffic and the noise.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for simulate.json and simulate.png.")] = Path(
@@ -139,27 +141,23 @@ def _policies(
     min_gain: float,
     tpot_slo_ms: float | None,
 ) -> dict[str, Settings]:
-    from sere_sglang.schedule.settings import Settings
+    from sere_sglang.config import live_settings
+    from sere_sglang.config_check import resolved
+    from sere_sglang.options import SereConfig
 
-    if rule not in (*RULES, AUTO_RULE):
-        raise SereError(f"--rule {rule}: choose from {', '.join((*RULES, AUTO_RULE))}")
-    rule = BEST_RULE if rule == AUTO_RULE else rule
-    if primary_k and rule in ("budget", "energy"):
-        raise SereError(f"--primary-k: rule {rule} has no S; drop one of the two")
-    base = Settings(
-        enabled=True,
-        policy="static",
-        rule=rule,
-        max_experts=1,  # of `budget`, which is not among the static ones
-        primary_k=1,
-        threshold=0.0,
-        min_batch=1,
-        max_batch=None,
-        quality_budget=quality_budget,
-        min_gain=min_gain,
-        tpot_slo_ms=tpot_slo_ms,
-        fast_primary_k=1,
-        fast_threshold=0.0,
+    given = {_RULE: rule, _BUDGET: quality_budget, _MIN_GAIN: min_gain, _SLO: tpot_slo_ms}
+    for option, value in given.items():
+        reason = None if value is None else option.fault(value)
+        if reason is not None:
+            raise SereError(f"--{option.setting.replace('_', '-')} {value}: {reason}")
+    words: dict[str, Any] = {option.name: value for option, value in given.items()}
+    asked = SereConfig(moe_backend="sere", **words)
+    if primary_k and asked.rule not in OPTIONS["sere_primary_k"].rules:
+        raise SereError(f"--primary-k: rule {asked.rule} has no S; drop one of the two")
+    rule = asked.rule
+    # Of `budget`, which is not among the static ones, a number of experts that is not looked at.
+    base = dataclasses.replace(
+        live_settings(resolved(asked, top_k=top_k)), policy="static", min_batch=1, max_experts=1
     )
 
     def one(**changes: Any) -> Settings:

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-RULES = ("similarity", "piggyback", "budget", "topk", "energy")
+CODES = {"similarity": 0, "piggyback": 1, "budget": 2, "topk": 3, "energy": 4}
+"""Rule -> `Rule` of csrc/rules_core.h."""
+
 FILLS = ("piggyback", "truncate")
 
 FRACTION_BITS = 32

@@ -6,8 +6,9 @@ import numbers
 
 import torch
 
+from sere_sglang.names import RULES
 from sere_sglang.ops.reroute import MAX_TOP_K, _integer
-from sere_sglang.ops.rules_call import FILLS, MAX_ROWS, RULES, RuleCall
+from sere_sglang.ops.rules_call import FILLS, MAX_ROWS, RuleCall
 from sere_sglang.ops.table import MAX_EXPERTS
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sere_sglang.ops.jit import load_module
-from sere_sglang.ops.rules_call import RULES, Routed, RuleCall
+from sere_sglang.ops.rules_call import CODES, Routed, RuleCall
 
 
 def is_available(device_type: str) -> str | None:
@@ -45,7 +45,7 @@ def apply(call: RuleCall, counters: torch.Tensor | None = None) -> Routed:
         call.fast,
         counters,
         *routed,
-        RULES.index(call.rule),
+        CODES[call.rule],
         call.num_valid,
         call.keep,
         call.fast_keep,

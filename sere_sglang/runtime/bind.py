@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from sere_sglang.config import SereConfig
 from sere_sglang.errors import SereError
+from sere_sglang.names import RULES, SIMILARITY
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable, select_impl
 from sere_sglang.ops.fused import uses_cuda
 from sere_sglang.ops.rules import load_rules
 from sere_sglang.ops.surrogates import Surrogates
+from sere_sglang.options import SereConfig
 from sere_sglang.profile import SereProfile
 from sere_sglang.runtime.control import ControlBlock
 from sere_sglang.runtime.counters import FIELDS
@@ -27,7 +28,6 @@ from sere_sglang.runtime.moe_layers import (
 from sere_sglang.runtime.rule_stage import RuleStage, exposes_scores
 from sere_sglang.runtime.runners import takes_repeated_ids
 from sere_sglang.runtime.stage import RerouteStage, Switch, bind_stage
-from sere_sglang.schedule.point import RULES, SIMILARITY
 
 # Rows that can be told apart by quality; decode batches are far smaller.
 _MAX_CLASS_ROWS = 8192

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sere_sglang.names import RULES, policy_names
 from sere_sglang.runtime.counters import Window
-from sere_sglang.schedule.names import policy_names
-from sere_sglang.schedule.point import RULES, OperatingPoint
+from sere_sglang.schedule.point import OperatingPoint
 from sere_sglang.schedule.settings import Settings
 
 PREFIX = "sglang:sere_"

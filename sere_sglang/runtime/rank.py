@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sere_sglang.config import SereConfig
+from sere_sglang.config import live_settings, quality_rules
 from sere_sglang.errors import SereError, cut
+from sere_sglang.names import RowClass
+from sere_sglang.options import SereConfig
 from sere_sglang.profile import SereProfile
 from sere_sglang.runtime.clock import StepClock
 from sere_sglang.runtime.control import ClassTable
@@ -24,7 +26,7 @@ from sere_sglang.schedule.observer import Observer
 from sere_sglang.schedule.point import OFF, SIMILARITY, OperatingPoint
 from sere_sglang.schedule.policy import Policy, PolicyContext, choose
 from sere_sglang.schedule.registry import make_policy
-from sere_sglang.schedule.request_quality import RowClass, row_classes
+from sere_sglang.schedule.request_quality import row_classes
 from sere_sglang.schedule.settings import Settings
 from sere_sglang.schedule.trace import TraceWriter
 
@@ -54,8 +56,8 @@ class SereRuntime:
 
     def __init__(self, config: SereConfig) -> None:
         self.config = config
-        self.settings = config.live_settings()
-        self.quality_rules = config.quality_rules()
+        self.settings = live_settings(config)
+        self.quality_rules = quality_rules(config)
         self.binding: Binding | None = None
         self.policy: Policy | None = None
         self.context: PolicyContext | None = None

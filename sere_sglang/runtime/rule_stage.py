@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from sere_sglang.names import RowClass
 from sere_sglang.ops.rules import Implementation
 from sere_sglang.ops.rules_call import RuleCall
 from sere_sglang.ops.surrogates import Surrogates, compensate_
 from sere_sglang.schedule.point import OperatingPoint
-from sere_sglang.schedule.request_quality import RowClass
 
 FILL_WEIGHT, RENORMALIZE = 0.5, 0.25
 """a and gamma of ``energy`` without surrogates, measured on the demo model; 0 and 0 with them."""

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sere_sglang.names import RULES, SIMILARITY
 from sere_sglang.profile import SereProfile
 from sere_sglang.schedule.lookup import COMPUTED, present, representatives, row_of, spread
-from sere_sglang.schedule.point import RULES, SIMILARITY, OperatingPoint
+from sere_sglang.schedule.point import OperatingPoint
 from sere_sglang.schedule.rule_tables import rule_tables
 
 _QUANTILES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SIMILARITY = "similarity"
+from sere_sglang.names import SIMILARITY
+
 _VALUES = {
     SIMILARITY: ("primary_k", "threshold"),
     "piggyback": ("primary_k",),
@@ -16,9 +17,6 @@ _VALUES = {
     "energy": ("loss",),
 }
 """Rule -> the fields of a point that say how hard it skips."""
-
-RULES = tuple(_VALUES)
-"""``--sere-rule``; docs/semantics.md says exactly what each does."""
 
 
 @dataclass(frozen=True)

@@ -4,28 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 from sere_sglang.errors import SereError, shown
+from sere_sglang.names import QUALITIES, RowClass
 
 KEY = "sere"
-
-
-class RowClass(IntEnum):
-    """A row's class, as the kernels read it: a byte per row, and the class table's order.
-
-    Balanced rows follow the policy, exact rows keep every expert and vote with all of them, fast
-    rows run at an operating point of their own.
-    """
-
-    BALANCED = 0
-    EXACT = 1
-    FAST = 2
-
-
-QUALITIES = tuple(row_class.name.lower() for row_class in RowClass)
-"""What a request may ask for, in the order of the row classes."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import rules_oracle
 import torch
 from hypothesis import strategies as st
 
+from sere_sglang.names import RULES
 from sere_sglang.ops import Routed
 from sere_sglang.ops.rules import applied
-from sere_sglang.ops.rules_call import RULES
 from sere_sglang.ops.rules_check import checked
 
 

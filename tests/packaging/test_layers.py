@@ -23,6 +23,8 @@ LAYERS = (
     ("schedule",),
     ("profile",),
     ("ops",),
+    ("options",),
+    ("names",),
     ("cache", "errors", "csrc"),
 )
 """From the top: a layer imports those below it; those in one line do not know each other."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import subprocess
 from importlib import metadata
@@ -11,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import sere_sglang
-from sere_sglang.config import SereConfig, flag_of
+from sere_sglang.options import OPTIONS
+from tools.flag_table import with_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text()
@@ -72,7 +72,7 @@ def test_links_between_documents_lead_somewhere(path: Path) -> None:
         assert (path.parent / target).exists(), target
 
 
-def test_the_readme_lists_every_flag_and_no_other() -> None:
-    rows = re.findall(r"^\| (`--.*?`) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    listed = {flag for row in rows for flag in re.findall(r"--[a-z-]+", row)}
-    assert listed == {flag_of(f.name) for f in dataclasses.fields(SereConfig)}
+def test_the_readmes_table_of_flags_is_the_options() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert with_table(text) == text, "run python -m tools.flag_table"
+    assert all(f"| `{option.flag}" in text for option in OPTIONS.values())

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from benchmarks.serving.server import Process
 from sere_sglang.calibration.collection import MEASURES
-from sere_sglang.config import SereConfig
 from sere_sglang.config_check import checked
+from sere_sglang.options import SereConfig
 from sere_sglang.preflight import prepare
 from sere_sglang.profile import MoeModelInfo, check_profile_fits, load_profile
 from tests.profile import definitions

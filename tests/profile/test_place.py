@@ -11,8 +11,8 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from sere_sglang.calibration import default_out, revision_of
-from sere_sglang.config import SereConfig
 from sere_sglang.errors import SereError
+from sere_sglang.options import SereConfig
 from sere_sglang.preflight import prepare
 from sere_sglang.profile import AUTO, MoeModelInfo, ProfileError, find_profile, save_profile
 from tests.profile.samples import METADATA, a_matrix, a_model, a_profile

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from sere_sglang import apply_rule
+from sere_sglang.names import RowClass
 from sere_sglang.ops.rules import applied, load_rules
 from sere_sglang.ops.rules_check import checked
 from sere_sglang.ops.surrogates import Surrogates
 from sere_sglang.runtime.counters import FIELDS, LOSS_UNIT
 from sere_sglang.runtime.rule_stage import FILL_WEIGHT, RENORMALIZE, RuleForward, RuleStage
 from sere_sglang.schedule.point import OFF, OperatingPoint
-from sere_sglang.schedule.request_quality import RowClass
 
 ROWS, EXPERTS, TOP_K, SIZE = 9, 12, 4, 16
 

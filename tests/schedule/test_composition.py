@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from sere_sglang.config import SereConfig
+from sere_sglang.config import quality_rules
 from sere_sglang.errors import SereError
+from sere_sglang.options import SereConfig
 from sere_sglang.patches import moe_rows
 from sere_sglang.patches.forward_batch import _ATTRIBUTE, Noted
 from sere_sglang.patches.model_runner import composition_of
@@ -129,7 +130,7 @@ def test_quality_per_request_needs_ranks_that_know_their_rows(
     monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], quality: bool
 ) -> None:
     asked = SereConfig(moe_backend="sere")
-    left = _restricted(monkeypatch, asked, **flags).quality_rules()
+    left = quality_rules(_restricted(monkeypatch, asked, **flags))
     assert (left.allowed == ("balanced",)) is not quality
     picky = SereConfig(moe_backend="sere", sere_allow_quality="exact,balanced")
     if quality:

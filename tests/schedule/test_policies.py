@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sere_sglang.errors import SereError
+from sere_sglang.names import policy_names
 from sere_sglang.schedule.adaptive import AdaptivePolicy
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost, StepModel
 from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback
-from sere_sglang.schedule.names import policy_names
 from sere_sglang.schedule.observer import WINDOW, Observer
 from sere_sglang.schedule.point import OFF, SIMILARITY, OperatingPoint
 from sere_sglang.schedule.policy import PolicyContext, choose

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sere_sglang.config import SereConfig
 from sere_sglang.config_check import checked, resolved
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable
+from sere_sglang.options import SereConfig
 from sere_sglang.profile import load_profile
 from sere_sglang.runtime.bind import Binding
 from sere_sglang.runtime.clock import StepClock

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from sere_sglang import apply_rule
+from sere_sglang.names import RULES
 from sere_sglang.schedule.adaptive import AdaptivePolicy
 from sere_sglang.schedule.feedback import NO_FEEDBACK
 from sere_sglang.schedule.ladder import Ladders
-from sere_sglang.schedule.point import OFF, RULES, OperatingPoint, described
+from sere_sglang.schedule.point import OFF, OperatingPoint, described
 from tests.schedule.test_policies import decode
 from tests.schedule.toy_model import COST, ENERGY, EXPERTS, LAYERS, TOP_K, expectation, settings
 

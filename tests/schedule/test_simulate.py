@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from sere_sglang.cli import simulate
 from sere_sglang.cli.main import app
-from sere_sglang.config import DEFAULT_MIN_GAIN, DEFAULT_QUALITY_BUDGET
+from sere_sglang.options import OPTIONS
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import StepModel
 from sere_sglang.schedule.feedback import Feedback
@@ -126,8 +126,8 @@ def test_the_step_is_the_files_where_no_flag_says_otherwise(tmp_path: Path) -> N
 
 def test_the_simulated_budget_is_the_served_one() -> None:
     defaults = inspect.signature(simulate.command).parameters
-    assert defaults["quality_budget"].default == DEFAULT_QUALITY_BUDGET
-    assert defaults["min_gain"].default == DEFAULT_MIN_GAIN
+    assert defaults["quality_budget"].default == OPTIONS["sere_quality_budget"].default
+    assert defaults["min_gain"].default == OPTIONS["sere_min_gain"].default
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,11 @@ def test_the_simulated_budget_is_the_served_one() -> None:
         (["--profile=/absent"], "/absent: no such file"),
         ([f"--profile={PROFILE}", "--trace=/absent"], "--trace /absent: cannot be read"),
         ([f"--profile={PROFILE}", "--primary-k=6"], "primary_k must be in [1, 5]"),
-        ([f"--profile={PROFILE}", "--quality-budget=3"], "quality_budget must lie in [0, 1]"),
-        ([f"--profile={PROFILE}", "--rule=oea"], "--rule oea: choose from similarity"),
+        (
+            [f"--profile={PROFILE}", "--quality-budget=3"],
+            "--quality-budget 3.0: must lie in [0, 1]",
+        ),
+        ([f"--profile={PROFILE}", "--rule=oea"], "--rule oea: must be one of similarity"),
         ([f"--profile={PROFILE}", "--rule=energy", "--primary-k=1"], "rule energy has no S"),
         ([f"--profile={PROFILE}", "--cost=/absent"], "--cost /absent: no such file"),
     ],

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import numpy as np
 
+from sere_sglang.config import live_settings
+from sere_sglang.config_check import resolved
+from sere_sglang.options import SereConfig
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.expectation import Expectation, LayerStatistics, expect
 from sere_sglang.schedule.settings import Settings
@@ -33,17 +37,7 @@ def expectation() -> Expectation:
 
 
 def settings(**changes: Any) -> Settings:
-    values: dict[str, Any] = {
-        "enabled": True,
-        "policy": "adaptive",
-        "primary_k": 2,
-        "threshold": 0.25,
-        "min_batch": 1,
-        "max_batch": None,
-        "quality_budget": 0.05,
-        "min_gain": 0.03,
-        "tpot_slo_ms": None,
-        "fast_primary_k": 1,
-        "fast_threshold": 0.0,
-    }
-    return Settings(**(values | changes))
+    """A server's own without flags, but for a looser budget and no batch left out for its size."""
+    served = live_settings(resolved(SereConfig(moe_backend="sere"), top_k=TOP_K))
+    values = {"primary_k": 2, "threshold": 0.25, "min_batch": 1, "quality_budget": 0.05}
+    return dataclasses.replace(served, **(values | changes))

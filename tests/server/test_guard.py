@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from sglang.srt.plugins.hook_registry import HookType
 
-from sere_sglang.config import SereConfig
 from sere_sglang.config_check import resolved
 from sere_sglang.errors import SereError
+from sere_sglang.options import SereConfig
 from sere_sglang.patches.guard import HOOKS, Guarded
 from sere_sglang.patches.number_keys import unflatten
 from sere_sglang.runtime import rank as runtime

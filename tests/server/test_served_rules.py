@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from sere_sglang.names import RULES
 from sere_sglang.profile import save_profile
-from sere_sglang.schedule.point import RULES
 from sere_sglang.schedule.trace import read_trace
 from tests.server.checkpoints import EXPERTS, LAYERS
 from tests.server.harness import TWO_RANKS, Server, refusal_of, serve
