@@ -23,7 +23,7 @@ from sere_sglang.profile import load_profile
 from sere_sglang.runtime.bind import Binding
 from sere_sglang.runtime.control import ControlBlock
 from sere_sglang.runtime.counters import FIELDS
-from sere_sglang.runtime.rank import SereRuntime
+from sere_sglang.runtime.rank import SereRuntime, Service
 from sere_sglang.runtime.stage import RerouteStage, Switch
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost
@@ -55,12 +55,12 @@ def runtime(**options: object) -> SereRuntime:
     ]
     for stage in stages:
         stage.ran = True
-    made = SereRuntime(config)
     cost = MoeCost.from_bandwidth(
         expert_ms=0.01, slot_ms=1e-5, num_layers=LAYERS, num_experts=48, top_k=TOP_K
     )
-    made.attach(Binding("none", stages, control, counters, switch, "none"), profile, cost)
-    made.start_serving(queue=lambda: (64, 0), measures=True, metrics=None)
+    binding = Binding("none", stages, control, counters, switch, "none")
+    made = SereRuntime(config, binding, profile, cost)
+    made.serve(Service(queue=lambda: (64, 0), measures=True))
     return made
 
 
@@ -74,7 +74,7 @@ def measure(made: SereRuntime, *, mixed: bool = False) -> np.ndarray:
         started = time.perf_counter_ns()
         made.begin_forward(composition, classes)
         made.end_forward()
-        feedback = made.take_feedback()
+        feedback = made.measuring.take_feedback()
         if feedback is not None:
             made.set_feedback(feedback)
         took[i] = (time.perf_counter_ns() - started) / 1000

@@ -42,7 +42,7 @@ def _note(result: Any, _cls: type, *args: Any, **kwargs: Any) -> None:
     if mode.is_decode() or mode.is_target_verify():
         class_of = active.quality_rules.class_of
         classes = tuple(class_of(r.sampling_params.custom_params) for r in batch.reqs)
-    running, waiting = active.queue()
+    running, waiting = active.service.queue()
     noted = Noted(classes, running, waiting, bool(getattr(batch, "after_idle_gap", False)))
     setattr(result, _ATTRIBUTE, noted)
 

@@ -98,15 +98,15 @@ class Guarded:
         if active is None or self.runs == "always":
             return False
         if self.runs == "until it fails":
-            return self._failed_in == active.attempt
-        return active.failed is not None
+            return self._failed_in == active.health.attempt
+        return active.health.failed is not None
 
     def _fail(self, error: Exception) -> None:
         active = rank.current()
         if active is None:
             _launcher.fail(self.name, error)
             return
-        self._failed_in = active.attempt
+        self._failed_in = active.health.attempt
         active.fail(self.name, error)
 
 

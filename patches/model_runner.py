@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
+from sere_sglang.config import quality_rules
 from sere_sglang.patches import moe_rows
 from sere_sglang.patches.forward_batch import noted
 from sere_sglang.patches.seam import hook
@@ -48,16 +49,16 @@ def install() -> None:
 
 
 def _bind(_result: Any, runner: Any) -> None:
-    active = rank.current()
-    if active is None or runner.is_draft_worker:
+    asked = rank.asked()
+    if asked is None or runner.is_draft_worker:
         return
-    active.moe_rows = moe_rows.moe_rows()
-    moe_rows.require_no_quality(active.quality_rules.allowed)
-    assert active.config.sere_profile is not None
-    profile = load_profile(active.config.sere_profile)
-    binding = bind_model(runner.model, profile, active.config, device=runner.device)
-    cost = _cost(runner, binding, active.config.sere_cost).covering(profile.similarity)
-    active.attach(binding, profile, cost)
+    rows = moe_rows.moe_rows()
+    moe_rows.require_no_quality(quality_rules(asked).allowed)
+    # Found or made before any worker started (`preflight.prepare`).
+    profile = load_profile(str(asked.sere_profile))
+    binding = bind_model(runner.model, profile, asked, device=runner.device)
+    cost = _cost(runner, binding, asked.sere_cost).covering(profile.similarity)
+    rank.start(rank.SereRuntime(asked, binding, profile, cost, rows))
 
 
 def _cost(runner: Any, binding: Binding, file: str | None) -> MoeCost:
@@ -90,9 +91,9 @@ def _forward(
     original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
     active = rank.current()
-    if active is None or runner.is_draft_worker or active.binding is None:
+    if active is None or runner.is_draft_worker:
         return original(runner, forward_batch, *args, **kwargs)
-    if active.failed is not None:
+    if active.health.failed is not None:
         return _forward_exact(original, runner, forward_batch, *args, **kwargs)
     from sglang.srt.runtime_context import get_parallel
 

@@ -54,11 +54,11 @@ def _send(result: list[Any] | None, *_args: Any) -> list[Any] | None:
     if active is None or result is None or not _receives_requests():
         return result
     found: list[Any] = []
-    if active.failed is None and active.tells is not None:
-        reason = active.trouble or (_told(active) if active.is_due() else None)
+    if active.health.failed is None and active.service.tells is not None:
+        reason = active.health.trouble or (_told(active) if active.is_due() else None)
         if reason is not None:
             found.append(Failure(reason))
-    feedback = active.take_feedback()
+    feedback = active.measuring.take_feedback()
     if feedback is not None:
         found.append(feedback)
     return [*result, *found]
@@ -66,9 +66,14 @@ def _send(result: list[Any] | None, *_args: Any) -> list[Any] | None:
 
 def _send_trouble(result: list[Any] | None, *_args: Any) -> list[Any] | None:
     active = rank.current()
-    if active is None or active.trouble is None or active.failed is not None or result is None:
+    if (
+        active is None
+        or active.health.trouble is None
+        or active.health.failed is not None
+        or result is None
+    ):
         return result
-    return [*result, Failure(active.trouble)]
+    return [*result, Failure(active.health.trouble)]
 
 
 def _receive(
@@ -116,4 +121,4 @@ def _store() -> Any:
 
 
 def _key(active: rank.SereRuntime) -> str:
-    return f"sere_failure_{active.attempt}"
+    return f"sere_failure_{active.health.attempt}"

@@ -58,7 +58,7 @@ def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any)
     from sere_sglang.runtime import rank
 
     register_moe_runner_backend_name("sere")
-    rank.start(asked)
+    rank.ask(asked)
     if server_args.device == "cpu":
         cpu_moe.install()
         surrogates.install()
@@ -75,9 +75,10 @@ def _after_init(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
 
     from sere_sglang.patches import rank_decision
     from sere_sglang.runtime import rank
+    from sere_sglang.schedule.trace import TraceWriter
 
     active, parallel = rank.current(), get_parallel()
-    if active is None or active.binding is None:
+    if active is None:
         return
     metrics = None
     reporter = scheduler.metrics_reporter
@@ -90,13 +91,16 @@ def _after_init(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
         running = scheduler.running_batch
         return (len(running.reqs) if running is not None else 0), len(scheduler.waiting_queue)
 
-    active.start_serving(
-        queue=queue,
-        measures=parallel.tp_rank == parallel.pp_rank == 0,
-        metrics=metrics,
-        trace_suffix=_trace_suffix(parallel),
-        warms_up=not scheduler.server_args.skip_server_warmup,
-        tells=rank_decision.note_of(active),
+    trace = active.config.sere_trace
+    active.serve(
+        rank.Service(
+            queue=queue,
+            measures=parallel.tp_rank == parallel.pp_rank == 0,
+            metrics=metrics,
+            trace=None if trace is None else TraceWriter(trace + _trace_suffix(parallel)),
+            warms_up=not scheduler.server_args.skip_server_warmup,
+            tells=rank_decision.note_of(active),
+        )
     )
 
 
@@ -114,5 +118,5 @@ def _report(result: dict[str, Any], scheduler: Any) -> None:
         from sere_sglang.runtime import rank, shown
 
         active = rank.current()
-        assert active is not None
-        result["sere"] = shown.constants(active)
+        if active is not None:  # else the launcher says that this rank does not run SERE
+            result["sere"] = shown.constants(active)

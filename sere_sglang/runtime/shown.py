@@ -14,7 +14,6 @@ from sere_sglang.schedule.feedback import NO_FEEDBACK
 def constants(active: SereRuntime) -> dict[str, Any]:
     """What does not change while the server runs."""
     binding, context = active.binding, active.context
-    assert binding is not None and context is not None
     return {
         "profile": active.config.sere_profile,
         "cost": describe_cost(context.cost),
@@ -33,12 +32,11 @@ def constants(active: SereRuntime) -> dict[str, Any]:
 
 def state(active: SereRuntime) -> dict[str, Any]:
     """Live state: settings, the last operating point, counters since start or reset."""
-    assert active.binding is not None
     return {
         **essential_state(active),
         "composition": None if active.last is None else dataclasses.asdict(active.last),
         "feedback": dataclasses.asdict(active.feedback),
-        "step_ms": active.step_ms,
+        "step_ms": active.measuring.clock.step_ms,
         "predicted_step_ms": active.predicted_ms(),
         "unavailable_rules": dict(active.binding.unavailable),
         "counters": _counters(active),
@@ -50,7 +48,7 @@ def essential_state(active: SereRuntime) -> dict[str, Any]:
     return {
         **dataclasses.asdict(active.settings),
         "top_k": active.top_k,
-        "failed": active.failed or active.trouble,
+        "failed": active.health.failed or active.health.trouble,
         "operating_point": active.point.describe(),
         "composition": None,
         "feedback": dataclasses.asdict(NO_FEEDBACK),
@@ -62,9 +60,9 @@ def essential_state(active: SereRuntime) -> dict[str, Any]:
 
 
 def log_line(active: SereRuntime) -> str:
-    if active.trouble is not None:
+    if active.health.trouble is not None:
         return "sere: failed, exact"
-    text, window = f"sere: {active.point}", active.window
+    text, window = f"sere: {active.point}", active.measuring.window
     if window is None or not active.point.enabled:
         return text
     before, after = window.active_before.mean(), window.active_after.mean()
@@ -73,7 +71,6 @@ def log_line(active: SereRuntime) -> str:
 
 def _counters(active: SereRuntime) -> dict[str, dict[str, float]]:
     """By layer; loss in shares of the square of a row's routing weight, summed over forwards."""
-    assert active.binding is not None
     shown: dict[str, dict[str, float]] = {}
     rows, masses = active.binding.counters.tolist(), active.binding.squared_mass
     for layer, row, mass in zip(active.binding.layer_ids, rows, masses, strict=True):

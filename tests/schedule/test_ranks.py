@@ -17,19 +17,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from sere_sglang.config_check import checked, resolved
-from sere_sglang.ops import COUNTER_FIELDS, LayerTable
 from sere_sglang.options import SereConfig
-from sere_sglang.profile import load_profile
-from sere_sglang.runtime.bind import Binding
 from sere_sglang.runtime.clock import StepClock
-from sere_sglang.runtime.control import ControlBlock
-from sere_sglang.runtime.counters import FIELDS
-from sere_sglang.runtime.rank import SereRuntime
-from sere_sglang.runtime.stage import RerouteStage, Switch
+from sere_sglang.runtime.rank import SereRuntime, Service
 from sere_sglang.schedule.composition import BatchComposition, MoeRows
-from sere_sglang.schedule.cost import MoeCost
-from tests.schedule.toy_model import TOP_K
+from sere_sglang.schedule.trace import TraceWriter
+from tests.schedule.one_rank import one_rank
 
 PROFILE = Path(__file__).resolve().parents[2] / "demo_model" / "sere_profile.safetensors"
 RANKS, STEPS = 3, 600
@@ -47,36 +40,9 @@ CHANGES: dict[int, dict[str, Any]] = {
 def _runtime(rank: int, trace: Path, *, measures: bool) -> SereRuntime:
     """A rank whose clock goes its own way: steps seem to take 2 to 6 ms, other ones on each."""
     config = SereConfig(moe_backend="sere", sere_trace=str(trace), sere_quality_budget=0.3)
-    made = SereRuntime(resolved(checked(config), top_k=TOP_K))
-    profile = load_profile(PROFILE)
-    layers = sorted(profile.similarity)
-    control = ControlBlock(torch.device("cpu"), layers, 512)
-    counters = torch.zeros(len(layers), len(FIELDS), dtype=torch.int64)
-    switch = Switch()
-    stages = [
-        RerouteStage(
-            layer,
-            TOP_K,
-            LayerTable(profile.similarity[layer]),
-            control.words[i],
-            control.row_class,
-            counters[i, : len(COUNTER_FIELDS)],
-            switch,
-        )
-        for i, layer in enumerate(layers)
-    ]
-    for stage in stages:
-        stage.ran = True
-    cost = MoeCost.from_bandwidth(
-        expert_ms=0.02,
-        slot_ms=0.001,
-        num_layers=len(layers),
-        num_experts=profile.num_experts,
-        top_k=TOP_K,
-    )
-    made.attach(Binding("none", stages, control, counters, switch, "none"), profile, cost)
-    made.start_serving(queue=lambda: (0, 0), measures=measures, metrics=None)
-    made._clock = StepClock(_clock(rank))
+    made = one_rank(config)
+    made.serve(Service(measures=measures, trace=TraceWriter(str(trace))))
+    made.measuring.clock = StepClock(_clock(rank))
     return made
 
 
@@ -102,11 +68,10 @@ def _run(
     """`alone`: every rank believes its own clock, which is what must not happen."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
     made = _runtime(rank, Path(out, f"{rank}.jsonl"), measures=alone or rank == 0)
-    assert made.binding is not None
     words = []
     for step, (composition, classes) in enumerate(batches(rank, made)):
         # As SGLang's broadcast of requests: what rank 0 has, everyone applies before the step.
-        box = [made.take_feedback()]
+        box = [made.measuring.take_feedback()]
         if not alone:
             dist.broadcast_object_list(box, src=0)
         if box[0] is not None:

@@ -9,25 +9,24 @@ from typing import Any
 import pytest
 from sglang.srt.plugins.hook_registry import HookType
 
-from sere_sglang.config_check import resolved
 from sere_sglang.errors import SereError
 from sere_sglang.options import SereConfig
 from sere_sglang.patches.guard import HOOKS, Guarded
 from sere_sglang.patches.number_keys import unflatten
 from sere_sglang.runtime import rank as runtime
 from sere_sglang.runtime import shown
-from sere_sglang.runtime.rank import SereRuntime
-from sere_sglang.runtime.stage import Switch
+from sere_sglang.runtime.rank import SereRuntime, Service
 from sere_sglang.schedule.composition import BatchComposition
+from tests.schedule.one_rank import one_rank
 
 
 @pytest.fixture
 def active(monkeypatch: pytest.MonkeyPatch) -> Iterator[SereRuntime]:
-    """The runtime of a scheduler that serves, without a model."""
-    config = resolved(SereConfig(moe_backend="sere"), top_k=4)
-    made = SereRuntime(config)
+    """The runtime of a scheduler that serves, its layers being there without a model."""
+    made = one_rank(SereConfig(moe_backend="sere"))
     monkeypatch.setattr(runtime, "_current", made)
-    made.start_serving(queue=lambda: (0, 0), measures=False, metrics=None)
+    made.serve(Service())
+    made.end_forward()  # of a warm-up, in which every layer ran
     known = len(HOOKS)
     yield made
     del HOOKS[known:]
@@ -66,7 +65,7 @@ def test_sglangs_function_runs_once(
     with caplog.at_level(logging.WARNING):
         assert guarded(original, 1) == "SGLang's"
     assert original.calls == [(given,)]
-    assert active.failed == "a hook: ZeroDivisionError: "
+    assert active.health.failed == "a hook: ZeroDivisionError: "
     (told,) = caplog.records
     assert told.exc_info is not None and '{"enabled": true}' in told.getMessage()
     # From now on as if the hook were not there.
@@ -89,7 +88,7 @@ def test_sglangs_own_errors_pass_untouched(active: SereRuntime) -> None:
         with pytest.raises(KeyError) as seen:
             hook(original)
         assert seen.value is error and len(original.calls) == 1
-        assert (active.failed is not None) == failed
+        assert (active.health.failed is not None) == failed
 
 
 def test_before_and_after_count_as_absent(active: SereRuntime) -> None:
@@ -97,7 +96,7 @@ def test_before_and_after_count_as_absent(active: SereRuntime) -> None:
         raise ZeroDivisionError
 
     assert hooked(fails, HookType.BEFORE)(1) is None
-    assert active.failed is not None
+    assert active.health.failed is not None
     otherwise = hooked(fails, HookType.AFTER, runs="always", otherwise=lambda result: result + 1)
     assert otherwise(1) == 2
 
@@ -108,23 +107,14 @@ def test_a_refusal_is_no_failure(active: SereRuntime) -> None:
 
     with pytest.raises(LookupError):
         hooked(refuses, HookType.BEFORE, deliberate=(LookupError,))()
-    assert active.failed is None
-
-
-class Silent:
-    """A model whose layers never pass SGLang's top-k."""
-
-    switch = Switch()
-
-    def check_all_ran(self) -> None:
-        raise SereError("layer 1 ran without")
+    assert active.health.failed is None
 
 
 @pytest.mark.parametrize("warms_up", [True, False])
 def test_a_model_that_cannot_be_re_routed(active: SereRuntime, warms_up: bool) -> None:
     """Noticed by the first forward: the warm-up's stops the start, a request's does not."""
-    active.start_serving(queue=lambda: (0, 0), measures=False, metrics=None, warms_up=warms_up)
-    active.binding = Silent()  # type: ignore[assignment]
+    active.serve(Service(warms_up=warms_up))
+    active.binding.stages[1].ran = False
     active.last = BatchComposition("decode", decode_tokens=1)
 
     def forward(original: Original) -> str:
@@ -137,21 +127,21 @@ def test_a_model_that_cannot_be_re_routed(active: SereRuntime, warms_up: bool) -
     if warms_up:
         with pytest.raises(SereError):
             guarded(original)
-        assert active.failed is None
+        assert active.health.failed is None
     else:
         assert guarded(original) == "SGLang's" and len(original.calls) == 1
-        assert "layer 1 ran without" in str(active.failed)
+        assert "layer(s) 1 of none ran without" in str(active.health.failed)
 
 
 def test_one_of_several_ranks_waits_for_the_others(active: SereRuntime) -> None:
     told: list[str] = []
-    active.start_serving(queue=lambda: (0, 0), measures=False, metrics=None, tells=told.append)
+    active.serve(Service(tells=told.append))
     guarded, original = hooked(before_it, HookType.AROUND), Original()
     for _ in range(3):
         assert guarded(original, 1) == "SGLang's"
-    assert told == ["a hook: ZeroDivisionError: "] and active.failed is None
+    assert told == ["a hook: ZeroDivisionError: "] and active.health.failed is None
     active.stop(told[0])
-    assert active.failed == shown.essential_state(active)["failed"] == told[0]
+    assert active.health.failed == shown.essential_state(active)["failed"] == told[0]
 
 
 @pytest.mark.parametrize(
