@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Downloads into .whl/ what launch/gpu_check.sh needs on a GPU machine without a network: tvm-ffi for
-# the CUDA kernels and, for the layer benchmark, SGLang's own Triton fused MoE. Run it here, with
+# the CUDA kernels, pytest-xdist for their tests and, for the layer benchmark, SGLang's own Triton fused MoE. Run it here, with
 # pip; take .whl/ along. The machine there: Linux x86-64, Python 3.12, torch 2.11 for CUDA 13.
 #   bash launch/gpu_wheels.sh           all of it (about 37 MB)
-#   bash launch/gpu_wheels.sh --small   tvm-ffi only; the layer benchmark then uses its own GEMM
+#   bash launch/gpu_wheels.sh --small   without SGLang; the layer benchmark then uses its own GEMM
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,7 +11,7 @@ PYTHON="${SERE_PYTHON:-python3}"
 LIMIT_MB=40
 # SGLang 0.5.17 is the release that pins torch 2.11; the rest is what importing its fused MoE needs
 # beyond torch's and Hugging Face's usual packages.
-KERNELS=(apache-tvm-ffi==0.1.11)
+KERNELS=(apache-tvm-ffi==0.1.11 pytest-xdist==3.8.0 execnet==2.1.2)
 SGLANG=(
   sglang==0.5.17 transformers==5.12.1 tokenizers==0.22.2
   annotated-types==0.8.0 dill==0.4.1 httpx2==2.16.2 ipython==9.18.1 msgspec==0.22.0 openai==3.54.0

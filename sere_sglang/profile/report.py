@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -136,10 +137,11 @@ def expected_active_table(profile: SereProfile) -> list[dict[str, float]]:
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     """Spearman's correlation of the pairs of two matrices; nan when one is constant."""
-    x, y = (_ranks(upper(m)) for m in (a, b))
-    x, y = x - x.mean(), y - y.mean()
-    bottom = (x.square().sum() * y.square().sum()).sqrt()
-    return (x @ y / bottom).item() if bottom > 0 else float("nan")
+    from scipy.stats import ConstantInputWarning, spearmanr
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        return float(spearmanr(upper(a), upper(b)).statistic)
 
 
 def compare(a: dict[int, torch.Tensor], b: dict[int, torch.Tensor]) -> list[dict[str, float]]:
@@ -167,10 +169,3 @@ def compare(a: dict[int, torch.Tensor], b: dict[int, torch.Tensor]) -> list[dict
 
 def _without_self(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.clone().fill_diagonal_(-1)
-
-
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Average ranks, ties share theirs."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).to(torch.float64)
-    return (ends - (counts - 1) / 2)[inverse]

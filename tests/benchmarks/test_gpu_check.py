@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from launch import gpu_tests
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -32,33 +30,6 @@ def test_says_when_there_is_no_torch(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "No module named torch" in done.stdout
     assert "has no working torch" in done.stderr
-
-
-def test_what_a_stopped_process_has_reported_counts() -> None:
-    log = """tests/gpu/test_a.py::test_sizes[60-4-1] PASSED [ 10%]
-tests/gpu/test_a.py::test_graph[cuda] FAILED                    [ 20%]
-tests/gpu/test_a.py::test_graph[triton] SKIPPED (no GPU)        [ 30%]
-tests/gpu/test_a.py::test_streams """
-    assert gpu_tests.counts(log.splitlines()) == {"passed": 1, "failed": 1, "skipped": 1}
-
-
-def test_shards_run_every_test_once() -> None:
-    """In processes of their own, as on a GPU machine; here all of them say why they are skipped."""
-
-    def collected(shard: str | None) -> set[str]:
-        env = {**os.environ, "SERE_TEST_SHARD": shard} if shard else dict(os.environ)
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "tests/gpu", "--collect-only", "-q"],
-            cwd=ROOT,
-            env=env,
-            capture_output=True,
-            text=True,
-        )
-        return {line for line in done.stdout.splitlines() if "::" in line}
-
-    first, second = collected("0/2"), collected("1/2")
-    assert first and second and not first & second
-    assert first | second == collected(None)
 
 
 def test_ops_import_nothing_beyond_torch() -> None:

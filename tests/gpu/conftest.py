@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
-import zlib
 from pathlib import Path
 
 import pytest
@@ -17,23 +15,11 @@ NO_GPU = "no CUDA GPU on this machine; `bash launch/gpu_check.sh` on one runs th
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    keep_shard(config, items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
-
-
-def keep_shard(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """``SERE_TEST_SHARD=i/n`` runs every n-th test, in no particular order (launch.gpu_tests)."""
-    shard = os.environ.get("SERE_TEST_SHARD")
-    if shard is None:
-        return
-    number, of = map(int, shard.split("/"))
-    others = [item for item in items if zlib.crc32(item.nodeid.encode()) % of != number]
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in set(others)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
