@@ -22,6 +22,12 @@ from sere_sglang.errors import SereError
 RESULTS_DIR = Path(__file__).resolve().parent / "results"
 
 
+def random_similarity(num_experts: int, generator: torch.Generator) -> torch.Tensor:
+    """float32 ``[E, E]``: symmetric, in [0, 1), ones on the diagonal."""
+    half = torch.rand(num_experts, num_experts, generator=generator)
+    return ((half + half.T) / 2).fill_diagonal_(1.0)
+
+
 def hardware_info() -> dict[str, Any]:
     """What the numbers were measured on: GPU if there is one, CPU model, cores, memory."""
     info: dict[str, Any] = {

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import published_sequence
-from benchmarks._common import interleaved_median, write_result
+from benchmarks._common import interleaved_median, random_similarity, write_result
 from sere_sglang.ops import (
     LayerTable,
     apply_rule,
@@ -55,9 +55,7 @@ def make_inputs(
     generator = torch.Generator().manual_seed(tokens * experts)
     popular = torch.randn(experts, generator=generator)
     scores = popular + torch.randn(tokens, experts, generator=generator)
-    similarity = torch.rand(experts, experts, generator=generator)
-    similarity = (similarity + similarity.T) / 2
-    similarity.fill_diagonal_(1.0)
+    similarity = random_similarity(experts, generator)
     weights, ids = scores.softmax(dim=1).topk(top_k)
     return ids.to(torch.int32), weights, similarity
 

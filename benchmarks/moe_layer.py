@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks._common import random_similarity
 from sere_sglang.ops import LayerTable, encode_control, reroute_
 
 ZIPF = 0.75
@@ -79,9 +80,7 @@ def make_layers(shape: MoeShape, count: int, device: str, dtype: torch.dtype) ->
     for _ in range(count):
         rows, _ = torch.linalg.qr(torch.randn(shape.hidden, shape.experts, generator=generator))
         rank = torch.randperm(shape.experts, generator=generator) + 1
-        similarity = torch.rand(shape.experts, shape.experts, generator=generator)
-        similarity = (similarity + similarity.T) / 2
-        similarity.fill_diagonal_(1.0)
+        similarity = random_similarity(shape.experts, generator)
         w1 = torch.empty(shape.experts, 2 * shape.inter, shape.hidden, dtype=dtype, device=device)
         w2 = torch.empty(shape.experts, shape.hidden, shape.inter, dtype=dtype, device=device)
         layers.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks._common import random_similarity
 from sere_sglang.ops import LayerTable, encode_control, new_counters, reference
 
 PRIMARY_K = 2
@@ -23,9 +24,7 @@ class OpCase:
         generator = torch.Generator().manual_seed(tokens * experts + top_k)
         popular = torch.randn(experts, generator=generator)
         noise = torch.randn(calls, tokens, experts, generator=generator)
-        similarity = torch.rand(experts, experts, generator=generator)
-        similarity = (similarity + similarity.T) / 2
-        similarity.fill_diagonal_(1.0)
+        similarity = random_similarity(experts, generator)
 
         self.logits = (popular + noise).to(device)
         weights, ids = self.logits.softmax(dim=-1).topk(top_k, dim=-1)

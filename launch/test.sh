@@ -37,10 +37,10 @@ step "style" "$PYTHON" -m ruff check .
 step "format" "$PYTHON" -m ruff format --check .
 step "types" "$PYTHON" -m mypy
 if [ -n "$quick" ]; then
-  step "tests of ops, schedule, runtime, profile, patches, packaging" "$PYTHON" -m pytest \
-    tests/ops tests/schedule tests/runtime tests/profile tests/patches tests/packaging \
+  step "tests of all parts but the server" "$PYTHON" -m pytest \
+    tests/{ops,cpu,schedule,runtime,profile,calibration,cli,patches,packaging} \
     -n 2 --durations=5 \
-    --ignore=tests/profile/test_calibrate.py
+    --ignore=tests/calibration/test_calibrate.py
   finish "quick checks passed; not run: whatever starts SGLang, benchmarks, the compile check"
   exit
 fi

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
 
 NO_GPU = "no CUDA GPU on this machine; `bash launch/gpu_check.sh` on one runs these tests"
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import random
 
-import cases
-import fused_cases
 import pytest
 import torch
-from cases import Spec
 from test_gpu_reroute import SIZES, capture
 
 from sere_sglang.ops import LayerTable, encode_control
 from sere_sglang.ops.fused import fused_topk_reroute
+from tests.ops import cases, fused_cases
+from tests.ops.cases import Spec
 
 pytestmark = pytest.mark.gpu
 

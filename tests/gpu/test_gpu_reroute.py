@@ -5,11 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-import cases
-import oracle
 import pytest
 import torch
-from cases import Spec
 
 from sere_sglang.ops import (
     COUNTER_FIELDS,
@@ -19,6 +16,8 @@ from sere_sglang.ops import (
     reroute_,
     select_impl,
 )
+from tests.ops import cases, oracle
+from tests.ops.cases import Spec
 
 pytestmark = pytest.mark.gpu
 
@@ -127,6 +126,7 @@ def test_what_comes_before_on_the_stream_is_seen(impl: str) -> None:
     case = cases.make_case(Spec(num_tokens=48, num_experts=128, top_k=8, classes=((1, 0.9),)))
     want = cases.expected(case)
     table = LayerTable.build(case.similarity, device="cuda")
+    assert case.weights is not None
     source, weights = case.ids.cuda(), case.weights.cuda()
     control = encode_control(enabled=True, num_valid=-1, classes=case.classes).cuda()
     results = []
@@ -187,6 +187,7 @@ def test_streams_do_not_meet(num_tokens: int, impl: str) -> None:
             Spec(seed=seed, num_tokens=num_tokens, num_experts=64, top_k=6, classes=((1, 0.9),))
         )
         table = LayerTable.build(case.similarity, device="cuda")
+        assert case.weights is not None
         ids, weights = case.ids.cuda(), case.weights.cuda()
         control = encode_control(enabled=True, num_valid=-1, classes=case.classes).cuda()
         torch.cuda.synchronize()

@@ -14,10 +14,9 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-import cases
-from cases import Spec
-
 from sere_sglang.ops import triton as implementation
+from tests.ops import cases
+from tests.ops.cases import Spec
 
 if implementation.phases.INTERPRETED:
     DEVICE = "cpu"

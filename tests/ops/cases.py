@@ -8,10 +8,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-import oracle
 import torch
 
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable, encode_control, reroute_
+from tests.ops import oracle
 
 
 @dataclass(frozen=True)

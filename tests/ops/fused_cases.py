@@ -8,19 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import cases
-import oracle
 import torch
-from cases import Spec
 
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable, encode_control
+from tests.ops import cases, oracle
+from tests.ops.cases import Spec
 
 Fused = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """(logits, top_k, renormalize, table, control, row_class, counters) -> weights, ids"""
 
 
 def emulated_at(plan: object) -> Fused:
-    import emulated
+    from tests.ops import emulated
 
     return lambda *arguments: emulated.fused(plan, *arguments)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import rules_oracle
 import torch
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from sere_sglang.names import RULES
 from sere_sglang.ops import Routed
 from sere_sglang.ops.rules import applied
 from sere_sglang.ops.rules_check import checked
+from tests.ops import rules_oracle
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-import oracle
+from tests.ops import oracle
 
 Row = list[int]
 

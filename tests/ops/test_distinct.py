@@ -5,15 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-import cases
-import oracle
 import pytest
 import torch
-from cases import Case, Spec
 
 from sere_sglang import apply_rule
 from sere_sglang.cpu.moe import fused_moe
 from sere_sglang.ops import LayerTable, encode_control, new_counters, reroute_
+from tests.ops import cases, oracle
+from tests.ops.cases import Case, Spec
 
 SLOW = {"triton"}  # its interpreter takes seconds for what the others do in milliseconds
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import random
 
-import cases
-import fused_cases
 import pytest
 import torch
-from cases import Spec
 
 from sere_sglang.ops import LayerTable, encode_control, fused, reroute_
 from sere_sglang.ops.dispatch import UnavailableError
 from sere_sglang.ops.fused import fused_topk_reroute, softmax_topk
 from sere_sglang.ops.jit import BuildError
+from tests.ops import cases, fused_cases
+from tests.ops.cases import Spec
 
 TABLE = LayerTable.build(torch.eye(8))
 CONTROL = encode_control(enabled=True, num_valid=-1, classes=[(1, 0.0)])

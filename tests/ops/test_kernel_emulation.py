@@ -8,12 +8,8 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-import cases
-import emulated
-import fused_cases
 import pytest
 import torch
-from cases import Spec
 
 from sere_sglang.ops import dispatch
 from sere_sglang.ops.cuda_plan import (
@@ -27,6 +23,8 @@ from sere_sglang.ops.cuda_plan import (
     plan_reroute,
 )
 from sere_sglang.ops.fused import softmax_topk
+from tests.ops import cases, emulated, fused_cases
+from tests.ops.cases import Spec
 
 CORNERS = [
     Spec(num_tokens=1),
@@ -117,6 +115,7 @@ def test_nan_gives_no_id_that_is_not_there(search: Search) -> None:
         neighbors = similarity.argsort(dim=1, descending=True).to(torch.int16)
         table = cases.LayerTable(similarity, neighbors)
         control = cases.encode_control(enabled=True, num_valid=25, classes=case.classes)
+        assert case.weights is not None
         for plan in plans(30, 4):
             ids = case.ids.clone()
             emulated.Emulated(replace(plan, search=search)).reroute_(

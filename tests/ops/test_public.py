@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 
 import sere_sglang
+from tests.ops import oracle
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_SGLANG = """

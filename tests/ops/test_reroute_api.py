@@ -6,11 +6,9 @@ import logging
 import types
 from collections.abc import Iterator
 
-import cases
 import hypothesis
 import pytest
 import torch
-from cases import Spec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +25,8 @@ from sere_sglang.ops import (
     reroute_,
     select_impl,
 )
+from tests.ops import cases
+from tests.ops.cases import Spec
 
 IDS = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32)
 SIMILARITY = torch.eye(4)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import cases
-import oracle
 import pytest
 import torch
-from cases import Spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sere_sglang.ops import reroute
+from tests.ops import cases, oracle
+from tests.ops.cases import Spec
 
 # Triton's interpreter takes seconds for what the others do in milliseconds.
 SLOW = {"triton"}

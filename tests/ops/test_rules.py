@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rules_cases import Batch, batches
-from rules_oracle import fixed, float32
 
 from sere_sglang import apply_rule
 from sere_sglang.cpu.moe import fused_moe
@@ -17,6 +15,8 @@ from sere_sglang.ops import available_impls, reroute
 from sere_sglang.ops.rules import IMPLEMENTATIONS, load_rules
 from sere_sglang.ops.rules_call import LARGEST_TERM, MAX_ROWS
 from sere_sglang.ops.rules_check import checked
+from tests.ops.rules_cases import Batch, batches
+from tests.ops.rules_oracle import fixed, float32
 
 IMPLS = [name for name in available_impls("cpu") if name in IMPLEMENTATIONS]  # torch, cpu
 MANY = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks._common import random_similarity
 from sere_sglang.profile import MoeModelInfo, ProfileMetadata, SereProfile
 
 METADATA = ProfileMetadata(
@@ -23,8 +24,7 @@ METADATA = ProfileMetadata(
 
 
 def a_matrix(experts: int, seed: int) -> torch.Tensor:
-    half = torch.rand(experts, experts, generator=torch.Generator().manual_seed(seed))
-    return ((half + half.T) / 2).fill_diagonal_(1)
+    return random_similarity(experts, torch.Generator().manual_seed(seed))
 
 
 def a_profile(layers: tuple[int, ...] = (0, 2), experts: int = 4) -> SereProfile:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from benchmarks._common import random_similarity
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable, available_impls
 from sere_sglang.runtime.control import ControlBlock
 from sere_sglang.runtime.stage import RerouteStage, Switch
@@ -29,13 +30,13 @@ def _dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_one_compilation_per_shape(impl: str, dtype: torch.dtype) -> None:
     """20 steps of each size; what the control block says is no reason to compile."""
     torch._dynamo.reset()
-    half = torch.rand(EXPERTS, EXPERTS, generator=torch.Generator().manual_seed(0))
+    similarity = random_similarity(EXPERTS, torch.Generator().manual_seed(0))
     control = ControlBlock(torch.device("cpu"), [0], 64)
     eager, traced = (
         RerouteStage(
             0,
             TOP_K,
-            LayerTable.build(((half + half.T) / 2).fill_diagonal_(1)),
+            LayerTable.build(similarity),
             control.words[0],
             control.row_class,
             torch.zeros(len(COUNTER_FIELDS), dtype=torch.int64),

@@ -12,10 +12,8 @@ import pytest
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 from tests.server.checkpoints import write_checkpoint
-from tests.server.harness import Server, serve_spawned
+from tests.server.harness import SERE, Server, serve_spawned
 from tests.server.profiles import write_profile
-
-SERE = ("--moe-backend=sere", "--sere-primary-k=1")
 
 
 @pytest.fixture(scope="session")

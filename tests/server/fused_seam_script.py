@@ -11,6 +11,7 @@ from sglang.srt.layers.moe import topk as sglang_topk
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
 import sere_sglang.runtime.stage as stage_module
+from benchmarks._common import random_similarity
 from sere_sglang.ops import LayerTable, encode_control, new_counters
 from sere_sglang.patches import topk
 from sere_sglang.runtime.stage import RerouteStage, Switch, bind_stage
@@ -28,11 +29,10 @@ def count_fused(*args: Any, **kwargs: Any) -> Any:
 
 
 def make_stage(fuse: bool) -> RerouteStage:
-    matrix = torch.rand(E, E, generator=torch.Generator().manual_seed(1))
     return RerouteStage(
         layer_id=0,
         top_k=K,
-        table=LayerTable.build((matrix + matrix.T) / 2),
+        table=LayerTable.build(random_similarity(E, torch.Generator().manual_seed(1))),
         control=encode_control(enabled=True, num_valid=T - 3, classes=[(1, 0.2)]),
         row_class=torch.zeros(64, dtype=torch.uint8),
         counters=new_counters(1)[0],

@@ -18,6 +18,7 @@ from benchmarks.serving.server import CPU_ENGINE, CPU_FLAGS, SGLANG, Server, fre
 
 __all__ = [
     "CPU_ENGINE",
+    "SERE",
     "TWO_RANKS",
     "Server",
     "free_port",
@@ -36,6 +37,8 @@ serve_spawned = functools.partial(
     local_server.serve, start=lambda *started: Forked.start(*started, fork_workers=False)
 )
 """The same with SGLang's workers spawned, as users have them."""
+
+SERE = ("--moe-backend=sere", "--sere-primary-k=1")
 
 _CORES = sorted(os.sched_getaffinity(0))
 TWO_RANKS = {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks._common import random_similarity
 from sere_sglang.profile import (
     DEFAULT_FILE_NAME,
     MoeModelInfo,
@@ -20,8 +21,7 @@ def random_profile(model: Path, *, seed: int = 0) -> SereProfile:
     generator = torch.Generator().manual_seed(seed)
     similarity = {}
     for layer in info.layer_ids:
-        half = torch.rand(info.num_experts, info.num_experts, generator=generator)
-        similarity[layer] = ((half + half.T) / 2).fill_diagonal_(1.0)
+        similarity[layer] = random_similarity(info.num_experts, generator)
     metadata = ProfileMetadata(
         model=str(model),
         architecture=info.architecture,

@@ -8,11 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import SERE
 
 from tests.server.checkpoints import MOE_ARCHITECTURES
 from tests.server.checks import assert_same, exact_then_rerouted
-from tests.server.harness import serve
+from tests.server.harness import SERE, serve
 
 
 @pytest.mark.parametrize("architecture", [a for a in MOE_ARCHITECTURES if a != "qwen3_moe"])

@@ -140,7 +140,7 @@ def test_weights_changed_since_calibration(checkpoint: Checkpoint, tmp_path: Pat
     [
         ("--sere-primary-k=0", "--sere-primary-k 0: must be at least 1"),
         ("--sere-primary-k=4", "--sere-primary-k 4: must be smaller than the model's top-k (4"),
-        ("--sere-threshold=1.5", "--sere-threshold 1.5: similarities lie in [0, 1]"),
+        ("--sere-threshold=1.5", "--sere-threshold 1.5: must lie in [0, 1]"),
         ("--sere-threshold=-0.1", "--sere-threshold -0.1"),
         ("--sere-max-batch=0", "--sere-max-batch 0"),
     ],

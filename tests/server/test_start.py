@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SERE
 
 from sere_sglang.profile import load_profile, save_profile
 from tests.server.checks import PROMPTS
-from tests.server.harness import CPU_ENGINE, Server, refusal_of, run, serve
+from tests.server.harness import CPU_ENGINE, SERE, Server, refusal_of, run, serve
 from tests.server.profiles import random_profile, without_profile
 
 Checkpoint = Callable[[str], Path]

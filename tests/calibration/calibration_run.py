@@ -1,6 +1,6 @@
 """The real command, watched: keeps what the engine showed us, and presses Ctrl-C when asked.
 
-usage: python -m tests.profile.calibration_run KEPT TOKENS calibrate --model ...
+usage: python -m tests.calibration.calibration_run KEPT TOKENS calibrate --model ...
 
 KEPT receives the collected state from just before the sums are finished, when it still has every
 MoE layer's input rows. With TOKENS > 0, SIGINT goes to the whole process group, as a terminal

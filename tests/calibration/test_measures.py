@@ -18,7 +18,7 @@ from sere_sglang.calibration.measures import (
     similarity,
     substitution_scale,
 )
-from tests.profile import definitions
+from tests.calibration import definitions
 
 TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-6}
 

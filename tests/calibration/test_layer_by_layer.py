@@ -21,8 +21,8 @@ from sere_sglang.calibration.decoder import Decoder
 from sere_sglang.errors import SereError
 from sere_sglang.profile import load_profile
 from sere_sglang.profile.report import matrices_of
-from tests.profile import definitions
-from tests.profile.layer_jobs import (
+from tests.calibration import definitions
+from tests.calibration.layer_jobs import (
     CKA_TOKENS,
     LENGTH,
     TOKENS,

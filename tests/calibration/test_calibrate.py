@@ -26,7 +26,7 @@ from sere_sglang.config_check import checked
 from sere_sglang.options import SereConfig
 from sere_sglang.preflight import prepare
 from sere_sglang.profile import MoeModelInfo, check_profile_fits, load_profile
-from tests.profile import definitions
+from tests.calibration import definitions
 from tests.server.checkpoints import EXPERTS, TOP_K, moe_layer_ids, write_checkpoint
 from tests.server.harness import Forked
 
@@ -233,7 +233,7 @@ def _expert_outputs(weights: dict[str, torch.Tensor], layer: int, rows: torch.Te
 
 
 def _command(folder: Path, name: str, out: Path, *, interrupt_at: int = 0) -> list[str]:
-    command = [sys.executable, "-m", "tests.profile.calibration_run"]
+    command = [sys.executable, "-m", "tests.calibration.calibration_run"]
     command += [f"{out.with_suffix('')}.kept", str(interrupt_at), "calibrate"]
     command += [f"--model={folder / name}", f"--out={out}"]
     command += [f"--data={folder}/text.txt", f"--tokens={TOKENS}", "--length=128", "--device=cpu"]

@@ -25,7 +25,7 @@ from sere_sglang.calibration.decoder import BlockExperts
 from sere_sglang.calibration.job import read_text
 from sere_sglang.errors import SereError
 from sere_sglang.profile import SereProfile, load_profile
-from tests.profile.layer_jobs import a_job, same_everywhere, write_float32
+from tests.calibration.layer_jobs import a_job, same_everywhere, write_float32
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from sere_sglang.runtime import rank as runtime
 from sere_sglang.runtime import shown
 from sere_sglang.runtime.rank import SereRuntime, Service
 from sere_sglang.schedule.composition import BatchComposition
-from tests.schedule.one_rank import one_rank
+from tests.runtime.one_rank import one_rank
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from sere_sglang.runtime.clock import StepClock
 from sere_sglang.runtime.rank import SereRuntime, Service
 from sere_sglang.schedule.composition import BatchComposition, MoeRows
 from sere_sglang.schedule.trace import TraceWriter
-from tests.schedule.one_rank import one_rank
+from tests.runtime.one_rank import one_rank
 
 PROFILE = Path(__file__).resolve().parents[2] / "demo_model" / "sere_profile.safetensors"
 RANKS, STEPS = 3, 600

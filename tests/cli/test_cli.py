@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import sere_sglang
+from benchmarks._common import random_similarity
 from sere_sglang.calibration.collection import CollectionSpec, block_tokens, check_enough
 from sere_sglang.cli import doctor
 from sere_sglang.cli.main import app
@@ -42,8 +43,7 @@ def a_profile(seed: int = 0, experts: int = 6) -> SereProfile:
     generator = torch.Generator().manual_seed(seed)
     similarity, tables = {}, {}
     for layer in (0, 3):
-        half = torch.rand(experts, experts, generator=generator)
-        similarity[layer] = ((half + half.T) / 2).fill_diagonal_(1)
+        similarity[layer] = random_similarity(experts, generator)
         by_rank = torch.stack([torch.randperm(experts, generator=generator) for _ in range(2)])
         tables[layer] = {
             "similarity_cka_rbf": similarity[layer].clone(),
