@@ -35,6 +35,9 @@ def accept_keywords() -> None:
             keywords["moe_runner_backend"] = "auto"
         record = record_class(**keywords)
         config.attach(record, checked(asked))
+        if asked.enabled:
+            # SGLang resolves the record inside the function to hook: too late for it.
+            require_confirmation()
         return record
 
     engine.server_args_class = staticmethod(build)

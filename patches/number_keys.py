@@ -8,7 +8,6 @@ that `flatten` does not write.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ PREFIX = "sere."
 STOP = "stop"
 """A command from the HTTP process itself, which nobody else may send: re-routing ends."""
 
+_WIDEST = 1 << 64  # of what arrives; Python's whole numbers have no end
 _NONE = -1  # of the settings that may be null; they are positive otherwise
 _NULLABLE = {name for name, option in LIVE.items() if option.nullable}
 _BOOLEAN = {"enabled", *COMMANDS, STOP} | {n for n, option in LIVE.items() if option.base is bool}
@@ -55,7 +55,7 @@ def _decoded(name: str, value: Any) -> Any:
     if name not in _KNOWN:
         raise SereError(f"unknown key {shown(PREFIX + name)}")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
+    if not is_number or not (-_WIDEST <= value <= _WIDEST):  # false for NaN too
         raise SereError(f"{PREFIX}{name} is no number: {shown(value)}")
     if name in _BOOLEAN:
         return bool(_among(name, value, 2))

@@ -38,11 +38,13 @@ def install(rules: QualityRules) -> None:
     _rules = rules
 
 
-def _check(_manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:
+def _check(manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:
     sampling = getattr(obj, "sampling_params", None)
     if _rules is None or not isinstance(sampling, dict):
         return
+    # --preferred-sampling-params: SGLang takes them for what a request does not say.
+    preferred = getattr(manager, "preferred_sampling_params", None) or {}
     try:
-        _rules.check(sampling.get("custom_params"))
+        _rules.check({**preferred, **sampling}.get("custom_params"))
     except SereError as error:
         raise Refusal(str(error)) from None

@@ -75,7 +75,7 @@ def _after_init(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
 
     from sere_sglang.patches import rank_decision
     from sere_sglang.runtime import rank
-    from sere_sglang.schedule.trace import TraceWriter
+    from sere_sglang.schedule.trace import start_trace
 
     active, parallel = rank.current(), get_parallel()
     if active is None:
@@ -97,7 +97,7 @@ def _after_init(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
             queue=queue,
             measures=parallel.tp_rank == parallel.pp_rank == 0,
             metrics=metrics,
-            trace=None if trace is None else TraceWriter(trace + _trace_suffix(parallel)),
+            trace=None if trace is None else start_trace(trace + _trace_suffix(parallel)),
             warms_up=not scheduler.server_args.skip_server_warmup,
             tells=rank_decision.note_of(active),
         )

@@ -49,7 +49,7 @@ def _add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
 
 def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     with exit_on_error():
-        _require_config_was_read(getattr(args, "config", None))
+        _require_config_was_read(getattr(args, "config", None) or "")
     asked = config.from_namespace(args)
     if getattr(args, "moe_runner_backend", None) == "sere":
         # SGLang's own registration point; the grouped GEMM under it stays automatic.
@@ -63,9 +63,13 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Names
     return record
 
 
-def _require_config_was_read(path: str | None) -> None:
+def _require_config_was_read(path: str) -> None:
     """SGLang merges ``--config FILE`` away; ``--config=FILE`` it ignores without a word."""
-    if path and Path(path).is_file() and "sere" in Path(path).read_text():
+    try:
+        asks = bool(path) and Path(path).is_file() and b"sere" in Path(path).read_bytes()
+    except (OSError, ValueError):  # no file that anybody reads
+        asks = False
+    if asks:
         raise SereError(
             f"--config={path} asks for SERE, but SGLang reads the file only when it is written "
             f"with a space: --config {path}"

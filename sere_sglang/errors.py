@@ -18,7 +18,18 @@ PATH_SHOWN = 240
 
 
 class SereError(ValueError):
-    """SERE was asked for and cannot be given as asked."""
+    """SERE was asked for and cannot be given as asked.
+
+    What cannot be printed, be it in a file's name, stands in the message as an escape, and so does
+    every line break but the first.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        lines = (
+            "".join(c if c.isprintable() else _escape(c) for c in line)
+            for line in message.split("\n", 1)
+        )
+        super().__init__("\n".join(lines))
 
 
 class ProfileError(SereError):
@@ -33,6 +44,10 @@ def exit_on_error() -> Iterator[None]:
     except SereError as error:
         print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(USER_ERROR) from None
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def shown(value: object) -> str:

@@ -149,8 +149,12 @@ def _wait_until_healthy(server: Server, process: Process) -> None:
         try:
             urllib.request.urlopen(server.url + "/model_info", timeout=5).close()
             return
+        except urllib.error.HTTPError as refusal:
+            if refusal.code == 401:  # up, with an API key
+                return
         except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
+            pass
+        time.sleep(0.2)
     raise RuntimeError(f"server not up in time:\n{tail(server.log)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sere_sglang.errors import SereError
+from sere_sglang.errors import PATH_SHOWN, SereError, cut
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -46,12 +47,17 @@ def command(
 
 def _state(url: str, api_key: str | None) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    request = urllib.request.Request(url.rstrip("/") + "/server_info", headers=headers)
     try:
+        request = urllib.request.Request(url.rstrip("/") + "/server_info", headers=headers)
         with urllib.request.urlopen(request, timeout=10) as answer:
             info = json.load(answer)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise SereError(f"no SGLang server answers at {url} ({error})") from None
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+        raise SereError(
+            f"no SGLang server answers at {cut(url, PATH_SHOWN)} ({cut(str(error), PATH_SHOWN)}); "
+            "name one that runs, and its key with --api-key if it has one"
+        ) from None
+    if not isinstance(info, dict):
+        raise SereError(f"{cut(url, PATH_SHOWN)} is no SGLang server: name one that runs")
     states = info.get("internal_states") or [{}]
     state = states[0].get("sere")
     if state is None:

@@ -114,7 +114,7 @@ def _read(path: str | os.PathLike[str]) -> bytes:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise ProfileError(
-            f"{path}: no such file; write one with 'sere-sglang calibrate'"
+            f"{cut(str(path), PATH_SHOWN)}: no such file; write one with 'sere-sglang calibrate'"
         ) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -142,7 +142,21 @@ def _read_open(path: str | os.PathLike[str], handle: int) -> bytes:
             raise _unreadable(path, "its header is longer than the file")
         if length > LARGEST_HEADER:
             raise _unreadable(path, f"its header has {length >> 20} MiB")
-        return start + file.read(size - 8)
+        header = file.read(length)
+        told, there = _told_bytes(path, header), size - 8 - length
+        if told != there:
+            raise _unreadable(path, f"its header tells of {told} bytes of tables, {there} follow")
+        return start + header + file.read(there)
+
+
+def _told_bytes(path: object, header: bytes) -> int:
+    """Where its last table ends; before anything of that size is read. Raises `ProfileError`."""
+    try:
+        entries = dict(json.loads(header))
+        entries.pop("__metadata__", None)
+        return max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
+        raise _unreadable(path, cut(str(error))) from None
 
 
 def _header(data: bytes) -> bytes:
@@ -178,7 +192,10 @@ def _holds_mark(header: bytes) -> bool:
 
 
 def _unreadable(path: object, reason: object) -> ProfileError:
-    return ProfileError(f"{path}: not a readable safetensors file ({reason}); calibrate again")
+    return ProfileError(
+        f"{cut(str(path), PATH_SHOWN)}: not a readable safetensors file ({cut(str(reason), 200)}); "
+        "calibrate again"
+    )
 
 
 def _no_profile(path: object, what: str) -> ProfileError:

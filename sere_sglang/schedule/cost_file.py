@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from sere_sglang.errors import SereError, cut
+from sere_sglang.errors import PATH_SHOWN, SereError, cut
 from sere_sglang.profile import MoeModelInfo, SereProfile
 from sere_sglang.schedule.cost import MoeCost, StepModel
 from sere_sglang.schedule.layer_cost import BandwidthCost, LayerCost, LayerShape, MeasuredCost
@@ -114,7 +114,7 @@ def save_cost(path: Path, model: CostModel, cost: MoeCost) -> None:
 
 def load_cost(path: str | Path, flag: str = "--sere-cost") -> CostFile:
     """Raises `SereError`, naming the flag, the file, what is wrong in it and the fix."""
-    read = _Reader(f"{flag} {path}")
+    read = _Reader(f"{flag} {cut(str(path), PATH_SHOWN)}")
     body = read.json(Path(path))
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         read.refuse(f'is not a cost file ("format" is not "{FORMAT}")')
@@ -194,9 +194,9 @@ class _Reader:
         raise SereError(f"{self.name}: {what}; write one with '{_fix()}'")
 
     def json(self, path: Path) -> Any:
-        if not path.is_file():
-            self.refuse("is not a file" if path.exists() else "no such file")
         try:
+            if not path.is_file():
+                self.refuse("is not a file" if path.exists() else "no such file")
             with path.open("rb") as file:
                 content = file.read(_MAX_BYTES + 1)
         except OSError as error:

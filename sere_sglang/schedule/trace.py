@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import logging.handlers
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from sere_sglang.errors import SereError
-from sere_sglang.schedule.composition import BatchComposition
+from sere_sglang.errors import PATH_SHOWN, SereError, cut, shown
+from sere_sglang.schedule.composition import BatchComposition, Mode
 from sere_sglang.schedule.feedback import Feedback
-from sere_sglang.schedule.point import OperatingPoint, described
+from sere_sglang.schedule.point import OFF, RULES, OperatingPoint, described
 
 logger = logging.getLogger(__name__)
 
 _MAX_BYTES = 64 << 20
 _BACKUPS = 3
 _BUFFERED_LINES = 64
+_MOST = 1 << 53  # of a number
+_LONGEST_LINE = 1 << 20  # of 400 layers a point takes 60 kB
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,12 @@ class TraceWriter:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = logging.handlers.RotatingFileHandler(path, "a", _MAX_BYTES, _BACKUPS)
-        except OSError as error:
-            raise SereError(f"--sere-trace {path}: cannot be written ({error})") from None
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise SereError(
+                f"--sere-trace {cut(str(path), PATH_SHOWN)}: cannot be written "
+                f"({reason}); name a file in a folder that the server may write"
+            ) from None
         file.handleError = self._give_up  # type: ignore
         # Flushed when full and, by logging itself, at exit.
         self._handler = logging.handlers.MemoryHandler(_BUFFERED_LINES, target=file)
@@ -72,25 +80,85 @@ class TraceWriter:
         self._handler.flush()
 
     def _give_up(self, record: Any) -> None:
+        if self._failed:  # of the same buffer
+            return
         self._failed = True
-        logger.exception("--sere-trace: writing failed, tracing stops")
+        logger.warning("--sere-trace: %s; tracing stops, serving goes on", sys.exc_info()[1])
+
+
+def start_trace(path: str) -> TraceWriter | None:
+    """A trace that cannot be opened is like a disk that fills later: nobody's answer needs it."""
+    try:
+        return TraceWriter(path)
+    except SereError as error:
+        logger.warning("%s; serving goes on without", error)
+        return None
 
 
 def read_trace(path: str | Path) -> Iterator[TraceStep]:
     """Steps of a trace file, without its rotated parts. Raises `SereError` naming a bad line."""
-    fields = [f.name for f in dataclasses.fields(BatchComposition)]
+    name = f"--trace {cut(str(path), PATH_SHOWN)}"
     try:
-        with open(path) as file:
-            for number, text in enumerate(file, 1):
+        with open(path, "rb") as file:
+            for number in itertools.count(1):
+                text = file.readline(_LONGEST_LINE + 1)
+                if not text:
+                    return
                 try:
-                    line = json.loads(text)
-                    composition = BatchComposition(**{k: line[k] for k in fields if k in line})
-                    step = TraceStep(
-                        line["time"], composition, described(line["point"]), line.get("step_ms"),
-                        line.get("budget"),
-                    )  # fmt: skip
-                except (ValueError, KeyError, TypeError) as error:
-                    raise SereError(f"--trace {path}, line {number}: no trace ({error})") from None
-                yield step
-    except OSError as error:
-        raise SereError(f"--trace {path}: cannot be read ({error})") from None
+                    yield _step(text)
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    raise SereError(
+                        f"{name}, line {number}: no trace ({cut(str(error))}); name a file that a "
+                        "server wrote with --sere-trace"
+                    ) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, SereError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SereError(f"{name}: cannot be read ({reason})") from None
+
+
+def _step(text: bytes) -> TraceStep:
+    """Raises one of `ValueError`, `KeyError`, `TypeError`, `RecursionError` for what is none."""
+    if len(text) > _LONGEST_LINE:
+        raise ValueError(f"longer than {_LONGEST_LINE} bytes")
+    line = json.loads(text)
+    if not isinstance(line, dict):
+        raise TypeError("no object")
+    batch = {f.name: line[f.name] for f in dataclasses.fields(BatchComposition) if f.name in line}
+    for name, value in batch.items():
+        kind = {"mode": str, "after_idle": bool}.get(name, int)
+        if type(value) is not kind or (kind is int and not 0 <= value < _MOST):
+            raise ValueError(f"{name} is {shown(value)}")
+    if batch["mode"] not in get_args(Mode):
+        raise ValueError(f"mode is {shown(batch['mode'])}")
+    return TraceStep(
+        _number("time", line["time"]),
+        BatchComposition(**batch),
+        _point(line["point"]),
+        *(None if line.get(x) is None else _number(x, line[x]) for x in ("step_ms", "budget")),
+    )
+
+
+def _point(told: Any) -> OperatingPoint:
+    """As `described`, of what anybody may have written."""
+    if not isinstance(told, dict) or type(told["enabled"]) is not bool:
+        raise TypeError("point is none")
+    if not told["enabled"]:
+        return OFF
+    if told["rule"] not in RULES or not isinstance(told["layers"], dict):
+        raise ValueError("point is of no rule, or has no layers")
+    for values in (told, *told["layers"].values()):
+        if values is not None and not isinstance(values, dict):
+            raise TypeError("a layer has no point")
+        for name in ("primary_k", "threshold", "experts", "loss"):
+            value = (values or {}).get(name, 0)
+            if _number(name, value) < 0 or (name in ("primary_k", "experts") and value % 1):
+                raise ValueError(f"{name} is {shown(value)}")
+    return described(told)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_MOST < value < _MOST:
+        raise ValueError(f"{name} is {shown(value)}")
+    return value

@@ -52,11 +52,13 @@ def test_rotation_keeps_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [s.composition.step for s in read_trace(path)][-1] == 199
 
 
-def test_a_disk_that_fills_ends_the_trace_only(tmp_path: Path) -> None:
+def test_a_disk_that_fills_ends_the_trace_only(caplog: pytest.LogCaptureFixture) -> None:
     writer = TraceWriter("/dev/full")
     for _ in range(300):
         writer.write(STEP, OFF, Feedback())
     writer.flush()
+    (record,) = caplog.records
+    assert "--sere-trace: " in record.message and "serving goes on" in record.message
 
 
 def test_what_cannot_be_written_or_read_is_named(tmp_path: Path) -> None:

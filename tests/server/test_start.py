@@ -38,6 +38,8 @@ def test_engine_keywords(checkpoint: Checkpoint) -> None:
     assert seen["tokens"] == [8] * 6
     assert seen["moe_backend"] == "sere"
     assert seen["sere"]["primary_k"] == 1
+    *ignored, another = seen["refused"]
+    assert all(said and "custom_params" in said for said in ignored) and another is None
     for row in seen["sere"]["counters"].values():
         assert row["active_after"] < row["active_before"]
 
