@@ -67,11 +67,12 @@ def start_process(command: Sequence[str], env: Mapping[str, str], log: Path) -> 
 
 
 class Server:
-    """A running server: `post` and `get` speak JSON to it."""
+    """A running server: `post` and `get` speak JSON to it. pid: of its first process."""
 
-    def __init__(self, port: int, log: Path) -> None:
+    def __init__(self, port: int, log: Path, pid: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
+        self.pid = pid
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
@@ -117,7 +118,7 @@ def serve(
     command = [*launcher, f"--model-path={model}", f"--port={port}", *CPU_FLAGS, *flags]
     log.parent.mkdir(parents=True, exist_ok=True)
     process = start(command, {**CPU_ENGINE, **(env or {})}, log)
-    server = Server(port, log)
+    server = Server(port, log, process.pid)
     try:
         _wait_until_healthy(server, process)
         yield server

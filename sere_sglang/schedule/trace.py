@@ -128,7 +128,7 @@ def _step(text: bytes) -> TraceStep:
     batch = {f.name: line[f.name] for f in dataclasses.fields(BatchComposition) if f.name in line}
     for name, value in batch.items():
         kind = {"mode": str, "after_idle": bool}.get(name, int)
-        if type(value) is not kind or (kind is int and not 0 <= value < _MOST):
+        if type(value) is not kind or (type(value) is int and not 0 <= value < _MOST):
             raise ValueError(f"{name} is {shown(value)}")
     if batch["mode"] not in get_args(Mode):
         raise ValueError(f"mode is {shown(batch['mode'])}")

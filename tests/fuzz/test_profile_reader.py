@@ -163,7 +163,7 @@ def test_links(whole: bytes, tmp_path: Path) -> None:
                      "terminal": "/dev/tty", "self": tmp_path / "self", "gone": "gone2",
                      "folder": tmp_path, "random": "/dev/urandom"}.items():  # fmt: skip
         link = tmp_path / name
-        link.symlink_to(to)
+        link.symlink_to(str(to))
         loaded, refusal = outcome(lambda link=link: load_profile(link))  # type: ignore[misc]
         assert (loaded is not None) == (name == "good"), (name, refusal)
 

@@ -1,0 +1,56 @@
+"""The soaks, short: the same code on a small model for seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server.harness import Forked, Server, serve
+from tests.soak import kill_and_resume, live_settings
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("soak")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    model = kill_and_resume._model(folder)
+    with serve(model, folder / "server.log", *kill_and_resume.SERE) as server:
+        yield server
+
+
+def test_live_settings(server: Server) -> None:
+    """Memory is not judged: half a minute is all warming up."""
+    report = live_settings.run(server, server.pid, 12, 6, judge_memory=False)
+    live_settings.show(report)
+    assert not report.failures, report.failures[:5]
+    assert report.tally.complete > 5 and report.changes > 5
+    assert sum(s.last_mib - s.first_mib for s in report.memory) < 500
+    server.set_sere(
+        enabled=True, policy="static", rule="similarity", primary_k=1, threshold=0.0, min_batch=1,
+        max_batch=None,
+    )  # fmt: skip
+
+
+def test_profile_replaced(server: Server, folder: Path) -> None:
+    kill_and_resume.profile_replaced(server, folder / "served" / "sere_profile.safetensors")
+
+
+def test_scheduler_stopped(server: Server) -> None:
+    kill_and_resume.scheduler_stopped(server, 1.0)
+
+
+@pytest.mark.parametrize("trace", ["/dev/full", "/proc/nowhere/trace.jsonl"])
+def test_trace_cannot_be_written(folder: Path, trace: str) -> None:
+    kill_and_resume.trace_cannot_be_written(folder, trace, _start)
+
+
+def test_calibrate_killed(tmp_path: Path) -> None:
+    kill_and_resume.calibrate_killed(tmp_path, 2, _start)
+
+
+_start: Callable[..., Forked] = lambda command, env, log: Forked.start(command, env, log)  # type: ignore[assignment,return-value]  # noqa: E731
