@@ -83,6 +83,18 @@ def hook(
         raise SeamError(_message(target, "could not be hooked"))
 
 
+def register(where: str, function: Callable[..., Any], *, of: str, **guard: Any) -> bool:
+    """Hand `function` to SGLang's own registration function at dotted path `where`; False, and
+    nothing is done, where this SGLang has none. of: the name that the log and `/server_info` have
+    for it."""
+    try:
+        own = pkgutil.resolve_name(where)
+    except (ImportError, AttributeError):
+        return False
+    own(_guarded(of, function, HookType.BEFORE, guard))
+    return True
+
+
 def _guarded(
     target: str, function: Callable[..., Any], kind: HookType, options: dict[str, Any]
 ) -> Callable[..., Any]:

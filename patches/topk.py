@@ -17,7 +17,7 @@ import torch
 from sglang.srt.environ import envs
 from sglang.srt.plugins.hook_registry import HookType
 
-from sere_sglang.patches.seam import hook
+from sere_sglang.patches.seam import hook, register
 from sere_sglang.runtime.stage import RerouteStage, stage_of
 
 _MODULE = "sglang.srt.layers.moe.topk"
@@ -26,13 +26,18 @@ _ROUTER = ("gating_output", "topk", "renormalize")  # what the fused form takes 
 _selecting: RerouteStage | None = None  # of the select_experts call that is running
 
 
+_OFFERED = f"{_MODULE}_transform.register_topk_transform"
+"""What patches/upstream proposes to SGLang: the hook below without a private name."""
+
+
 def install() -> None:
-    hook(
-        f"{_MODULE}._post_process_topk_ids",
-        _reroute,
-        HookType.BEFORE,
-        needs=["topk_ids", "topk_weights", "topk_config", "layer_id"],
-    )
+    if not register(_OFFERED, _transform, of=f"{_MODULE}._post_process_topk_ids"):
+        hook(
+            f"{_MODULE}._post_process_topk_ids",
+            _reroute,
+            HookType.BEFORE,
+            needs=["topk_ids", "topk_weights", "topk_config", "layer_id"],
+        )
     if _ids_are_simulated():
         return
     hook(f"{_MODULE}.select_experts", _select, HookType.AROUND, needs=["topk_config"])
@@ -44,6 +49,19 @@ def _ids_are_simulated() -> bool:
     return bool(
         envs.SGLANG_SIMULATE_UNIFORM_EXPERTS.get() or envs.SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS.get()
     )
+
+
+def _transform(
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    router_logits: torch.Tensor,
+    topk_config: Any,
+    **_context: Any,
+) -> None:
+    stage = stage_of(topk_config)
+    if stage is not None:
+        stage.run(topk_ids, topk_weights, router_logits, topk_config)
 
 
 def _reroute(*args: Any, **kwargs: Any) -> None:

@@ -87,7 +87,7 @@ def _log(folder: Path, out: Path) -> str:
 def trace_cannot_be_written(folder: Path, trace: str, start: Start) -> str:
     """Serving goes on, with one warning by each rank."""
     model = _model(folder)
-    log = folder / "trace.log"
+    log = folder / f"trace{trace.replace('/', '_')}.log"
     with serve(model, log, *SERE, f"--sere-trace={trace}", start=start) as server:
         first = _tokens(server)
         for _ in range(14):  # more forwards than a trace holds back
