@@ -86,13 +86,13 @@ def fault(value: Any, base: type, span: Meta | None) -> str | None:
     """What is wrong with `value` as a `base` within `span`, or None."""
     try:
         msgspec.convert(value, base if span is None else Annotated[base, span])
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, UnicodeEncodeError):  # the latter of a name that no file has
         pass
     else:
         return None
     try:
         msgspec.convert(value, base)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         if "out of range" not in str(error):
             return f"must be {_KINDS[base]}"
     if span is None:
@@ -226,7 +226,9 @@ class SereConfig:
         "Smallest decode batch, in tokens, that is re-routed.",
         _COUNT,
         # A batch of one or two has hardly any experts to stand in for others.
-        default=lambda asked, _: 1 if asked.policy == "static" else 3,
+        default=lambda asked, _: min(
+            1 if asked.policy == "static" else 3, asked.sere_max_batch or MOST_ROWS
+        ),
         default_reads="3; 1 with static",
         metavar="N",
         live=True,

@@ -25,7 +25,7 @@ HELPERS = {"_unreadable", "_no_profile", "misshapen", "refused", "refuse"}
 """Functions that make or raise one out of what they are called with."""
 
 AREAS = (
-    ("Flags of the server", ("config", "preflight", "schedule/names",
+    ("Flags of the server", ("config", "preflight", "names", "options",
                              "patches/server", "patches/engine", "patches/moe_rows", "cpu/isa",
                              "schedule/registry"),
      "The message names the flag: change its value, or drop it."),

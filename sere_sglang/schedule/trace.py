@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sere_sglang.errors import PATH_SHOWN, SereError, cut, shown
+from sere_sglang.names import RULES
 from sere_sglang.schedule.composition import BatchComposition, Mode
 from sere_sglang.schedule.feedback import Feedback
-from sere_sglang.schedule.point import OFF, RULES, OperatingPoint, described
+from sere_sglang.schedule.point import OFF, OperatingPoint, described
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
 from sere_sglang import config
 from sere_sglang.cli.main import app
-from sere_sglang.config import SereConfig, flag_of
 from sere_sglang.config_check import checked, resolved
 from sere_sglang.errors import USER_ERROR
+from sere_sglang.options import SereConfig, flag_of
 from tests.fuzz.outcome import cases, check_message, outcome
 
 SEEDS = st.integers(0, 1 << 32)
@@ -60,8 +60,8 @@ def _is_ready(ready: SereConfig | None) -> None:
     """What would start is what `/set_internal_state` would allow."""
     if ready is None or not ready.enabled:
         return
-    ready.live_settings().check(top_k=TOP_K)
-    ready.quality_rules()
+    config.live_settings(ready).check(top_k=TOP_K)
+    config.quality_rules(ready)
     for field in dataclasses.fields(ready):
         value = getattr(ready, field.name)
         assert not isinstance(value, float) or math.isfinite(value), field.name

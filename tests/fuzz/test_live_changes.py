@@ -11,16 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sere_sglang.config import SereConfig
+from sere_sglang.config import live_settings
 from sere_sglang.config_check import resolved
+from sere_sglang.names import QUALITIES
+from sere_sglang.options import SereConfig
 from sere_sglang.patches.http_server import check, parse
 from sere_sglang.patches.number_keys import PREFIX, flatten, unflatten
-from sere_sglang.schedule.request_quality import KEY, QUALITIES, QualityRules, RowClass
+from sere_sglang.schedule.request_quality import KEY, QualityRules, RowClass
 from sere_sglang.schedule.settings import Settings
 from tests.fuzz.outcome import cases, outcome
 
 TOP_K = 4
-START = resolved(SereConfig(moe_backend="sere"), top_k=TOP_K).live_settings()
+START = live_settings(resolved(SereConfig(moe_backend="sere"), top_k=TOP_K))
 STATE = {**dataclasses.asdict(START), "top_k": TOP_K, "unavailable_rules": {"budget": "of no use"}}
 
 KEYS = st.one_of(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import SERE
 
-from sere_sglang.config import SereConfig
+from sere_sglang.options import SereConfig
 from tests.server.harness import Server, refusal_of, serve
 
 USER, ADMIN = "key-of-a-user", "key-of-the-admin"

@@ -22,7 +22,8 @@ _REFUSED_ONE_IN = 40
 
 @dataclass
 class Tally:
-    """What became of all requests. wrong: what must not be, in words."""
+    """What became of all requests. wrong: what must not be, in words. wishes: whether they have
+    any, which a server without SERE would not read."""
 
     complete: int = 0
     aborted: int = 0
@@ -30,6 +31,7 @@ class Tally:
     tokens: int = 0
     slowest_s: float = 0.0
     wrong: list[str] = field(default_factory=list)
+    wishes: bool = True
 
 
 async def client(
@@ -55,9 +57,9 @@ async def _one(
     length = min(LONGEST, 1 + int(draw.expovariate(1 / 24)))
     sampling: dict[str, Any] = {"max_new_tokens": length, "ignore_eos": True,
                                 "temperature": draw.choice((0.0, 0.8))}  # fmt: skip
-    must_be_refused = draw.randrange(_REFUSED_ONE_IN) == 0
+    must_be_refused = tally.wishes and draw.randrange(_REFUSED_ONE_IN) == 0
     wish = draw.choice(REFUSED) if must_be_refused else draw.choice(QUALITIES)
-    if wish is not None:
+    if wish is not None and tally.wishes:
         sampling["custom_params"] = wish if must_be_refused else {"sere": wish}
     prompt = " ".join(draw.choices(WORDS, k=draw.randint(1, 60)))
     stream = not must_be_refused

@@ -43,6 +43,7 @@ class Report:
 
     seconds: float
     clients: int
+    plain: bool
     changes: int
     refused_changes: int
     tally: Tally
@@ -89,7 +90,7 @@ async def _load(server: Server, seconds: float, report: Report, seed: int) -> No
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=limits, timeout=timeout) as session:
         await asyncio.gather(
-            _change_settings(session, server.url, until, report, seed),
+            *([] if report.plain else [_change_settings(session, server.url, until, report, seed)]),
             *(client(session, server.url, n, until, report.tally, seed)
               for n in range(report.clients)),
         )  # fmt: skip
@@ -103,9 +104,10 @@ def run(
     seed: int = 0,
     *,
     judge_memory: bool = True,
+    plain: bool = False,
 ) -> Report:
-    """Loads a running server whose first process is `pid`."""
-    report = Report(0.0, clients, 0, 0, Tally(), [], [])
+    """Loads a running server whose first process is `pid`. plain: it is one without SERE."""
+    report = Report(0.0, clients, plain, 0, 0, Tally(wishes=not plain), [], [])
     server.generate(["warm up"] * 8, 8)
     watch = MemoryWatch(pid)
     watch.start()
@@ -113,8 +115,8 @@ def run(
     asyncio.run(_load(server, seconds, report, seed))
     report.seconds = time.monotonic() - start
     report.memory = watch.stop()
-    report.failures += report.tally.wrong + _left_behind(server)
-    if not report.tally.complete or not report.changes:
+    report.failures += report.tally.wrong + _left_behind(server, plain)
+    if not report.tally.complete or not (report.changes or plain):
         report.failures.append("nothing happened")
     if judge_memory:
         report.failures += [
@@ -125,8 +127,10 @@ def run(
     return report
 
 
-def _left_behind(server: Server) -> list[str]:
+def _left_behind(server: Server, plain: bool) -> list[str]:
     """After all clients have gone."""
+    if plain:
+        return []
     failures = []
     server.set_sere(enabled=True)
     state = server.sere()
@@ -141,7 +145,10 @@ def _left_behind(server: Server) -> list[str]:
     else:
         failures.append(f"still running: {batch}")
     log = server.log.read_text(errors="replace")
-    failures += [x for x in ("Traceback (most recent call last)", "SERE failed") if x in log]
+    for sign in ("Traceback (most recent call last)", "SERE failed"):
+        at = log.find(sign)
+        if at >= 0:
+            failures.append(f"in the log: {log[max(0, at - 300) : at + 3000]}")
     return failures
 
 
@@ -166,15 +173,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--plain", action="store_true", help="the control: SGLang without SERE")
     parser.add_argument("--model", type=Path, default=ROOT / "demo_model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the report as JSON")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "server.log")
-        flags = ("--moe-backend=sere", "--enable-metrics", "--max-total-tokens=65536")
+        flags = ["--enable-metrics", "--max-total-tokens=65536"]
+        if not given.plain:
+            flags.append("--moe-backend=sere")
         with serve(given.model, log, *flags) as server:
-            report = run(server, server.pid, 60 * given.minutes, given.clients, given.seed)
+            report = run(
+                server, server.pid, 60 * given.minutes, given.clients, given.seed, plain=given.plain
+            )
         show(report)
         if report.failures:
             print(log.read_text(errors="replace")[-4000:])

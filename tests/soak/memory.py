@@ -15,8 +15,8 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Slope:
-    """mib: first and last of what was fitted. per_hour: MiB per hour; low, high: its 95 % interval,
-    by bootstrap over blocks of neighbouring samples, which depend on each other."""
+    """first_mib, last_mib: of what was fitted. per_hour: MiB per hour; low, high: its 95 %
+    interval, by bootstrap over blocks of neighbouring samples, which depend on each other."""
 
     name: str
     samples: int
@@ -25,6 +25,8 @@ class Slope:
     per_hour: float
     low: float
     high: float
+    mib: tuple[float, ...]
+    """Twenty of the samples, warming up included."""
 
 
 class MemoryWatch(threading.Thread):
@@ -51,13 +53,15 @@ class MemoryWatch(threading.Thread):
         self.join()
         longest = max(map(len, self._samples.values()), default=0)
         return [
-            slope_of(name, samples[int(skip * len(samples)) :])
+            slope_of(name, samples[int(skip * len(samples)) :], samples)
             for (_, name), samples in self._samples.items()
             if len(samples) > longest / 2 and len(samples) >= 9
         ]
 
 
-def slope_of(name: str, samples: list[tuple[float, float]]) -> Slope:
+def slope_of(
+    name: str, samples: list[tuple[float, float]], every: list[tuple[float, float]]
+) -> Slope:
     at, mib = np.array(samples).T
     hours = (at - at[0]) / 3600
     slope, start = np.polyfit(hours, mib, 1)
@@ -71,5 +75,6 @@ def slope_of(name: str, samples: list[tuple[float, float]]) -> Slope:
         slopes.append(np.polyfit(hours, start + slope * hours + noise, 1)[0])
     low, high = np.percentile(slopes, [2.5, 97.5])
     return Slope(
-        name, len(mib), float(mib[0]), float(mib[-1]), float(slope), float(low), float(high)
-    )
+        name, len(mib), float(mib[0]), float(mib[-1]), float(slope), float(low), float(high),
+        tuple(round(m, 1) for _, m in every[:: max(1, len(every) // 20)]),
+    )  # fmt: skip
