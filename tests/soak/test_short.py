@@ -25,7 +25,7 @@ def server(folder: Path) -> Iterator[Server]:
 
 def test_live_settings(server: Server) -> None:
     """Memory is not judged: half a minute is all warming up."""
-    report = live_settings.run(server, server.pid, 12, 6, judge_memory=False)
+    report = live_settings.run(server, server.pid, 12, 6)
     live_settings.show(report)
     assert not report.failures, report.failures[:5]
     assert report.tally.complete > 5 and report.changes > 5
