@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 IMPLEMENTATIONS = {
     "torch": "sere_sglang.ops.rules_reference",
     "cpu": "sere_sglang.ops.rules_cpu",
+    "triton": "sere_sglang.ops.rules_triton",
 }
 """Name -> module with ``is_available`` and ``build`` as in `dispatch`, and ``apply``."""
 
@@ -86,7 +87,7 @@ def apply_rule(
             (original mass / new mass)^gamma.
         num_valid: rows from this one on are padding and repeat a valid row; None for none.
         protected: bool ``[T]``; such a row loads all its experts and is left as it is.
-        impl: ``auto``, ``torch`` or ``cpu``.
+        impl: ``auto``, ``torch``, ``cpu`` or ``triton``.
 
     Returns:
         `Routed`, new tensors. ``similarity`` with S <= 0 or S >= K changes nothing, and has no
@@ -113,7 +114,8 @@ def applied(call: RuleCall, impl: str = "auto") -> Routed:
 
 
 def load_rules(impl: str, device_type: str) -> Implementation:
-    """The module behind `impl`, built; ``auto`` is C++ for CPU tensors where it builds, else torch.
+    """The module behind `impl`, built; ``auto`` is C++ for CPU tensors and Triton for CUDA's, torch
+    where those do not build.
 
     Raises:
         ValueError: no such name.
@@ -126,24 +128,28 @@ def load_rules(impl: str, device_type: str) -> Implementation:
 
 @functools.cache
 def _auto(device_type: str) -> str:
-    if device_type != "cpu":
-        return "torch"
+    name = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "torch")
     try:
-        _load("cpu", device_type)
-    except BuildError as error:
-        logger.warning("the rules in C++ do not build: %s", error)
+        _load(name, device_type)
+    except (BuildError, UnavailableError) as error:
+        logger.warning("the rules run in torch: %s", error)
         return "torch"
-    return "cpu"
+    return name
 
 
 @functools.cache
 def _load(name: str, device_type: str) -> Implementation:
     choices = ", ".join(["auto", *IMPLEMENTATIONS])
     if name not in IMPLEMENTATIONS and name in dispatch.IMPLEMENTATIONS:
-        raise UnavailableError(f"impl {name!r} has no rules yet; choose one of: {choices}")
+        raise UnavailableError(
+            f"impl {name!r} has no rules; impl 'triton' has them on a GPU. One of: {choices}"
+        )
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"impl {name!r} is no implementation; choose one of: {choices}")
-    module = cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
+    try:
+        module = cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
+    except ImportError as error:
+        raise UnavailableError(f"impl {name!r}: {error}") from error
     reason = module.is_available(device_type)
     if reason is not None:
         raise UnavailableError(f"impl {name!r}: {reason}")

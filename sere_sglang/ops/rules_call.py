@@ -37,6 +37,26 @@ class Routed(NamedTuple):
     rule; what a surrogate would compensate. None if the rule was off."""
 
 
+class LostSlots(NamedTuple):
+    """`Routed.lost` by slot, as a layer's kernels hand it on: T rows, K slots."""
+
+    weights: torch.Tensor
+    """float32 ``[T, K]``; 0 where nothing was lost."""
+    experts: torch.Tensor
+    """int32 ``[T, K]``: whose weight it was."""
+
+    @classmethod
+    def none(cls, ids: torch.Tensor) -> LostSlots:
+        """Of rows `ids` ``[T, K]`` that have lost nothing yet."""
+        both = torch.zeros(2, *ids.shape, dtype=torch.int32, device=ids.device)  # one launch
+        return cls(both[0].view(torch.float32), both[1])
+
+    def by_expert(self, num_experts: int) -> torch.Tensor:
+        """float32 ``[T, E]``."""
+        lost = torch.zeros(self.weights.shape[0], num_experts, device=self.weights.device)
+        return lost.scatter_add_(1, self.experts.to(torch.int64), self.weights)
+
+
 @dataclass(frozen=True)
 class RuleCall:
     """Checked arguments of one call: tensors contiguous and on one device, options in range."""

@@ -29,9 +29,11 @@ def build() -> None:
     """Nothing to compile."""
 
 
-def apply(call: RuleCall, counters: torch.Tensor | None = None) -> Routed:
-    """See `Implementation.apply`."""
-    batch = _Batch(call)
+def apply(
+    call: RuleCall, counters: torch.Tensor | None = None, *, reroute_impl: str = "torch"
+) -> Routed:
+    """See `Implementation.apply`. reroute_impl: of `reroute`, which finds SERE's stand-ins."""
+    batch = _Batch(call, reroute_impl)
     routed = batch.routed()
     if counters is not None:
         batch.count(routed, counters)
@@ -41,8 +43,9 @@ def apply(call: RuleCall, counters: torch.Tensor | None = None) -> Routed:
 class _Batch:
     """The masks that every rule reads, and the steps that lead from them to new rows."""
 
-    def __init__(self, call: RuleCall) -> None:
+    def __init__(self, call: RuleCall, reroute_impl: str) -> None:
         self.call = call
+        self.reroute_impl = reroute_impl
         self.ids = call.ids.to(torch.int64)  # [T, K]
         self.weights = call.weights
         num_rows = self.ids.shape[0]
@@ -176,7 +179,7 @@ class _Batch:
             topk_weights=call.weights,
             num_valid=call.num_valid,
             protected=call.protected,
-            impl="torch",
+            impl=self.reroute_impl,
         ).to(torch.int64)
 
     def _meet(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

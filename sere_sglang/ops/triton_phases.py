@@ -65,6 +65,15 @@ def valid_rows(control, num_rows):
 
 
 @triton.jit
+def rank_slots(slot, weight):
+    """Of each slot in its row: weight descending, ties by slot order."""
+    mine = weight[:, :, None]
+    other = weight[:, None, :]
+    earlier = (slot[None, :] < slot[:, None])[None, :, :]
+    return tl.sum(((other > mine) | ((other == mine) & earlier)).to(tl.int32), axis=2)
+
+
+@triton.jit
 def load_rows(
     ids, weights, control, row_class, start, num_valid, id_stride, weight_stride,
     E: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
@@ -94,10 +103,7 @@ def load_rows(
             mask=inside,
             other=float("-inf"),
         )
-        mine = weight[:, :, None]
-        other = weight[:, None, :]
-        earlier = (slot[None, :] < slot[:, None])[None, :, :]
-        rank = tl.sum(((other > mine) | ((other == mine) & earlier)).to(tl.int32), axis=2)
+        rank = rank_slots(slot, weight)
     return row, slot, inside, expert, weight, routed, rank < primary_k[:, None], rho
 
 

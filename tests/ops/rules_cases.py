@@ -1,18 +1,49 @@
-"""Random inputs of `apply_rule`, with the ties, holes and small sets that tests need often."""
+"""Random inputs of `apply_rule`, with the ties, holes and small sets that tests need often.
+
+Needs torch alone; rules_strategies.py draws them by hypothesis.
+"""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
-from hypothesis import strategies as st
 
 from sere_sglang.names import RULES
 from sere_sglang.ops import Routed
 from sere_sglang.ops.rules import applied
+from sere_sglang.ops.rules_call import RuleCall
 from sere_sglang.ops.rules_check import checked
 from tests.ops import rules_oracle
+
+T = TypeVar("T")
+
+
+class Choices(Protocol):
+    """Where the cases get their numbers from."""
+
+    def one_of(self, values: Sequence[T]) -> T: ...
+
+    def between(self, low: int, high: int) -> int: ...
+
+    def fraction(self, high: float) -> float: ...
+
+
+@dataclass
+class RandomChoices:
+    rng: random.Random
+
+    def one_of(self, values: Sequence[T]) -> T:
+        return self.rng.choice(values)
+
+    def between(self, low: int, high: int) -> int:
+        return self.rng.randint(low, high)
+
+    def fraction(self, high: float) -> float:
+        return rules_oracle.float32(self.rng.uniform(0.0, high))
 
 
 @dataclass
@@ -22,8 +53,14 @@ class Batch:
     weights: torch.Tensor
     options: dict[str, Any]
 
-    def run(self, impl: str) -> Routed:
-        return applied(checked(self.rule, self.ids, self.weights, **self.options), impl)
+    def call(self, device: str = "cpu") -> RuleCall:
+        tensors = {k: v for k, v in self.options.items() if isinstance(v, torch.Tensor)}
+        there = {name: tensor.to(device) for name, tensor in tensors.items()}
+        ids, weights = self.ids.to(device), self.weights.to(device)
+        return checked(self.rule, ids, weights, **(self.options | there))
+
+    def run(self, impl: str, device: str = "cpu") -> Routed:
+        return applied(self.call(device), impl)
 
     def expected(self) -> rules_oracle.Outcome:
         o = self.options
@@ -55,47 +92,62 @@ class Batch:
         )
 
 
-@st.composite
-def batches(draw: st.DrawFn, max_rows: int = 24, max_experts: int = 40, max_k: int = 9) -> Batch:
-    rule = draw(st.sampled_from(RULES))
+def make_batch(
+    choices: Choices,
+    *,
+    rules: Sequence[str] = RULES,
+    max_rows: int = 24,
+    max_experts: int = 40,
+    max_k: int = 9,
+    shape: tuple[int, int] | None = None,
+) -> Batch:
+    """shape: E and K; by default up to `max_experts` and `max_k`."""
+    rule = choices.one_of(rules)
     lowest_k = 1 if rule in ("budget", "energy") else 2
-    top_k = draw(st.integers(lowest_k, max_k))
-    experts = draw(st.integers(top_k, max_experts))
-    rows = draw(st.integers(1, 4) | st.integers(0, max_rows))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    if shape is None:
+        top_k = choices.between(lowest_k, max_k)
+        experts = choices.between(top_k, max_experts)
+    else:
+        experts, top_k = shape
+    few = choices.one_of([True, False])
+    rows = choices.between(1, 4) if few else choices.between(0, max_rows)
+    generator = torch.Generator().manual_seed(choices.between(0, 2**32 - 1))
+
+    def maybe() -> bool:
+        return choices.one_of([False, True])
 
     def uniform(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator)
 
-    score_levels = draw(st.sampled_from([0, 0, 3, 8]))
+    score_levels = choices.one_of([0, 0, 3, 8])
     logits = uniform(rows, experts) * 6
     if score_levels:
         logits = (logits / 6 * score_levels).floor()
-    scores = logits.sigmoid() if draw(st.booleans()) else logits.softmax(dim=1)
-    if draw(st.integers(0, 5)) == 0:
+    scores = logits.sigmoid() if maybe() else logits.softmax(dim=1)
+    if choices.between(0, 5) == 0:
         scores = scores * (uniform(rows, experts) < 0.6)  # experts without any score
-    router = draw(st.sampled_from(["plain", "biased", "foreign"]))
+    router = choices.one_of(["plain", "biased", "foreign"])
     bias = {
         "plain": torch.zeros(experts),
         "biased": 0.5 * uniform(experts),
         "foreign": 9 * uniform(rows, experts),
     }
     ids = (scores + bias[router]).topk(top_k, dim=1).indices if rows else torch.zeros(0, top_k)
-    ids = ids.gather(1, uniform(rows, top_k).argsort(dim=1)) if draw(st.booleans()) else ids
-    ids = ids.to(torch.int32 if draw(st.booleans()) else torch.int64)
+    ids = ids.gather(1, uniform(rows, top_k).argsort(dim=1)) if maybe() else ids
+    ids = ids.to(torch.int32 if maybe() else torch.int64)
     weights = scores.gather(1, ids.long())
-    if draw(st.booleans()):
+    if maybe():
         weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-6)
-    weights = weights * draw(st.sampled_from([1.0, 2.5]))
-    if draw(st.integers(0, 4)) == 0:
+    weights = weights * choices.one_of([1.0, 2.5])
+    if choices.between(0, 4) == 0:
         weights = (uniform(rows, top_k) * 4).floor() / 4  # ties, and zeros
-    holes = draw(st.sampled_from([0.0, 0.0, 0.2, 0.8, 1.0]))
+    holes = choices.one_of([0.0, 0.0, 0.2, 0.8, 1.0])
     ids = torch.where(uniform(rows, top_k) < holes, -1, ids)
-    similarity_levels = draw(st.sampled_from([3, 1000]))
+    similarity_levels = choices.one_of([3, 1000])
     similarity = (uniform(experts, experts) * similarity_levels).floor() / similarity_levels
-    loss = draw(st.sampled_from([0.0, 1.0]) | st.floats(0, 0.25, width=32))
-    if draw(st.booleans()):  # what one expert has, so that the budget is met exactly
-        energy = (weights * weights)[ids == draw(st.integers(0, experts - 1))].sum()
+    loss = choices.one_of([0.0, 1.0]) if maybe() else choices.fraction(0.25)
+    if maybe():  # what one expert has, so that the budget is met exactly
+        energy = (weights * weights)[ids == choices.between(0, experts - 1)].sum()
         loss = min(1.0, float(energy) / max(rows, 1))
     return Batch(
         rule=rule,
@@ -104,18 +156,18 @@ def batches(draw: st.DrawFn, max_rows: int = 24, max_experts: int = 40, max_k: i
         options={
             "scores": scores,
             "similarity": similarity,
-            "primary_k": draw(st.integers(1, max(1, top_k - 1))),
-            "threshold": draw(st.sampled_from([0.0, 0.5, 0.75])),
-            "k0": draw(st.integers(1, max(1, top_k - 1))),
-            "budget": draw(st.integers(1, experts)),
-            "warmup": draw(st.booleans()),
-            "fill": draw(st.sampled_from(["piggyback", "truncate"])),
+            "primary_k": choices.between(1, max(1, top_k - 1)),
+            "threshold": choices.one_of([0.0, 0.5, 0.75]),
+            "k0": choices.between(1, max(1, top_k - 1)),
+            "budget": choices.between(1, experts),
+            "warmup": maybe(),
+            "fill": choices.one_of(["piggyback", "truncate"]),
             "loss": loss,
-            "fill_weight": draw(st.sampled_from([0.0, 0.5, 1.25])),
-            "renormalize": draw(st.sampled_from([0.0, 0.25, 1.0])),
-            "num_valid": draw(st.none() | st.integers(0, rows)),
-            "protected": (uniform(rows) < 0.3) if draw(st.booleans()) else None,
-            "fast": (uniform(rows) < 0.5) if rule != "similarity" and draw(st.booleans()) else None,
-            "fast_k": draw(st.integers(1, max(1, top_k - 1))),
+            "fill_weight": choices.one_of([0.0, 0.5, 1.25]),
+            "renormalize": choices.one_of([0.0, 0.25, 1.0]),
+            "num_valid": choices.between(0, rows) if maybe() else None,
+            "protected": (uniform(rows) < 0.3) if maybe() else None,
+            "fast": (uniform(rows) < 0.5) if rule != "similarity" and maybe() else None,
+            "fast_k": choices.between(1, max(1, top_k - 1)),
         },
     )
