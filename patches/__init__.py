@@ -120,6 +120,13 @@ PATCHES = (
         ),
     ),
     Patch(
+        "surrogates",
+        "Rule energy: a layer's output gets what low-rank stand-ins of the "
+        "experts that its tokens lost make of its input.",
+        "callbacks around MoE layers",
+        hooks=("sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.forward",),
+    ),
+    Patch(
         "rank_decision",
         "What one rank measured, or that it failed, reaches all ranks before the same batch.",
         "plugins may broadcast with the requests",
@@ -178,13 +185,6 @@ PATCHES = (
             f"{_RUNNER}.load_model",
             "sglang.srt.layers.moe.fused_moe_native.moe_forward_native",
         ),
-    ),
-    Patch(
-        "surrogates",
-        "On the CPU engine, rule energy: a layer's output gets what low-rank stand-ins of the "
-        "experts that its tokens lost make of its input.",
-        "callbacks around MoE layers",
-        hooks=("sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.forward",),
     ),
     # What runs a model without serving it
     Patch(
@@ -245,6 +245,7 @@ PROCESS_STATE = {
     "sere_sglang.ops.dispatch._auto": "what impl=auto chose, by device type",
     "sere_sglang.ops.reroute._library": "torch's registration of the re-routing op",
     "sere_sglang.ops.fused._library": "torch's registration of the fused op",
+    "sere_sglang.ops.rule_ops._library": "torch's registration of the rules' ops",
 }
 """Every module variable that a running process changes or holds something alive by. Functions under
 functools.cache keep what they were asked first, besides."""

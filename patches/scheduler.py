@@ -9,6 +9,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang import config
+from sere_sglang.names import SIMILARITY
 from sere_sglang.patches import calibration, cpu_engine, doctor, weight_files
 from sere_sglang.patches.seam import declare
 
@@ -61,6 +62,7 @@ def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any)
     rank.ask(asked)
     if server_args.device == "cpu":
         cpu_moe.install()
+    if server_args.device == "cpu" or asked.rule != SIMILARITY:
         surrogates.install()
     model_runner.install()
     topk.install()

@@ -1,4 +1,4 @@
-"""Seam: ``FusedMoE.forward`` on the CPU engine: what its tokens lost is made up for.
+"""Seam: ``FusedMoE.forward``: what its tokens lost is made up for.
 
 Around every runner and quantization: input and output of a layer are there, each rank's output
 still to be added to the others'.
@@ -31,9 +31,10 @@ def _forward(
     **kwargs: Any,
 ) -> torch.Tensor:
     stage = stage_of(layer)
+    rules = None if stage is None else stage.rules
+    if rules is None:
+        return original(layer, hidden_states, topk_output, *args, **kwargs)
     # First, for some runners write their output over their input.
-    added = None
-    if stage is not None and stage.rules is not None:
-        added = stage.rules.compensation(hidden_states)
+    compensation: Any = rules.compensation(hidden_states)
     output = original(layer, hidden_states, topk_output, *args, **kwargs)
-    return output if added is None else output.add_(added)
+    return output if compensation is None else rules.add_compensation(output, compensation)

@@ -154,8 +154,8 @@ class SereConfig:
         "SERE, the most similar one. piggyback: the token's own next-best that is loaded. topk: "
         "each token's best few only. budget: --sere-max-experts, by summed router score. energy: "
         "all but those whose routing weight fits in --sere-quality-budget, what a token loses "
-        "made up for by the profile's surrogates. auto: energy. Rules beside similarity need the "
-        "CPU engine so far.",
+        "made up for by the profile's surrogates. auto: energy. A GPU server that is started under "
+        "similarity stays under it; kernels of the others for GPUs have not been measured.",
         choices=(*RULES, AUTO),
         default=lambda asked, _: asked.rule,
         default_reads=SIMILARITY,

@@ -14,7 +14,7 @@ Layout (word: meaning):
     9      gamma of ``energy``, likewise
     10..15 reserved, 0
 
-Row classes are bits: `PROTECTED_ROW`, `FAST_ROW`; the values of `schedule.request_quality.RowClass`
+Row classes are bits: `PROTECTED_ROW`, `FAST_ROW`; the values of `names.RowClass`
 are such.
 """
 

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from sere_sglang.errors import SereError
-from sere_sglang.names import RULES, SIMILARITY
+from sere_sglang.names import SIMILARITY
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable, select_impl
 from sere_sglang.ops.fused import uses_cuda
-from sere_sglang.ops.rules import load_rules
-from sere_sglang.ops.surrogates import Surrogates
 from sere_sglang.options import SereConfig
 from sere_sglang.profile import SereProfile
+from sere_sglang.runtime.bind_rules import LayerRules, layer_rules, ranges, unavailable_rules
 from sere_sglang.runtime.control import ControlBlock
 from sere_sglang.runtime.counters import FIELDS
 from sere_sglang.runtime.moe_layers import (
@@ -25,7 +24,6 @@ from sere_sglang.runtime.moe_layers import (
     routed_top_k,
     routers_of,
 )
-from sere_sglang.runtime.rule_stage import RuleStage, exposes_scores
 from sere_sglang.runtime.runners import takes_repeated_ids
 from sere_sglang.runtime.stage import RerouteStage, Switch, bind_stage
 
@@ -63,9 +61,18 @@ class Binding:
         silent = [stage.layer_id for stage in self.stages if not stage.ran]
         if silent:
             raise SereError(
-                f"--moe-backend sere: MoE layer(s) {_ranges(silent)} of {self.model_name} ran "
+                f"--moe-backend sere: MoE layer(s) {ranges(silent)} of {self.model_name} ran "
                 "without passing SGLang's standard top-k, so they cannot be re-routed; serve it "
                 "without --moe-backend sere"
+            )
+        waiting = [
+            s.layer_id for s in self.stages if s.rules is not None and s.rules.lost is not None
+        ]
+        if waiting:
+            raise SereError(
+                f"--sere-rule: MoE layer(s) {ranges(waiting)} of {self.model_name} ran without "
+                "passing FusedMoE.forward, so surrogates cannot be added to their output; use a "
+                "profile without surrogates"
             )
 
 
@@ -82,25 +89,34 @@ def bind_model(
     if unrouted:
         raise SereError(
             f"--moe-backend sere: {name} builds its own top-k in MoE layer(s) "
-            f"{_ranges(unrouted)} instead of SGLang's TopK, so they cannot be re-routed; "
+            f"{ranges(unrouted)} instead of SGLang's TopK, so they cannot be re-routed; "
             "serve it without --moe-backend sere"
         )
     missing = sorted(set(layers) - set(profile.similarity))
     if missing:
         raise SereError(
             f"--sere-profile {config.sere_profile}: no similarity for MoE layer(s) "
-            f"{_ranges(missing)} of {name}; calibrate this model again"
+            f"{ranges(missing)} of {name}; calibrate this model again"
         )
     target = torch.device(device)
     strict = target.type == "cuda" and config.sere_on_error != "fallback"
     impl = select_impl(target, strict=strict)
-    control = ControlBlock(target, sorted(layers), _MAX_CLASS_ROWS)
+    configs = {i: routers[i].topk_config for i in sorted(layers)}
+    unavailable = unavailable_rules(target.type, config.rule, configs)
+    rules: dict[int, LayerRules] = {}
+    if target.type == "cpu" or config.rule not in {SIMILARITY, *unavailable}:
+        rules = {i: layer_rules(layers[i], configs[i], profile, target) for i in configs}
+    control = ControlBlock(
+        target,
+        sorted(layers),
+        _MAX_CLASS_ROWS,
+        {i: own.words for i, own in rules.items()} if rules and target.type != "cpu" else None,
+    )
     counters = torch.zeros(len(layers), len(FIELDS), dtype=torch.int64, device=target)
-    unavailable = _unavailable_rules(target, {i: routers[i].topk_config for i in layers})
     switch = Switch()
     softmax_routers = [id for id in layers if _is_plain_softmax(routers[id].topk_config)]
     # Built now: at its first use SGLang may be capturing a graph.
-    fuses = impl == "cuda" and bool(softmax_routers) and uses_cuda(strict)
+    fuses = impl == "cuda" and bool(softmax_routers) and not rules and uses_cuda(strict)
     stages = []
     for row, layer_id in enumerate(sorted(layers)):
         router = routers[layer_id]
@@ -122,51 +138,19 @@ def bind_model(
             impl=impl,
             fuse=fuses and layer_id in softmax_routers,
             distinct=target.type == "cpu" or not takes_repeated_ids(layers[layer_id]),
-            rules=_rules(layers[layer_id], profile, counters[row])
-            if target.type == "cpu"
-            else None,
         )
+        if layer_id in rules:
+            stage.rules = (
+                rules[layer_id].on_host(counters[row])
+                if control.rule_words is None
+                else rules[layer_id].in_graphs(control.rule_words[row], counters[row])
+            )
         # Written by the router from its own ids; it would go stale behind re-routing.
         topk_config.fused_gate_packed_ids = False
         bind_stage(topk_config, stage)
         bind_stage(layers[layer_id], stage)
         stages.append(stage)
     return Binding(name, stages, control, counters, switch, impl, unavailable)
-
-
-def _unavailable_rules(device: torch.device, configs: Mapping[int, Any]) -> dict[str, str]:
-    if device.type != "cpu":
-        return dict.fromkeys(
-            (rule for rule in RULES if rule != SIMILARITY),
-            f"it has no {device.type} kernel yet; use the CPU engine",
-        )
-    closed = [layer for layer, config in configs.items() if not exposes_scores(config)]
-    if not closed:
-        return {}
-    reason = f"the router of MoE layer(s) {_ranges(closed)} exposes no scores"
-    return dict.fromkeys(("piggyback", "budget"), reason)
-
-
-def _rules(layer: Any, profile: SereProfile, counters: torch.Tensor) -> RuleStage:
-    tables = profile.tables.get(layer.layer_id, {})
-    weights = tables.get("weight_by_rank")
-    surrogates = None
-    if "surrogate_bias" in tables:
-        bias = tables["surrogate_bias"]
-        none = bias.new_zeros(bias.shape[0], 0, bias.shape[1])
-        inward, outward = (tables.get(f"surrogate_{way}", none) for way in ("in", "out"))
-        surrogates = Surrogates.build(inward, outward, bias, device=counters.device)
-    ranks = int(layer.moe_tp_size) * int(layer.moe_ep_size)
-    return RuleStage(
-        layer_id=layer.layer_id,
-        num_experts=profile.similarity[layer.layer_id].shape[0],
-        # A profile without weights is read as one of weights that add up to 1.
-        squared_mass=1.0 if weights is None else float(weights.sum()) ** 2,
-        implementation=load_rules("auto", "cpu"),
-        counters=counters,
-        surrogates=surrogates,
-        share=1.0 if layer.reduce_results else 1.0 / ranks,
-    )
 
 
 def _is_plain_softmax(topk_config: Any) -> bool:
@@ -177,14 +161,3 @@ def _is_plain_softmax(topk_config: Any) -> bool:
         and topk_config.custom_routing_function is None
         and topk_config.correction_bias is None
     )
-
-
-def _ranges(ids: list[int]) -> str:
-    """[0, 1, 2, 5] -> '0-2, 5'."""
-    runs: list[list[int]] = []
-    for i in ids:
-        if runs and i == runs[-1][-1] + 1:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

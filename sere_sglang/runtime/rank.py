@@ -157,7 +157,12 @@ class SereRuntime:
         # Padding that stands among the rows votes like them; behind them it does not.
         num_valid = composition.num_tokens if self.moe_rows is MoeRows.OWN else -1
         self.binding.control.write(
-            self.point, num_valid, classes, self._class_table() if classes else ()
+            self.point,
+            num_valid,
+            classes,
+            self._class_table() if classes else (),
+            fast_keep=self.settings.fast_primary_k,
+            surrogates=self.settings.surrogates,
         )
         self.binding.switch.launch = self.point.enabled
         self.binding.switch.rule = self._rule_forward(num_valid, classes)

@@ -1,7 +1,7 @@
 """The rules beside ``similarity`` in one MoE layer of the CPU engine.
 
-Their operating point is read on the host, so a captured CUDA graph could not follow it; their
-kernels for one are to come.
+Their operating point is read on the host, so a captured CUDA graph could not follow it: on a GPU
+graph_rules.py does the same by what the device holds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ FILL_WEIGHT, RENORMALIZE = 0.5, 0.25
 """a and gamma of ``energy`` without surrogates, measured on the demo model; 0 and 0 with them."""
 
 _SCORES = {
-    "softmax": lambda logits: logits.softmax(dim=-1),
-    "sigmoid": torch.sigmoid,
-    "sqrtsoftplus": lambda logits: torch.nn.functional.softplus(logits).sqrt(),
+    "softmax": lambda logits: logits.softmax(dim=-1, dtype=torch.float32),  # one launch
+    "sigmoid": lambda logits: logits.float().sigmoid(),
+    "sqrtsoftplus": lambda logits: torch.nn.functional.softplus(logits.float()).sqrt(),
 }
 """``TopKConfig.scoring_func`` -> scores of all experts, as SGLang's routers compute them."""
 
@@ -41,6 +41,34 @@ class RuleForward:
     classes: torch.Tensor | None
     fast_keep: int
     surrogates: bool
+
+
+def options_of(
+    point: OperatingPoint,
+    *,
+    num_experts: int,
+    squared_mass: float,
+    fast_keep: int,
+    compensates: bool,
+    has_scores: bool,
+) -> dict[str, Any]:
+    """Of a layer's own point: the options of `RuleCall` and `encode_rule` that say how hard.
+
+    Args:
+        num_experts, squared_mass: as `RuleStage`.
+        fast_keep: S of fast rows.
+        compensates: surrogates make up for what is lost.
+        has_scores: the router exposes what lost slots can be filled by.
+    """
+    fills = point.rule == "energy" and has_scores and not compensates
+    return {
+        "keep": point.primary_k or 1,
+        "fast_keep": fast_keep if point.primary_k else 1,
+        "budget": min(point.experts, num_experts) or num_experts,
+        "loss": point.loss * squared_mass,
+        "fill_weight": FILL_WEIGHT if fills else 0.0,
+        "renormalize": 0.0 if compensates else RENORMALIZE,
+    }
 
 
 @dataclass
@@ -82,7 +110,6 @@ class RuleStage:
         scores = None
         if point.rule != "topk" and not compensates:
             scores = scores_of(logits, topk_config, self.num_experts)
-        fills = point.rule == "energy" and scores is not None
         routed = self.implementation.apply(
             RuleCall(
                 rule=point.rule,
@@ -93,12 +120,14 @@ class RuleStage:
                 protected=_rows_of(RowClass.EXACT, forward.classes, rows),
                 fast=_rows_of(RowClass.FAST, forward.classes, rows),
                 scores=scores,
-                keep=point.primary_k or 1,
-                fast_keep=forward.fast_keep if point.primary_k else 1,
-                budget=min(point.experts, self.num_experts) or self.num_experts,
-                loss=point.loss * self.squared_mass,
-                fill_weight=FILL_WEIGHT if fills else 0.0,
-                renormalize=0.0 if compensates else RENORMALIZE,
+                **options_of(
+                    point,
+                    num_experts=self.num_experts,
+                    squared_mass=self.squared_mass,
+                    fast_keep=forward.fast_keep,
+                    compensates=compensates,
+                    has_scores=scores is not None,
+                ),
             ),
             self.counters,
         )
@@ -116,6 +145,10 @@ class RuleStage:
         compensate_(added, hidden, lost, self.surrogates, scale=self.share)
         return added
 
+    def add_compensation(self, output: torch.Tensor, compensation: torch.Tensor) -> torch.Tensor:
+        """The layer's output with what `compensation` made of its input."""
+        return output.add_(compensation)
+
 
 def scores_of(
     logits: torch.Tensor | None, topk_config: Any, num_experts: int
@@ -123,7 +156,7 @@ def scores_of(
     """float32 ``[T, E]`` of a router's logits; None where it exposes none."""
     if logits is None or not exposes_scores(topk_config) or logits.shape[-1] != num_experts:
         return None
-    return _SCORES[topk_config.scoring_func](logits.float()).contiguous()
+    return _SCORES[topk_config.scoring_func](logits).contiguous()
 
 
 def exposes_scores(topk_config: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from sere_sglang.ops import LayerTable, reroute_
 from sere_sglang.ops.fused import LOGIT_DTYPES, fused_topk_reroute
+from sere_sglang.runtime.graph_rules import GraphRules
 from sere_sglang.runtime.rule_stage import RuleForward, RuleStage
 
 _ATTRIBUTE = "_sere_stage"
@@ -21,8 +22,8 @@ class Switch:
     While True the kernel is launched and reads the control block; while False an eager forward
     does not even launch it. True by default, so that graph capture always records the launch.
 
-
-    rule: what the coming forward runs at under a rule beside ``similarity``; None under that one.
+    rule: what the coming forward runs at under a rule beside ``similarity``; None under that one,
+        and while a graph is captured, which will run under all that the server has.
     """
 
     launch: bool = True
@@ -53,7 +54,7 @@ class RerouteStage:
     """Plain softmax routers: top-k and re-routing in one launch (`run_fused`)."""
     distinct: bool = True
     """Rows hold no expert twice, as most runners need it (`runtime.runners`)."""
-    rules: RuleStage | None = None
+    rules: RuleStage | GraphRules | None = None
     """The rules beside ``similarity``, where they can be had."""
     ran: bool = field(default=False, init=False)
     fused_ids: torch.Tensor | None = field(default=None, init=False)
@@ -78,24 +79,27 @@ class RerouteStage:
             return
         ids = topk_ids[:, : self.top_k]  # fused shared experts are the columns behind
         weights = topk_weights[:, : self.top_k]
-        rule = self.switch.rule
-        if rule is not None and self.rules is not None:
-            self.rules.apply(ids, weights, logits, topk_config, rule)
+        rule, rules = self.switch.rule, self.rules
+        if rule is not None and isinstance(rules, RuleStage):
+            rules.apply(ids, weights, logits, topk_config, rule)
             return
         # Some CPU routers leave torch.topk's int64; the kernels take int32 with any row stride.
         ids32, weights32 = ids.to(torch.int32), weights.to(torch.float32)
         # Above the classes' number of rows the control block names one class only.
         row_class = self.row_class if ids32.shape[0] <= self.row_class.shape[0] else None
-        reroute_(
-            ids32,
-            weights32,
-            self.table,
-            self.control,
-            row_class=row_class,
-            counters=self.counters,
-            distinct=self.distinct,
-            impl=self.impl,
-        )
+        if rule is None:
+            reroute_(
+                ids32,
+                weights32,
+                self.table,
+                self.control,
+                row_class=row_class,
+                counters=self.counters,
+                distinct=self.distinct,
+                impl=self.impl,
+            )
+        if isinstance(rules, GraphRules):
+            rules.apply(ids32, weights32, row_class, logits, topk_config, rule)
         if ids32 is not ids:
             ids.copy_(ids32)
         if weights32 is not weights:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import layer, moe_layer, op
+from benchmarks import layer, moe_layer, op, rules
 from benchmarks._timing import Candidate, GraphTimer, copy_bandwidth
 
 TOP_LEVEL = {"hardware", "torch", "cuda", "date", "rows", "failed"}
@@ -60,7 +60,17 @@ def test_layer_dry_run(
     assert "reached" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("benchmark", [op, layer], ids=["op", "layer"])
+def test_rules_dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert rules.main(["--dry-run"]) == 0
+    rows = _rows(tmp_path / "rules.json", {"rule": str, "T": int, "E": int, "us": float})
+    assert {row["rule"] for row in rows} == set(rules.NAMES)
+    assert "piggyback" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("benchmark", [op, rules, layer], ids=["op", "rules", "layer"])
 def test_says_that_there_is_no_gpu(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,9 +81,9 @@ def test_says_that_there_is_no_gpu(
 
 def test_a_spent_budget_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUT", str(tmp_path))
-    for benchmark in (op, layer):
+    for benchmark in (op, rules, layer):
         assert benchmark.main(["--dry-run", "--budget", "0"]) == 1
-    for name in ("op", "layer"):
+    for name in ("op", "rules", "layer"):
         result = json.loads((tmp_path / f"{name}.json").read_text())
         assert result["failed"] == ["stopped after 0 s"]
 
