@@ -3,7 +3,7 @@
 # triton and pytest. No network; nothing is installed into that Python.
 #   bash launch/gpu_check.sh            builds, tests, checks, measures; at most 9 minutes
 #   bash launch/gpu_check.sh --quick    fewer sizes
-# Writes op.json, layer.json and gpu_check.log to ${OUT:-benchmarks/results/<hardware>}. Wheels in
+# Writes op.json, rules.json, layer.json and gpu_check.log to ${OUT:-benchmarks/results/<hardware>}. Wheels in
 # .whl/ (bash launch/gpu_wheels.sh, where there is a network) are used from a throwaway folder:
 # without tvm-ffi there are no CUDA kernels, without SGLang the layer benchmark uses a GEMM of its own.
 # A part that fails does not stop the others; the exit status says whether any did.
@@ -110,6 +110,7 @@ check_on_gpu() {
   part "tests/gpu" 130 bash -c "gpu_tests 120 $(($(nproc) > 16 ? 8 : ($(nproc) + 1) / 2))"
   part "compute-sanitizer" 65 bash -c 'sanitize 60'
   part "benchmarks.op" 145 "$PYTHON" -m benchmarks.op ${quick[@]+"${quick[@]}"} --budget 130
+  part "benchmarks.rules" 75 "$PYTHON" -m benchmarks.rules ${quick[@]+"${quick[@]}"} --budget 60
   part "benchmarks.layer" 200 "$PYTHON" -m benchmarks.layer ${quick[@]+"${quick[@]}"} \
     --budget $((LIMIT_S - TABLES_S - SECONDS > 200 ? 180 : LIMIT_S - TABLES_S - SECONDS - 20))
   say "tables"
@@ -125,10 +126,12 @@ check_without_gpu() {
     part "CUDA kernels compile" 240 env SERE_PYTHON="$PYTHON" bash launch/compile_check.sh
     part "yardsticks compile" 60 "$PYTHON" -m launch.gpu_parts build --arch sm_90a
   fi
+  part "Triton kernels compile" 120 "$PYTHON" -m launch.triton_check --arch sm_90 --quick
   part "tests/gpu in Triton's interpreter" 150 env TRITON_INTERPRET=1 \
     bash -c "gpu_tests 140 2"
   part "small case on the CPU" 60 "$PYTHON" -m launch.gpu_parts small-case
   part "benchmarks.op --dry-run" 60 "$PYTHON" -m benchmarks.op --dry-run
+  part "benchmarks.rules --dry-run" 60 "$PYTHON" -m benchmarks.rules --dry-run
   part "benchmarks.layer --dry-run" 60 "$PYTHON" -m benchmarks.layer --dry-run
   part "tables of the dry runs" 10 "$PYTHON" -m launch.gpu_parts tables --since "$started" "$OUT"
 }

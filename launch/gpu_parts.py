@@ -49,6 +49,7 @@ def build(arch: str | None) -> int:
     """Compile everything that the check uses, for this GPU; or for `arch`, loading no kernel."""
     from benchmarks import op_impls, published_sequence
     from sere_sglang.ops.dispatch import load_impl
+    from sere_sglang.ops.rules import load_rules
 
     if arch is not None:
         return _each({"published": lambda: published_sequence.native_module("cuda", arch)})
@@ -57,6 +58,7 @@ def build(arch: str | None) -> int:
             "cuda": lambda: load_impl("cuda", "cuda"),
             "fused": op_impls.load_fused,
             "triton": lambda: load_impl("triton", "cuda"),
+            "rules": lambda: load_rules("triton", "cuda"),
             "published": lambda: published_sequence.native_module("cuda"),
             "cpu": lambda: load_impl("cpu", "cpu"),
         }
@@ -91,10 +93,10 @@ def small_case() -> int:
 
 def tables(folder: Path, since: float) -> int:
     """Print the tables of the results that this run wrote; a missing one counts as failed."""
-    from benchmarks import layer, op
+    from benchmarks import layer, op, rules
 
     failed = 0
-    for name in ("op", "layer"):
+    for name in ("op", "rules", "layer"):
         path = folder / f"{name}.json"
         if not path.is_file() or path.stat().st_mtime < since - 1:
             print(f"{name}.json: not written by this run")
@@ -111,6 +113,8 @@ def tables(folder: Path, since: float) -> int:
         if name == "op":
             print(f"top-k alone is {result['notes'].get('topk_only', 'a stand-in')}")
             op.print_tables(result["rows"])
+        elif name == "rules":
+            rules.print_tables(result["rows"])
         else:
             print("; ".join(f"{key}: {value}" for key, value in result["kernels"].items()))
             layer.print_tables(result["rows"], result["copy_gb_s"])
