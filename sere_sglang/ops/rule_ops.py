@@ -162,6 +162,15 @@ def _check_apply(
         _check("lost_experts", lost_experts, torch.int32, shape, topk_ids)
 
 
+def _check_rows(name: str, rows: torch.Tensor, lost: torch.Tensor, matrices: torch.Tensor) -> None:
+    shape = (lost.shape[0], matrices.shape[2])
+    if tuple(rows.shape) != shape or not rows.is_floating_point() or rows.stride(1) != 1:
+        raise ValueError(
+            f"{name} must be floating {list(shape)} with unit stride within a row, "
+            f"got {rows.dtype} {list(rows.shape)}"
+        )
+
+
 def _begin(
     hidden: torch.Tensor,
     lost: torch.Tensor,
@@ -169,6 +178,7 @@ def _begin(
     inward: torch.Tensor,
     share: float,
 ) -> torch.Tensor:
+    _check_rows("hidden", hidden, lost, inward)
     return _module("triton_surrogates").inner_products(hidden, lost, experts, inward, share)
 
 
@@ -191,6 +201,7 @@ def _add(
     bias: torch.Tensor,
     share: float,
 ) -> None:
+    _check_rows("output", output, lost, outward)
     _module("triton_surrogates").add_(output, inner, lost, experts, outward, bias, share)
 
 

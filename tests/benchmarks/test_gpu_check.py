@@ -37,7 +37,7 @@ def test_ops_import_nothing_beyond_torch() -> None:
     code = """
 import sys, torch
 before = set(sys.modules)
-import sere_sglang.ops, benchmarks.op, benchmarks.moe_layer
+import sere_sglang.ops, benchmarks.op, benchmarks.moe_layer, benchmarks.rules
 new = {name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
 print(sorted(name for name in new if not name.startswith("_")))
 """

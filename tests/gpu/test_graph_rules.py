@@ -180,6 +180,13 @@ def test_the_shares_of_two_ranks_add_up_to_one_layer() -> None:
     torch.testing.assert_close(first + second, whole, rtol=2**-5, atol=2**-5)
 
 
+def test_a_layer_of_another_size_is_refused() -> None:
+    one = Served(layer())
+    one.stage.run(one.ids, one.weights, one.logits, ROUTER)
+    with pytest.raises(ValueError, match=r"hidden must be floating \[9, 40\]"):
+        one.rules.compensation(one.hidden[:, :-1])
+
+
 def test_a_mean_alone_is_a_surrogate() -> None:
     one = Served(layer(rank=0))
     one.load(8)
