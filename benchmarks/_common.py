@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sere_sglang.errors import SereError
+from sere_sglang.measure.machine import cpu_info
 
 RESULTS_DIR = Path(__file__).resolve().parent / "results"
 
@@ -30,16 +31,8 @@ def random_similarity(num_experts: int, generator: torch.Generator) -> torch.Ten
 
 def hardware_info() -> dict[str, Any]:
     """What the numbers were measured on: GPU if there is one, CPU model, cores, memory."""
-    info: dict[str, Any] = {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "cpu_features": _cpu_features(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-    }
     gpu = _gpu_name()
-    if gpu is not None:
-        info["gpu"] = gpu
-    return info
+    return cpu_info() | ({} if gpu is None else {"gpu": gpu})
 
 
 def hardware_slug() -> str:
@@ -129,26 +122,3 @@ def interleaved_median(
 def _gpu_name() -> str | None:
     """Asked once: a GPU that has failed since no longer answers."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def _proc_cpuinfo(key: str) -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
-
-
-def _cpu_model() -> str:
-    return re.sub(r"\s+", " ", _proc_cpuinfo("model name")) or "unknown cpu"
-
-
-def _cpu_features() -> list[str]:
-    flags = set(_proc_cpuinfo("flags").split())
-    names = {
-        "avx2": "avx2",
-        "avx512": "avx512f",
-        "avx512bf16": "avx512_bf16",
-        "amx": "amx_bf16",
-    }
-    return [name for name, flag in names.items() if flag in flags]

@@ -24,16 +24,14 @@ import aiohttp
 import numpy as np
 
 from benchmarks._common import RESULTS_DIR, hardware_slug, write_result
-from benchmarks.serving import quality
-from benchmarks.serving.experiment import (
-    ADAPTIVE,
-    AUTO,
-    heldout_prompts,
-    interval,
-    static_settings,
-)
+from benchmarks.serving.experiment import IMPORTS_CHECKOUT, heldout_prompts
 from benchmarks.serving.padded_model import write_padded_model
-from benchmarks.serving.server import IMPORTS_CHECKOUT, Server, serve
+from sere_sglang.measure import forcing
+from sere_sglang.measure.divergence import mean_kl
+from sere_sglang.measure.intervals import interval
+from sere_sglang.measure.routing import ADAPTIVE, AUTO, static_settings
+from sere_sglang.measure.server import Server, serve
+from sere_sglang.measure.texts import Text
 from sere_sglang.profile import load_profile
 from sere_sglang.schedule.expectation import Expectation, expect, statistics_of
 from sere_sglang.schedule.trace import TraceStep, read_trace
@@ -81,7 +79,7 @@ def main() -> None:
     trace.unlink(missing_ok=True)
     flags = [
         "--moe-backend=sere", f"--sere-profile={profile}", f"--sere-trace={trace}",
-        "--chunked-prefill-size=16384", "--served-model-name=default", quality.SERVER_FLAG,
+        "--chunked-prefill-size=16384", "--served-model-name=default", forcing.SERVER_FLAG,
     ]  # fmt: skip
     expected = expect(statistics_of(load_profile(profile)))
     found = {name: Measured() for name in POLICIES}
@@ -110,7 +108,7 @@ def main() -> None:
     print(f"wrote {path} and {picture}")
 
 
-async def _load(url: str, texts: list[dict[str, Any]], seconds: float) -> tuple[float, list[float]]:
+async def _load(url: str, texts: list[Text], seconds: float) -> tuple[float, list[float]]:
     """Client i is there for a stretch around the middle: few stay long, many come at the peak."""
     gaps: list[float] = []
     tokens = 0
@@ -123,7 +121,7 @@ async def _load(url: str, texts: list[dict[str, Any]], seconds: float) -> tuple[
         end = began + seconds * (1.0 - 0.5 * share)
         turn = i
         while time.perf_counter() < end:
-            prompt = texts[turn % len(texts)]["prompt"] * (1 + 3 * (turn % 5 == 0))
+            prompt = texts[turn % len(texts)].prompt * (1 + 3 * (turn % 5 == 0))
             turn += 7
             body = {
                 "model": "default", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0,
@@ -165,9 +163,7 @@ def _active(server: Server, steps: list[TraceStep], expected: Expectation) -> fl
     return (counted + sum(exact)) / max(forwards + len(exact), 1)
 
 
-def _measure_quality(
-    server: Server, texts: list[dict[str, Any]], found: dict[str, Measured]
-) -> None:
+def _measure_quality(server: Server, texts: list[Text], found: dict[str, Measured]) -> None:
     """KL to exact routing, teacher-forced, over batches of several sizes, per token."""
     reference: dict[int, np.ndarray] = {}
     for name, settings in POLICIES.items():
@@ -175,10 +171,10 @@ def _measure_quality(
         total, weight = 0.0, 0
         for level in QUALITY_LEVELS:
             batch = [texts[i % len(texts)] for i in range(level)]
-            seen = quality.forced_log_probs(
-                server, [t["prompt_ids"] for t in batch], [t["continuation_ids"] for t in batch]
+            seen = forcing.forced_log_probs(
+                server, [t.prompt_ids for t in batch], [t.continuation_ids for t in batch]
             )
-            total += level * quality.mean_kl(reference.setdefault(level, seen), seen)
+            total += level * mean_kl(reference.setdefault(level, seen), seen)
             weight += level
         found[name].kl = total / weight
 

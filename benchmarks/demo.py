@@ -19,30 +19,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks._common import hardware_info
-from benchmarks.serving import quality
-from benchmarks.serving.experiment import (
-    ADAPTIVE,
-    AUTO,
-    OFF,
-    PLAIN,
-    Routing,
-    Speed,
-    both_servers,
-    count_active,
-    decode_speeds,
-    heldout_prompts,
-    static,
-    use,
-)
+from benchmarks.serving.experiment import ROOT, both_servers, heldout_prompts
 from benchmarks.serving.floor_model import FloorModel
 from benchmarks.serving.padded_model import write_padded_model
-from benchmarks.serving.server import ROOT, Server
+from sere_sglang.measure.divergence import mean_kl, perplexity
+from sere_sglang.measure.forcing import SERVER_FLAG
+from sere_sglang.measure.routing import ADAPTIVE, AUTO, OFF, PLAIN, Routing, static
+from sere_sglang.measure.server import Server
+from sere_sglang.measure.texts import Text, as_many
+from sere_sglang.measure.turns import Speed, decode_speeds, walk
 from sere_sglang.profile import load_profile
 from sere_sglang.schedule.cost_file import described
 from sere_sglang.schedule.expectation import expect, statistics_of
 
 MODEL = ROOT / "demo_model"
-FLAGS = ("--chunked-prefill-size=16384", "--served-model-name=default", quality.SERVER_FLAG)
+FLAGS = ("--chunked-prefill-size=16384", "--served-model-name=default", SERVER_FLAG)
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 
@@ -94,7 +85,7 @@ def main() -> None:
     _print_table(rows, len(routings))
     if samples:
         for routing in (PLAIN, ADAPTIVE, AUTO):
-            console.print(f"[bold]{routing.name}[/] continues {texts[0]['prompt'][-60:]!r} with")
+            console.print(f"[bold]{routing.name}[/] continues {texts[0].prompt[-60:]!r} with")
             console.print(f"  {samples[routing]!r}\n", markup=False)
     _write(args.out, rows)
     _farewell(args)
@@ -103,7 +94,7 @@ def main() -> None:
 def _measure(
     servers: dict[str, Server],
     routings: list[Routing],
-    texts: list[dict[str, Any]],
+    texts: list[Text],
     args: argparse.Namespace,
     floor: FloorModel,
     rows: list[Row],
@@ -113,12 +104,12 @@ def _measure(
         total = len(args.streams) * len(routings) * (args.rounds + 2)
         task = progress.add_task("measuring", total=total)
         for streams in args.streams:
-            batch = [texts[i % len(texts)] for i in range(streams)]
+            batch = as_many(texts, streams)
             progress.update(task, description=f"speed, {streams} streams")
             speeds = decode_speeds(
                 servers,
                 routings,
-                [t["prompt"] for t in batch],
+                [t.prompt_ids for t in batch],
                 rounds=args.rounds,
                 tokens=args.tokens,
                 advance=lambda: progress.advance(task),
@@ -126,36 +117,18 @@ def _measure(
             progress.update(task, description=f"quality, {streams} streams")
             found = {}
             for routing in routings:
-                found[routing] = _quality(servers, routing, batch)
+                walked, active = walk(servers, routing, batch, streams)
+                found[routing] = walked[0], active
                 progress.advance(task)
             rows += _rows(servers["sere"], speeds, found, batch, floor)
     return {routing: speed.text for routing, speed in speeds.items()}
-
-
-def _quality(
-    servers: dict[str, Server], routing: Routing, batch: list[dict[str, Any]]
-) -> tuple[Any, tuple[float, float]]:
-    """Log-probabilities along the held-out text, and active experts while walking it."""
-    prompts = [t["prompt_ids"] for t in batch]
-    continuations = [t["continuation_ids"] for t in batch]
-    server = use(servers, routing)
-    kept: list[Any] = []
-
-    def walk() -> None:
-        kept.append(quality.forced_log_probs(server, prompts, continuations))
-
-    if not routing.reroutes:
-        walk()
-    server = servers["sere"]
-    active = count_active(server, routing, walk)
-    return kept[0], active
 
 
 def _rows(
     sere: Server,
     speeds: dict[Routing, Speed],
     found: dict[Routing, tuple[Any, tuple[float, float]]],
-    batch: list[dict[str, Any]],
+    batch: list[Text],
     floor: FloorModel,
 ) -> list[Row]:
     streams = len(batch)
@@ -178,8 +151,8 @@ def _rows(
                 over_off_interval=interval,
                 limit=floor.limit(streams, active_off, after, step_ms, moe_ms),
                 moe_share=min(moe_ms / step_ms, 1.0),
-                kl=quality.mean_kl(reference, log_probs),
-                perplexity=quality.perplexity(log_probs, [t["continuation_ids"] for t in batch]),
+                kl=mean_kl(reference, log_probs),
+                perplexity=perplexity(log_probs, [t.continuation_ids for t in batch]),
             )
         )
     return rows
@@ -228,7 +201,7 @@ def _print_table(rows: list[Row], per_level: int) -> None:
 
 
 def _write(out: Path, rows: list[Row]) -> None:
-    from benchmarks.serving.demo_plot import draw
+    from sere_sglang.cli.speed_plot import draw
 
     payload = {"hardware": hardware_info(), "rows": [asdict(row) for row in rows]}
     (out / "demo.json").write_text(json.dumps(payload, indent=2) + "\n")

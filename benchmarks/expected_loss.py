@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks._common import write_result
-from benchmarks.serving import quality
-from benchmarks.serving.experiment import heldout_prompts
-from benchmarks.serving.server import IMPORTS_CHECKOUT, Server, serve
+from benchmarks.serving.experiment import IMPORTS_CHECKOUT, heldout_prompts
+from sere_sglang.measure import forcing
+from sere_sglang.measure.divergence import mean_kl
+from sere_sglang.measure.server import Server, serve
+from sere_sglang.measure.texts import Text
 from sere_sglang.profile import load_profile
 from sere_sglang.schedule.expectation import Expectation, expect, statistics_of
 from sere_sglang.schedule.point import described
@@ -45,7 +47,7 @@ def main() -> None:
     flags = ["--moe-backend=sere", f"--sere-profile={profile}", "--chunked-prefill-size=16384"]
     rows = []
     with serve(
-        MODEL, folder / "server.log", *flags, quality.SERVER_FLAG, env=IMPORTS_CHECKOUT
+        MODEL, folder / "server.log", *flags, forcing.SERVER_FLAG, env=IMPORTS_CHECKOUT
     ) as server:
         server.set_sere(enabled=False)
         exact = {batch: _log_probs(server, texts, batch) for batch in BATCHES}
@@ -64,7 +66,7 @@ def main() -> None:
                         "batch": batch,
                         "point": state["operating_point"]["name"],
                         "expected_loss": loss,
-                        "kl": quality.mean_kl(exact[batch], seen),
+                        "kl": mean_kl(exact[batch], seen),
                         "expected_active": active / expected.num_layers,
                         "active": _active(state["counters"]) if point.enabled else None,
                     }
@@ -85,9 +87,9 @@ def _settings(expected: Expectation) -> Iterator[tuple[dict[str, Any], dict[str,
         yield about, {"policy": "adaptive", "min_gain": 0.0} | about
 
 
-def _log_probs(server: Server, texts: list[dict[str, Any]], batch: int) -> np.ndarray:
+def _log_probs(server: Server, texts: list[Text], batch: int) -> np.ndarray:
     own = [texts[i % len(texts)] for i in range(math.ceil(STREAMS / batch) * batch)]
-    return quality.forced_in_batches(server, own, batch)
+    return forcing.forced_in_batches(server, own, batch)
 
 
 def _active(counters: dict[str, dict[str, int]]) -> float:

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 
 from benchmarks._common import write_result
-from benchmarks.serving.experiment import heldout_prompts, interval
-from benchmarks.serving.load import run_load
-from benchmarks.serving.server import IMPORTS_CHECKOUT, SGLANG, Server, serve
+from benchmarks.serving.experiment import IMPORTS_CHECKOUT, heldout_prompts
+from sere_sglang.measure.intervals import interval
+from sere_sglang.measure.load import run_load
+from sere_sglang.measure.server import SGLANG, Server, serve
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "demo_model"
@@ -53,13 +54,13 @@ def main() -> None:
         servers = _servers(stack, arguments.model, arguments.folder.resolve())
         top_k = servers["sere"].sere()["top_k"]
         for streams in arguments.streams:
-            prompts = [texts[i % len(texts)]["prompt"] for i in range(streams)]
+            prompts = [texts[i % len(texts)].prompt_ids for i in range(streams)]
             rows += _measure(servers, prompts, arguments.rounds, top_k)
     print(f"wrote {write_result('idle_cost', rows, model=arguments.model.name)}")
 
 
 def _servers(stack: ExitStack, model: Path, folder: Path) -> dict[str, Server]:
-    flags = ("--chunked-prefill-size=16384", "--served-model-name=default")
+    flags = ("--chunked-prefill-size=16384",)
     like = (sys.executable, "-m", "benchmarks.runner_only_server")
     launcher = (SGLANG, "serve") if torch.cuda.is_available() else like
     return {
@@ -73,7 +74,7 @@ def _servers(stack: ExitStack, model: Path, folder: Path) -> dict[str, Server]:
 
 
 def _measure(
-    servers: dict[str, Server], prompts: list[str], rounds: int, top_k: int
+    servers: dict[str, Server], prompts: list[list[int]], rounds: int, top_k: int
 ) -> list[dict[str, Any]]:
     speeds: dict[str, list[float]] = {case: [] for case in CASES}
     order = random.Random(0)
@@ -83,7 +84,7 @@ def _measure(
             if case != "without":
                 changes = CASES[case] | ({"primary_k": top_k - 1} if case == "kernel" else {})
                 server.set_sere(**changes)
-            speed = run_load(server.url, prompts, TOKENS).decode_tok_s
+            speed = run_load(server, prompts, TOKENS).decode_tok_s
             if at >= 0:
                 speeds[case].append(speed)
     print(f"\n{len(prompts)} streams, {rounds} rounds")

@@ -23,15 +23,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks._common import write_result
-from benchmarks.serving import quality
 from benchmarks.serving.equal_bytes import Curve, compared, mean_ratios
-from benchmarks.serving.experiment import (
-    counted_exactly,
-    heldout_prompts,
-    interval,
-    static_settings,
-)
-from benchmarks.serving.server import IMPORTS_CHECKOUT, Server, serve
+from benchmarks.serving.experiment import IMPORTS_CHECKOUT, heldout_prompts
+from sere_sglang.measure import forcing
+from sere_sglang.measure.divergence import divergence
+from sere_sglang.measure.intervals import interval
+from sere_sglang.measure.routing import static_settings
+from sere_sglang.measure.server import serve
+from sere_sglang.measure.texts import Text
+from sere_sglang.measure.weight import Weigher
 from sere_sglang.profile import MoeModelInfo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,21 +66,21 @@ def main() -> None:
         task = bar.add_task("decoding", total=len(asked.batches) * asked.seeds * len(asked.rules))
         for extra, rules in servers:
             with serve(
-                asked.model, folder / "server.log", *flags, quality.SERVER_FLAG, *extra,
+                asked.model, folder / "server.log", *flags, forcing.SERVER_FLAG, *extra,
                 env=IMPORTS_CHECKOUT,
             ) as server:  # fmt: skip
-                weigh = _Weigher(server, asked.model)
+                weigh = Weigher(server, MoeModelInfo.from_folder(str(asked.model)).num_experts)
                 for batch, seed in ((b, s) for b in asked.batches for s in range(asked.seeds)):
                     own = _shuffled(len(texts), batch, seed)
                     chosen = [texts[i] for i in own]
                     if (batch, seed) not in exact:
                         weigh.counts_exactly()
-                        exact[batch, seed] = quality.forced_in_batches(server, chosen, batch)
+                        exact[batch, seed] = forcing.forced_in_batches(server, chosen, batch)
                         plain = weigh.active() / weigh.layers
                     for rule in rules:
                         for settings in _points(rule, plain, weigh.top_k):
                             server.set_sere(**settings, reset_counters=True)
-                            seen = quality.forced_in_batches(server, chosen, batch)
+                            seen = forcing.forced_in_batches(server, chosen, batch)
                             about = {"model": asked.model.name, "rule": rule, "batch": batch}
                             kl, costs = _costs(exact[batch, seed], seen, chosen)
                             rows.append(
@@ -133,43 +133,6 @@ def _points(rule: str, plain: float, top_k: int) -> Iterator[dict[str, Any]]:
             yield static_settings(1) | {"rule": "energy"} | about
 
 
-class _Weigher:
-    """Experts and bytes that a server has loaded since its counters were reset."""
-
-    def __init__(self, server: Server, model: Path) -> None:
-        self.server = server
-        info = MoeModelInfo.from_folder(str(model))
-        served = server.get("/server_info")
-        self.layers = len(served["sere"]["layers"])
-        self.top_k = info.top_k
-        costs = served["sere"]["cost"]["shapes"]
-        expert = {int(i): s["expert_bytes"] for s in costs for i in s["layers"]}
-        whole = served["sere"]["surrogate_bytes"]
-        self._surrogate = {
-            i: whole.get(str(i), 0) / info.num_experts / b for i, b in expert.items()
-        }
-
-    def counts_exactly(self) -> None:
-        self.server.set_sere(**counted_exactly(self.top_k), reset_counters=True)
-
-    def active(self) -> float:
-        """Experts executed per forward, summed over layers."""
-        rows = self.server.sere()["counters"].values()
-        return sum(row["active_after"] / row["forwards"] for row in rows)
-
-    def shares(self) -> dict[str, float]:
-        """Of what exact routing would load: experts, and bytes."""
-        state = self.server.sere()
-        with_surrogates = state["rule"] == "energy" and state["surrogates"]
-        before = after = weight = 0.0
-        for layer, row in state["counters"].items():
-            before += row["active_before"]
-            after += row["active_after"]
-            lost = row["active_before"] - row["active_after"]
-            weight += lost * self._surrogate[int(layer)] * with_surrogates
-        return {"active_share": after / before, "bytes_share": (after + weight) / before}
-
-
 def _shuffled(texts: int, batch: int, seed: int) -> list[int]:
     """Whole batches, of every text at least once."""
     own = list(range(texts))
@@ -178,19 +141,17 @@ def _shuffled(texts: int, batch: int, seed: int) -> list[int]:
 
 
 def _costs(
-    exact: np.ndarray, seen: np.ndarray, texts: list[dict[str, Any]]
+    exact: np.ndarray, seen: np.ndarray, texts: list[Text]
 ) -> tuple[np.ndarray, dict[str, float | list[float]]]:
     """Over all sequences and decode steps, in nats per token; KL also by sequence."""
-    p, q = (x[:, 1:].astype(np.float64) for x in (exact, seen))
-    kl = (np.exp(p) * (p - q)).sum(-1)  # [sequences, steps]
-    forced = np.asarray([text["continuation_ids"] for text in texts])[:, 1:, None]
-    nll = -np.take_along_axis(q, forced, -1) + np.take_along_axis(p, forced, -1)
-    return kl.mean(1), {
-        "kl": float(kl.mean()),
-        "kl_ci": list(interval(kl.mean(1), np.mean)),
-        "kl_p99": float(np.percentile(kl, 99)),
-        "delta_nll": float(nll.mean()),
-        "top1_agreement": float((p.argmax(-1) == q.argmax(-1)).mean()),
+    found = divergence(exact, seen, [text.continuation_ids for text in texts])
+    by_sequence = found.kl.mean(1)
+    return by_sequence, {
+        "kl": float(found.kl.mean()),
+        "kl_ci": list(interval(by_sequence, np.mean)),
+        "kl_p99": float(np.percentile(found.kl, 99)),
+        "delta_nll": float(found.delta_nll.mean()),
+        "top1_agreement": float(found.agrees.mean()),
     }
 
 

@@ -38,7 +38,7 @@ step "format" "$PYTHON" -m ruff format --check .
 step "types" "$PYTHON" -m mypy
 if [ -n "$quick" ]; then
   step "tests of all parts but the server" "$PYTHON" -m pytest \
-    tests/{ops,cpu,schedule,runtime,profile,calibration,cli,patches,packaging,fuzz} \
+    tests/{ops,cpu,schedule,runtime,profile,calibration,cli,measure,patches,packaging,fuzz} \
     -n 2 --durations=5 \
     --ignore=tests/calibration/test_calibrate.py
   finish "quick checks passed; not run: whatever starts SGLang, benchmarks, the compile check"

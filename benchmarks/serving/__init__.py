@@ -1,5 +1,4 @@
-"""How serving is measured: servers that take turns, their load, their quality, and the pictures.
+"""What only this repository's serving benchmarks need: the demo model's text, padded, its floor.
 
-`benchmarks.demo`, `adaptive`, `idle_cost` and `expected_loss` are the commands made of it; the
-server tests start their servers with it too.
+How a server is started, loaded and walked through text is `sere_sglang.measure`.
 """

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import time
-import urllib.error
-import urllib.request
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from sere_sglang.errors import PATH_SHOWN, SereError, cut
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -31,38 +25,21 @@ def command(
     """
     from rich.live import Live
 
-    before = _state(url, api_key)
+    from sere_sglang.measure.server import Server, live_state
+
+    server = Server(url, api_key=api_key)
+    before = live_state(server)
     try:
         with Live(_view(before, before), refresh_per_second=8) as live:
             look = 0
             while not looks or look < looks:
                 time.sleep(every)
                 look += 1
-                now = _state(url, api_key)
+                now = live_state(server)
                 live.update(_view(now, before))
                 before = now
     except KeyboardInterrupt:
         pass
-
-
-def _state(url: str, api_key: str | None) -> dict[str, Any]:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        request = urllib.request.Request(url.rstrip("/") + "/server_info", headers=headers)
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            info = json.load(answer)
-    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
-        raise SereError(
-            f"no SGLang server answers at {cut(url, PATH_SHOWN)} ({cut(str(error), PATH_SHOWN)}); "
-            "name one that runs, and its key with --api-key if it has one"
-        ) from None
-    if not isinstance(info, dict):
-        raise SereError(f"{cut(url, PATH_SHOWN)} is no SGLang server: name one that runs")
-    states = info.get("internal_states") or [{}]
-    state = states[0].get("sere")
-    if state is None:
-        raise SereError(f"the server at {url} runs without --moe-backend sere")
-    return state
 
 
 def _view(now: dict[str, Any], before: dict[str, Any]) -> Group:

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from benchmarks.serving.server import Process
 from sere_sglang.calibration.collection import MEASURES
 from sere_sglang.config_check import checked
+from sere_sglang.measure.server import Process
 from sere_sglang.options import SereConfig
 from sere_sglang.preflight import prepare
 from sere_sglang.profile import MoeModelInfo, check_profile_fits, load_profile

@@ -13,7 +13,7 @@ PACKAGE = "sere_sglang"
 LAYERS = (
     ("cli",),
     ("plugin", "serve_backend"),
-    ("calibration",),
+    ("calibration", "measure"),
     ("patches",),
     ("runtime",),
     ("cpu",),
@@ -33,7 +33,7 @@ ALLOWED = {
     ("sere_sglang.patches.server_args", "sere_sglang.calibration.on_demand"),
 }
 """The imports that run upwards, and why."""
-KNOW_SGLANG = {"calibration", "cli", "patches", "plugin", "runtime", "serve_backend"}
+KNOW_SGLANG = {"calibration", "cli", "measure", "patches", "plugin", "runtime", "serve_backend"}
 
 
 def _modules() -> dict[str, Path]:

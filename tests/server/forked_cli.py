@@ -29,7 +29,7 @@ import sglang.srt.entrypoints.http_server
 import sglang.srt.server_args  # noqa: F401
 import torch
 
-from benchmarks.serving.server import die_with_parent
+from sere_sglang.measure.server import die_with_parent
 
 _status_files: dict[int, str] = {}
 

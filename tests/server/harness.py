@@ -1,4 +1,4 @@
-"""What the server tests share: real servers (benchmarks.serving) and commands that must fail."""
+"""What the server tests share: real servers (sere_sglang.measure) and commands that must fail."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving import server as local_server
-from benchmarks.serving.server import CPU_ENGINE, CPU_FLAGS, SGLANG, Server, free_port, tail
+from sere_sglang.measure import server as local_server
+from sere_sglang.measure.server import CPU_ENGINE, CPU_FLAGS, SGLANG, Server, free_port, tail
 
 __all__ = [
     "CPU_ENGINE",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 serve = functools.partial(local_server.serve, start=lambda *started: Forked.start(*started))
-"""As `serve` of benchmarks.serving.server; all its processes fork from one that imported SGLang."""
+"""As `measure.server.serve`; all its processes fork from one that imported SGLang."""
 
 serve_spawned = functools.partial(
     local_server.serve, start=lambda *started: Forked.start(*started, fork_workers=False)

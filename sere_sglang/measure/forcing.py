@@ -2,12 +2,15 @@
 
 SGLang's own custom logit processor sees each decode step's full next-token logits. Ours keeps
 them and then forces the held-out token, so that two servers walk through the same text in the
-same batch and their distributions can be compared step by step.
+same batch and their distributions can be compared step by step. What it keeps goes through files,
+so the server has to run on this machine.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ import numpy as np
 import torch
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
-from benchmarks.serving.server import Server
+from sere_sglang.errors import SereError
+from sere_sglang.measure.server import Server
+from sere_sglang.measure.texts import Text
 
 SERVER_FLAG = "--enable-custom-logit-processor"
 
@@ -26,24 +31,40 @@ class TeacherForcing(CustomLogitProcessor):
     def __call__(
         self, logits: torch.Tensor, custom_param_list: list[dict[str, Any]] | None = None
     ) -> torch.Tensor:
+        log_probs: np.ndarray | None = None
         for row, params in enumerate(custom_param_list or []):
             step = params.setdefault("step", 0)
             params["step"] = step + 1
             if step >= len(params["forced"]):
                 continue
-            with open(params["record"], "ab") as record:
-                record.write(logits[row].float().log_softmax(-1).cpu().numpy().tobytes())
+            if step == 0:
+                params["writes"] = _claim(params["record"])
+            if params["writes"]:
+                if log_probs is None:  # before the first row is overwritten
+                    log_probs = logits.float().log_softmax(-1).cpu().numpy()
+                with open(params["record"], "ab") as record:
+                    record.write(log_probs[row].tobytes())
             logits[row] = float("-inf")
             logits[row, params["forced"][step]] = 0.0
         return logits
 
 
+def _claim(record: str) -> bool:
+    """Whether this process is the one of a server's ranks, which all sample, that writes."""
+    try:
+        os.close(os.open(f"{record}.claimed", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except OSError:
+        return False
+    return True
+
+
 def forced_log_probs(
-    server: Server, prompts: list[list[int]], continuations: list[list[int]]
+    server: Server, prompts: Sequence[list[int]], continuations: Sequence[list[int]]
 ) -> np.ndarray:
     """Log-probabilities [requests, steps, vocab] along `continuations`, all in one batch.
 
-    Step 0 comes from the prefill, the others from decode steps of ``len(prompts)`` rows.
+    Step 0 comes from the prefill, the others from decode steps of ``len(prompts)`` rows. Raises
+    `SereError` when the server's files are not here.
     """
     steps = len(continuations[0])
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +72,7 @@ def forced_log_probs(
         server.post(
             "/generate",
             {
-                "input_ids": prompts,
+                "input_ids": list(prompts),
                 "sampling_params": [
                     {
                         "temperature": 0,
@@ -63,31 +84,23 @@ def forced_log_probs(
                 ],
                 "custom_logit_processor": [TeacherForcing.to_str()] * len(prompts),
             },
+            timeout=3600,
         )
+        if missing := [r for r in records if not r.exists()]:
+            raise SereError(
+                f"the server at {server.url} wrote no {missing[0]}: quality is measured through "
+                "files, so run this command on the machine of the server, as a user whose files "
+                "it may write"
+            )
         rows = [np.fromfile(r, dtype=np.float32).reshape(steps, -1) for r in records]
     return np.stack(rows)
 
 
-def forced_in_batches(server: Server, texts: list[dict[str, Any]], batch: int) -> np.ndarray:
-    """`forced_log_probs` of whole batches of `heldout_prompts`, one after the other."""
+def forced_in_batches(server: Server, texts: Sequence[Text], batch: int) -> np.ndarray:
+    """`forced_log_probs` of whole batches of `texts`, one after the other."""
     batches = []
     for first in range(0, len(texts), batch):
-        prompts, forced = (
-            [text[key] for text in texts[first : first + batch]]
-            for key in ("prompt_ids", "continuation_ids")
-        )
-        batches.append(forced_log_probs(server, prompts, forced))
+        chosen = texts[first : first + batch]
+        prompts = [text.prompt_ids for text in chosen]
+        batches.append(forced_log_probs(server, prompts, [t.continuation_ids for t in chosen]))
     return np.concatenate(batches)
-
-
-def mean_kl(reference: np.ndarray, other: np.ndarray) -> float:
-    """KL(reference || other) in nats, averaged over requests and decode steps (not step 0)."""
-    p, q = (x[:, 1:].astype(np.float64) for x in (reference, other))
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
-
-
-def perplexity(log_probs: np.ndarray, continuations: list[list[int]]) -> float:
-    """Per-token perplexity of the held-out continuations over the decode steps."""
-    tokens = np.asarray(continuations)[:, 1:, None]
-    taken = np.take_along_axis(log_probs[:, 1:].astype(np.float64), tokens, axis=-1)
-    return float(np.exp(-taken.mean()))

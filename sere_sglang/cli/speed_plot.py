@@ -1,34 +1,45 @@
-"""The demo's picture: speed against quality, and the experts that were loaded."""
+"""The picture of ``sere-sglang bench``: speed against quality, and the experts that were loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-if TYPE_CHECKING:
-    from benchmarks.demo import Row
-
 _MARKERS = {"off": "o", "S=1": "v", "S=2": "s", "S=3": "D", "adaptive": "*", "auto": "P"}
 _SIZES = {"adaptive": 15, "auto": 11}
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Left: speed over exact routing against KL. Right: active experts per layer."""
+class Row(Protocol):
+    """active_*: experts per layer and step. over_off_interval: 95 %. kl: nats per token. All are
+    numbers; a row that lacks one is not drawn."""
+
+    streams: int
+    routing: str
+    active_before: Any
+    active_after: Any
+    over_off: float
+    over_off_interval: tuple[float, float]
+    kl: Any
+
+
+def draw(rows: Sequence[Row], path: Path, reference: str = "plain SGLang") -> None:
+    """Left: speed over exact routing against KL to `reference`. Right: active experts per layer."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 4.8), layout="constrained", width_ratios=(1.25, 1)
     )
-    _speed_against_quality(left, [row for row in rows if row.routing != "plain"])
+    _speed_against_quality(left, [row for row in rows if row.routing != "plain"], reference)
     _active_experts(right, [row for row in rows if row.routing != "plain"])
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
 
-def _levels(rows: list[Row]) -> list[tuple[int, Any]]:
+def _levels(rows: Sequence[Row]) -> list[tuple[int, Any]]:
     levels = sorted({row.streams for row in rows})
     colors = plt.get_cmap("viridis")(
         [0.85 * i / max(1, len(levels) - 1) for i in range(len(levels))]
@@ -36,7 +47,7 @@ def _levels(rows: list[Row]) -> list[tuple[int, Any]]:
     return list(zip(levels, colors, strict=True))
 
 
-def _speed_against_quality(panel: Any, rows: list[Row]) -> None:
+def _speed_against_quality(panel: Any, rows: Sequence[Row], reference: str) -> None:
     for level, color in _levels(rows):
         mine = sorted((row for row in rows if row.streams == level), key=lambda row: row.kl)
         static = [row for row in mine if row.routing not in _SIZES]
@@ -47,7 +58,8 @@ def _speed_against_quality(panel: Any, rows: list[Row]) -> None:
         for row in mine:
             low, high = row.over_off_interval
             panel.errorbar(
-                row.kl, row.over_off, [[row.over_off - low], [high - row.over_off]], color=color,
+                row.kl, row.over_off, [[max(row.over_off - low, 0)], [max(high - row.over_off, 0)]],
+                color=color,
                 marker=_MARKERS.get(row.routing, "X"), ms=_SIZES.get(row.routing, 6),
                 mec="black" if row.routing in _SIZES else color, capsize=2, lw=1,
                 zorder=3 if row.routing in _SIZES else 2,
@@ -57,10 +69,13 @@ def _speed_against_quality(panel: Any, rows: list[Row]) -> None:
         panel.plot([], [], _MARKERS.get(routing, "X"), color="grey", label=name)
     panel.axhline(1.0, color="grey", lw=1, ls="--")
     panel.set(
-        xlabel="KL to plain SGLang, nats per token (held-out text)",
+        xlabel=f"KL to {reference}, nats per token",
         ylabel="decode tokens/s over exact routing (SERE off)",
         title="Speed against quality",
-        ylim=(0.85, 1.3 * max(row.over_off for row in rows)),
+        ylim=(
+            min(0.85, 0.95 * min(row.over_off for row in rows)),
+            1.3 * max(row.over_off for row in rows),
+        ),
     )
     panel.set_xscale("symlog", linthresh=0.01, linscale=0.5)
     panel.xaxis.set_major_formatter("{x:g}")
@@ -69,7 +84,7 @@ def _speed_against_quality(panel: Any, rows: list[Row]) -> None:
     panel.legend(ncols=3, fontsize=8, loc="upper left")
 
 
-def _active_experts(panel: Any, rows: list[Row]) -> None:
+def _active_experts(panel: Any, rows: Sequence[Row]) -> None:
     levels = _levels(rows)
     routings = list(dict.fromkeys(row.routing for row in rows))
     width = 0.8 / len(levels)

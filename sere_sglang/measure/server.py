@@ -1,9 +1,10 @@
-"""SGLang servers on the CPU engine of this machine, as child processes that always end."""
+"""SGLang servers, found at a URL or started here as child processes that always end."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import http.client
 import json
 import os
 import signal
@@ -17,13 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from sere_sglang.errors import PATH_SHOWN, SereError, cut
+
 SGLANG = str(Path(sys.executable).with_name("sglang"))
-ROOT = Path(__file__).resolve().parents[2]
 CPU_ENGINE = {"SGLANG_USE_CPU_ENGINE": "1"}
-IMPORTS_CHECKOUT = {
-    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-}
-"""Environment of a server that is to import modules of these benchmarks."""
 CPU_FLAGS = [
     "--device=cpu",
     "--attention-backend=torch_native",
@@ -66,22 +64,29 @@ def start_process(command: Sequence[str], env: Mapping[str, str], log: Path) -> 
         )
 
 
-class Server:
-    """A running server: `post` and `get` speak JSON to it. pid: of its first process."""
+NO_LOG = Path(os.devnull)
 
-    def __init__(self, port: int, log: Path, pid: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+
+class Server:
+    """A running server: `post` and `get` speak JSON to it. log, pid (of its first process): of one
+    that was started here."""
+
+    def __init__(
+        self, url: str, log: Path = NO_LOG, api_key: str | None = None, pid: int = 0
+    ) -> None:
+        self.url = url.rstrip("/")
         self.log = log
         self.pid = pid
+        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+    def get(self, path: str, timeout: float = 60) -> Any:
+        request = urllib.request.Request(self.url + path, headers=self.headers)
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
             return json.load(answer)
 
     def post(self, path: str, body: dict[str, Any], timeout: float = 300) -> Any:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json"} | self.headers
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return json.load(answer)
 
@@ -97,30 +102,63 @@ class Server:
         """Change live settings through SGLang's ``/set_internal_state``."""
         answer = self.post("/set_internal_state", {"server_args": {"sere": changes}})
         if not all(answer):
-            raise RuntimeError(f"/set_internal_state refused {changes}: see {self.log}")
+            raise RuntimeError(f"/set_internal_state refused {changes}: see the log of {self.url}")
 
     def sere(self) -> dict[str, Any]:
         """Live SERE state of the first rank."""
         return self.get("/server_info")["internal_states"][0]["sere"]
 
 
+def live_state(server: Server) -> dict[str, Any]:
+    """`Server.sere` of a server that somebody named. Raises `SereError`, naming its URL."""
+    try:
+        info = server.get("/server_info", timeout=10)
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+        raise SereError(
+            f"no SGLang server answers at {cut(server.url, PATH_SHOWN)} "
+            f"({cut(str(error), PATH_SHOWN)}); name one that runs, and its key with --api-key if it "
+            "has one"
+        ) from None
+    if not isinstance(info, dict):
+        raise SereError(f"{cut(server.url, PATH_SHOWN)} is no SGLang server: name one that runs")
+    state = (info.get("internal_states") or [{}])[0].get("sere")
+    if state is None:
+        raise SereError(f"the server at {server.url} runs without --moe-backend sere")
+    return state
+
+
+class NotServing(RuntimeError):
+    """A server that ended, or never answered, instead of serving; the message ends with its log."""
+
+    def __init__(self, what: str, log: Path) -> None:
+        super().__init__(f"{what}:\n{tail(log)}")
+        self.what = what
+        self.log = log
+
+
 @contextlib.contextmanager
 def serve(
-    model: Path,
+    model: Path | str,
     log: Path,
     *flags: str,
+    device: str = "cpu",
     env: dict[str, str] | None = None,
     launcher: Sequence[str] = (SGLANG, "serve"),
     start: Callable[[Sequence[str], Mapping[str, str], Path], Process] = start_process,
 ) -> Iterator[Server]:
-    """Start ``sglang serve`` on `model`, wait until it answers, and stop it at the end."""
+    """Start ``sglang serve`` on `model`, wait until it answers, and stop it at the end.
+
+    device: ``cpu`` for SGLang's CPU engine, ``cuda`` for what SGLang chooses by itself. Raises
+    `NotServing`.
+    """
     port = free_port()
-    command = [*launcher, f"--model-path={model}", f"--port={port}", *CPU_FLAGS, *flags]
+    ours, variables = (CPU_FLAGS, CPU_ENGINE) if device == "cpu" else ([], {})
+    command = [*launcher, f"--model-path={model}", f"--port={port}", *ours, *flags]
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = start(command, {**CPU_ENGINE, **(env or {})}, log)
-    server = Server(port, log, process.pid)
+    process = start(command, {**variables, **(env or {})}, log)
+    server = Server(f"http://127.0.0.1:{port}", log, pid=process.pid)
     try:
-        _wait_until_healthy(server, process)
+        _wait_until_healthy(server, process, log)
         yield server
     finally:
         # At once: SGLang's own shutdown takes seconds, and there is nothing to lose.
@@ -141,12 +179,12 @@ def free_port() -> int:
     raise RuntimeError("no free port")
 
 
-def _wait_until_healthy(server: Server, process: Process) -> None:
-    deadline = time.monotonic() + 900  # on a busy machine
+def _wait_until_healthy(server: Server, process: Process, log: Path) -> None:
+    deadline = time.monotonic() + 1800  # on a busy machine, or a large model
     while time.monotonic() < deadline:
         status = process.poll()
         if status is not None:
-            raise RuntimeError(f"server exited with {status}:\n{tail(server.log)}")
+            raise NotServing(f"server exited with {status}", log)
         try:
             urllib.request.urlopen(server.url + "/model_info", timeout=5).close()
             return
@@ -156,7 +194,7 @@ def _wait_until_healthy(server: Server, process: Process) -> None:
         except (urllib.error.URLError, OSError):
             pass
         time.sleep(0.2)
-    raise RuntimeError(f"server not up in time:\n{tail(server.log)}")
+    raise NotServing("server not up in time", log)
 
 
 def tail(log: Path, lines: int = 40) -> str:

@@ -1,0 +1,252 @@
+"""``sere-sglang bench``: what re-routing gains on this machine, and what it costs in quality."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sere_sglang.errors import SereError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sere_sglang.cli.bench_run import Bench, Plan
+    from sere_sglang.cli.served import Asked, Served
+    from sere_sglang.measure.routing import Routing
+
+_MOST_STREAMS = 256
+
+
+def command(
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub id; a server of it is started.")
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure the server that runs here instead; its live settings change meanwhile "
+            "and are put back. For quality it needs --enable-custom-logit-processor."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="About 5 minutes: fewer streams, rounds, less text.")
+    ] = False,
+    concurrency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Streams at once, 1 to 256 (default: 1,4,16,32; 1,8,32 with --quick).",
+            show_default=False,
+        ),
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Turns that every routing takes; fewer than 6 give no 95 % interval."
+            " (default: 10; 6 with --quick).",
+            show_default=False,
+        ),
+    ] = None,
+    points: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Routings to compare with off: S=2, S=2/0.5 (with rho), adaptive, adaptive@0.05 "
+            "(with its budget), auto, auto@0.05, piggyback=2, topk=2, budget=12."
+            " (default: S=1,S=2,S=3,adaptive,auto).",
+            show_default=False,
+        ),
+    ] = None,
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain", help="Also a plain SGLang server beside it; the machine must hold both."
+        ),
+    ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text to decode and to measure quality on, best your own traffic: .txt, .jsonl "
+            "or .parquet (default: built-in text, which calibration may have seen).",
+            show_default=False,
+        ),
+    ] = None,
+    column: Annotated[str, typer.Option(help="Text column of .jsonl and .parquet.")] = "text",
+    out: Annotated[
+        Path, typer.Option(help="Folder for bench.json, bench.png and the server's log.")
+    ] = Path("out/bench"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    api_key: Annotated[str | None, typer.Option(help="Of the server at --url.")] = None,
+    server_args: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- SGLANG FLAGS]",
+            help="Anything sglang serve takes, for instance: -- --tp 2 --quantization fp8",
+        ),
+    ] = None,
+) -> None:
+    """Measure speed against quality on your machine: worth it, and at which setting?
+
+    Starts one server and switches its routing while it runs: off (exact), SERE
+    at S=1, 2, 3, the adaptive policy, and the same with --sere-rule auto. They
+    take turns at the same streams, so that a slow minute hits all of them.
+
+    x off is decode speed over exact routing and, in parentheses, its interval
+    over the rounds; where that holds 1 it says "no gain". KL is what quality
+    costs: how far the next-token distribution moves, nats per token, along the
+    text at the same batch size. The KL of "SERE off" is exact routing against
+    itself: noise. Take the fastest line whose KL you accept.
+
+    Ctrl-C keeps what is done. The model needs a profile, made once with
+    sere-sglang calibrate --model MODEL.
+    """
+    from rich.console import Console
+
+    from sere_sglang.cli.bench_run import Plan
+    from sere_sglang.cli.served import Asked
+    from sere_sglang.measure.routing import routing_of
+
+    asked = Asked(model, url, api_key, device, tuple(server_args or ()))
+    if plain and url is not None:
+        raise SereError("--plain starts a second server; give --model instead of --url")
+    plan = Plan(
+        concurrency=numbers(concurrency or ("1,8,32" if quick else "1,4,16,32"), "--concurrency"),
+        rounds=rounds or (6 if quick else 10),
+        seconds=1.0 if quick else 3.0,
+        sequences=8 if quick else 32,
+    )
+    chosen = None if points is None else [routing_of(name) for name in points.split(",")]
+    make_folder(out)
+    asked.check()
+    console = Console(stderr=True)
+    _run(asked, plan, chosen, plain, text, column, out, console)
+
+
+def numbers(value: str, flag: str, most: int = _MOST_STREAMS) -> list[int]:
+    """Of a comma-separated list, ascending. Raises `SereError` naming `flag`."""
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part.isdecimal() and 1 <= int(part) <= most for part in parts):
+        raise SereError(f"{flag} {value}: give numbers from 1 to {most}, as in {flag} 4,16,32")
+    return sorted({int(part) for part in parts})
+
+
+def make_folder(out: Path) -> None:
+    """Raises `SereError`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SereError(f"--out {out}: no folder to write in ({error.strerror})") from None
+
+
+def _run(
+    asked: Asked,
+    plan: Plan,
+    chosen: list[Routing] | None,
+    plain: bool,
+    text: Path | None,
+    column: str,
+    out: Path,
+    console: Console,
+) -> None:
+    from sere_sglang.cli.bench_run import Bench, measure
+    from sere_sglang.cli.counted import counted
+    from sere_sglang.cli.served import one_line_errors, served, texts_of
+
+    bench = Bench({"command": shlex.join(sys.argv)}, out / "bench.json")
+    stopped = False
+    try:
+        with one_line_errors(asked.log(out)), contextlib.ExitStack() as stack:
+            with console.status(f"starting the server; its log is {asked.log(out)}"):
+                server = stack.enter_context(served(asked, out, max(plan.concurrency), plain=plain))
+            routings, left_out = _routings(server, chosen, plain)
+            name, texts = texts_of(text, column, server.tokenizer(), max(plan.concurrency))
+            bench.about |= server.about | _about(name, plain, left_out, plan)
+            for line in _preface(server, name, left_out):
+                console.print(line, soft_wrap=True, highlight=False, markup=False)
+            advance = stack.enter_context(counted(console, plan.turns(len(routings))))
+            measure(server, routings, texts, plan, bench, advance)
+    except KeyboardInterrupt:
+        console.print("stopped; the server is " + ("as before" if asked.url else "down"))
+        stopped = True
+    _report(bench, out, plain)
+    if stopped:
+        raise typer.Exit(130)
+
+
+def _routings(
+    server: Served, chosen: list[Routing] | None, plain: bool
+) -> tuple[list[Routing], dict[str, str]]:
+    """Those to measure, and of the default ones those this server cannot, with the reason."""
+    from sere_sglang.measure.routing import ADAPTIVE, AUTO, OFF, PLAIN, static
+
+    top_k = server.state["top_k"]
+    wanted = chosen or [*(static(s) for s in (1, 2, 3) if s < top_k), ADAPTIVE, AUTO]
+    routings, left_out = [PLAIN] * plain + [OFF.over(server.base)], {}
+    for routing in wanted:
+        try:
+            routings.append(server.checked(routing))
+        except SereError as error:
+            if chosen is not None:
+                raise SereError(f"--points {routing.name}: {error}") from None
+            left_out[routing.name] = str(error)
+    return routings, left_out
+
+
+def _about(name: str, plain: bool, left_out: dict[str, str], plan: Plan) -> dict[str, Any]:
+    from sere_sglang.measure.machine import cpu_info, gpu_names
+
+    return {
+        "hardware": cpu_info() | {"gpus": gpu_names()},
+        "text": name,
+        "quality_against": "plain SGLang" if plain else "exact routing on the same server",
+        "rounds": plan.rounds,
+        "seconds_per_run": plan.seconds,
+        "left_out": left_out,
+    }
+
+
+def _preface(server: Served, name: str, left_out: dict[str, str]) -> list[str]:
+    lines = [f"up: {server.sere.url}, {server.about['model']}; text: {name}"]
+    lines += [f"without {routing}: {reason}" for routing, reason in left_out.items()]
+    if not server.can_force:
+        lines.append(
+            "without KL and active experts: the server runs without --enable-custom-logit-processor"
+        )
+    return lines
+
+
+def _report(bench: Bench, out: Path, plain: bool) -> None:
+    from rich.console import Console
+
+    from sere_sglang.cli.bench_table import SURE_ROUNDS, best, table
+    from sere_sglang.cli.drawing import can_draw
+
+    rows = bench.rows()
+    if not rows:
+        return
+    bench.write()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    fewest = min(row.rounds for row in rows if row.routing != "plain")
+    sure = "95 %" if fewest >= SURE_ROUNDS else f"of {fewest} rounds only, too few for 95 %"
+    console.print(table(rows, f"{bench.about.get('model')}: x off and KL with intervals ({sure})"))
+    if found := best(rows):
+        console.print(found, highlight=False, soft_wrap=True)
+    console.print(f"wrote {bench.path}", highlight=False, soft_wrap=True)
+    shown = [row for row in rows if row.kl is not None]
+    if not shown:
+        return
+    if not can_draw():
+        console.print(
+            "no picture: matplotlib is not here (pip install 'sere-sglang[plot]')", markup=False
+        )
+        return
+    from sere_sglang.cli.speed_plot import draw
+
+    draw(shown, out / "bench.png", "plain SGLang" if plain else "exact routing")
+    console.print(f"wrote {out / 'bench.png'}", highlight=False, soft_wrap=True)

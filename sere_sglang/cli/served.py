@@ -1,0 +1,255 @@
+"""The server that ``bench`` and ``evaluate`` measure: started for them, or running already."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sere_sglang.errors import PATH_SHOWN, SereError, cut
+from sere_sglang.measure.server import NotServing, Server, live_state, serve
+from sere_sglang.schedule.settings import Settings
+
+if TYPE_CHECKING:
+    from sere_sglang.measure.routing import Routing
+    from sere_sglang.measure.texts import Text
+
+FORCING_FLAG = "--enable-custom-logit-processor"
+_FLAGS = ("--chunked-prefill-size=16384", "--disable-radix-cache", FORCING_FLAG)
+"""A batch is prefilled at once, as often as it is sent, and decodes in lockstep."""
+_ERROR = "sere-sglang: error: "
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which server: of `model`, with SGLang's flags, or at `url`."""
+
+    model: str | None
+    url: str | None
+    api_key: str | None = None
+    device: str = "auto"
+    server_args: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise `SereError`, naming the flag, for what no server can be made of."""
+        if (self.model is None) == (self.url is None):
+            raise SereError("give --model MODEL to start a server, or --url URL of one that runs")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise SereError(f"--device {self.device}: choose from auto, cpu, cuda")
+        if self.url is not None and self.server_args:
+            raise SereError(
+                f"--url {self.url}: its server has its flags already; drop "
+                f"'-- {' '.join(self.server_args)}', or give --model instead"
+            )
+        if self.model is not None and not self._names_profile:
+            _require_profile(self.model, self.server_args)
+
+    def log(self, folder: Path) -> str:
+        """Where the server says what went wrong."""
+        return str(folder / "sere.log") if self.url is None else f"the log of {self.url}"
+
+    @property
+    def _names_profile(self) -> bool:
+        return any(flag.partition("=")[0] == "--sere-profile" for flag in self.server_args)
+
+
+@dataclass
+class Served:
+    """The servers under way: ``{"sere": ...}``, and ``"plain"`` where that was asked for.
+
+    base: the settings that the SERE server had; about: for the results, what was measured.
+    """
+
+    servers: dict[str, Server]
+    base: dict[str, Any]
+    state: dict[str, Any]
+    info: dict[str, Any]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sere(self) -> Server:
+        return self.servers["sere"]
+
+    @property
+    def can_force(self) -> bool:
+        """Whether text can be walked, which quality is measured by."""
+        return bool(self.info.get("enable_custom_logit_processor"))
+
+    def checked(self, routing: Routing) -> Routing:
+        """With all its settings. Raises `SereError` for one that this server does not take."""
+        changes = routing.settings or {}
+        Settings.from_state(self.state).updated(
+            changes, top_k=self.state["top_k"], unavailable=self.state["unavailable_rules"]
+        )
+        return routing.over(self.base)
+
+    def tokenizer(self) -> Any:
+        """The server's."""
+        from transformers import AutoTokenizer
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # a whole file is longer than a model's context
+        path = self.info.get("tokenizer_path") or self.info["model_path"]
+        try:
+            return AutoTokenizer.from_pretrained(
+                path,
+                revision=self.info.get("revision"),
+                trust_remote_code=bool(self.info.get("trust_remote_code")),
+            )
+        except (OSError, ValueError) as error:
+            raise SereError(
+                f"the server's tokenizer {cut(str(path), PATH_SHOWN)} cannot be read here "
+                f"({str(error).splitlines()[0]}); run this command on the server's machine"
+            ) from None
+
+
+@contextlib.contextmanager
+def served(asked: Asked, logs: Path, rows: int, *, plain: bool = False) -> Iterator[Served]:
+    """Start the server, or find it, for batches of up to `rows`; leave a found one as it was.
+
+    Raises `SereError` for what the user can fix.
+    """
+    with contextlib.ExitStack() as stack:
+        if asked.url is not None:
+            servers = {"sere": Server(asked.url, api_key=asked.api_key)}
+        else:
+            servers = _started(stack, asked, logs, rows, plain)
+        state = live_state(servers["sere"])
+        if state.get("failed"):
+            raise SereError(f"{servers['sere'].url}: its re-routing has failed: {state['failed']}")
+        info = servers["sere"].get("/server_info")
+        base = dataclasses.asdict(Settings.from_state(state))
+        if asked.url is not None:
+            stack.callback(lambda: _restore(servers["sere"], base))
+        about = {
+            "model": info["model_path"],
+            "sglang": info.get("version"),
+            "server": asked.url or list(asked.server_args),
+            "profile": info["sere"]["profile"],
+            "settings": base,
+        }
+        yield Served(servers, base, state, info, about)
+
+
+@contextlib.contextmanager
+def one_line_errors(where: str) -> Iterator[None]:
+    """A server that dies under a measurement is an error of one line, not a traceback."""
+    import aiohttp
+
+    try:
+        yield
+    except SereError:
+        raise
+    except (aiohttp.ClientError, OSError, RuntimeError) as error:
+        said = cut((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
+        raise SereError(f"the server stopped answering ({said}); see {where}") from None
+
+
+def text_windows(
+    file: Path | None, column: str, tokenizer: Any, count: int, length: int
+) -> tuple[str, list[list[int]]]:
+    """Its name, and about `count` windows of `length` tokens of `file` (None: the built-in text).
+
+    Raises `SereError`.
+    """
+    from sere_sglang.calibration.text import read_windows
+
+    try:
+        text = read_windows(
+            [] if file is None else [file],
+            lambda document: tokenizer.encode(document, add_special_tokens=False),
+            num_tokens=count * length,
+            length=length,
+            column=column,
+            seed=1,
+        )
+    except SereError as error:
+        told = str(error).replace("--data ", "--text ").replace(" or a smaller --length", "")
+        raise SereError(told) from None
+    return text.name, text.windows
+
+
+def texts_of(file: Path | None, column: str, tokenizer: Any, count: int) -> tuple[str, list[Text]]:
+    """As `text_windows`, cut into prompts and their continuations."""
+    from sere_sglang.measure.texts import CONTINUATION_TOKENS, PROMPT_TOKENS, cut_texts
+
+    length = PROMPT_TOKENS + CONTINUATION_TOKENS
+    name, windows = text_windows(file, column, tokenizer, count, length)
+    texts = cut_texts(windows, tokenizer)
+    if not texts:
+        raise SereError(f"--text {name}: no document has {length} tokens; give longer text")
+    return name, texts
+
+
+def _started(
+    stack: contextlib.ExitStack, asked: Asked, logs: Path, rows: int, plain: bool
+) -> dict[str, Server]:
+    from sere_sglang.calibration.job import choose_device
+
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # SGLang's imports warn in every process
+    warnings.simplefilter("ignore")
+    assert asked.model is not None
+    device = choose_device(asked.device)
+    flags = list(_FLAGS)
+    if device == "cpu":  # SGLang's CPU engine takes all memory for its cache otherwise
+        flags.append(f"--max-total-tokens={16384 + 64 * rows}")
+    servers = {}
+    for name, own in (("plain", []), ("sere", ["--moe-backend=sere"]))[not plain :]:
+        log = logs / f"{name}.log"
+        arguments = _plain_args(asked.server_args) if name == "plain" else asked.server_args
+        try:
+            servers[name] = stack.enter_context(
+                serve(asked.model, log, *flags, *own, *arguments, device=device)
+            )
+        except NotServing as error:
+            raise SereError(_refusal(error, plain)) from None
+    return servers
+
+
+def _plain_args(server_args: tuple[str, ...]) -> list[str]:
+    """Without SERE's own."""
+    kept: list[str] = []
+    drop_value = False
+    for flag in server_args:
+        ours = flag.startswith(("--sere-", "--moe-backend"))
+        if not ours and not (drop_value and not flag.startswith("--")):
+            kept.append(flag)
+        drop_value = ours and "=" not in flag
+    return kept
+
+
+def _refusal(error: NotServing, plain: bool) -> str:
+    lines = [x.strip() for x in error.log.read_text(errors="replace").splitlines() if x.strip()]
+    ours = [line.partition(_ERROR)[2] for line in lines if _ERROR in line]
+    if ours:
+        return ours[-1]
+    errors = [line for line in lines if "Error" in line or "error:" in line]
+    said = cut((errors or lines or ["no output"])[-1], 200)
+    more = (
+        "; --plain needs room for two servers: give each its share, for instance "
+        "-- --mem-fraction-static 0.4, or drop it" if plain else ""
+    )  # fmt: skip
+    return f"the {error.what} ({said}); its log is {error.log}{more}"
+
+
+def _require_profile(model: str, server_args: tuple[str, ...]) -> None:
+    from sere_sglang.calibration import existing_profile, revision_of
+
+    revision = revision_of(server_args)
+    if existing_profile(model, revision) is None:
+        more = f" -- --revision {revision}" if revision else ""
+        raise SereError(
+            f"--model {model}: it has no profile yet; write one, once, with 'sere-sglang calibrate "
+            f"--model {model}{more}', or name yours: -- --sere-profile FILE"
+        )
+
+
+def _restore(server: Server, base: dict[str, Any]) -> None:
+    """Whatever happened, the settings of a server that is not ours are as before."""
+    with contextlib.suppress(OSError, RuntimeError):
+        server.set_sere(**base)
