@@ -182,20 +182,11 @@ def _run(
 def _routings(
     server: Served, chosen: list[Routing] | None, plain: bool
 ) -> tuple[list[Routing], dict[str, str]]:
-    """Those to measure, and of the default ones those this server cannot, with the reason."""
-    from sere_sglang.measure.routing import ADAPTIVE, AUTO, OFF, PLAIN, static
+    """With the references; and of the default ones those this server cannot, with the reason."""
+    from sere_sglang.measure.routing import OFF, PLAIN
 
-    top_k = server.state["top_k"]
-    wanted = chosen or [*(static(s) for s in (1, 2, 3) if s < top_k), ADAPTIVE, AUTO]
-    routings, left_out = [PLAIN] * plain + [OFF.over(server.base)], {}
-    for routing in wanted:
-        try:
-            routings.append(server.checked(routing))
-        except SereError as error:
-            if chosen is not None:
-                raise SereError(f"--points {routing.name}: {error}") from None
-            left_out[routing.name] = str(error)
-    return routings, left_out
+    points, left_out = server.points(chosen)
+    return [*[PLAIN] * plain, OFF.over(server.base), *points], left_out
 
 
 def _about(name: str, plain: bool, left_out: dict[str, str], plan: Plan) -> dict[str, Any]:

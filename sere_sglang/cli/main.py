@@ -9,7 +9,7 @@ from typing import Any, cast
 import typer
 from typer.core import TyperGroup
 
-from sere_sglang.cli import bench, calibrate, doctor, inspect, simulate, top
+from sere_sglang.cli import bench, calibrate, doctor, evaluate, inspect, simulate, top
 from sere_sglang.errors import USER_ERROR, SereError, exit_on_error
 from sere_sglang.options import OPTIONS
 
@@ -63,6 +63,7 @@ app.command("calibrate")(calibrate.command)
 app.command("inspect")(inspect.command)
 app.command("doctor")(doctor.command)
 app.command("bench")(bench.command)
+app.command("evaluate")(evaluate.command)
 app.command("simulate")(simulate.command)
 app.command("top")(top.command)
 

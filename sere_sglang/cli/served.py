@@ -80,13 +80,28 @@ class Served:
         """Whether text can be walked, which quality is measured by."""
         return bool(self.info.get("enable_custom_logit_processor"))
 
-    def checked(self, routing: Routing) -> Routing:
-        """With all its settings. Raises `SereError` for one that this server does not take."""
-        changes = routing.settings or {}
-        Settings.from_state(self.state).updated(
-            changes, top_k=self.state["top_k"], unavailable=self.state["unavailable_rules"]
-        )
-        return routing.over(self.base)
+    def points(self, chosen: list[Routing] | None) -> tuple[list[Routing], dict[str, str]]:
+        """Those to measure, with all their settings; and of the usual ones (None) those that this
+        server does not take, with the reason. Raises `SereError` for a chosen one that it does not
+        take."""
+        from sere_sglang.measure.routing import ADAPTIVE, AUTO, static
+
+        top_k = self.state["top_k"]
+        usual = [*(static(s) for s in (1, 2, 3) if s < top_k), ADAPTIVE, AUTO]
+        taken, left_out = [], {}
+        for routing in chosen or usual:
+            try:
+                Settings.from_state(self.state).updated(
+                    routing.settings or {},
+                    top_k=top_k,
+                    unavailable=self.state["unavailable_rules"],
+                )
+                taken.append(routing.over(self.base))
+            except SereError as error:
+                if chosen is not None:
+                    raise SereError(f"--points {routing.name}: {error}") from None
+                left_out[routing.name] = str(error)
+        return taken, left_out
 
     def tokenizer(self) -> Any:
         """The server's."""

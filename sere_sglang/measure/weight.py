@@ -31,8 +31,13 @@ class Weigher:
         rows = self.server.sere()["counters"].values()
         return sum(row["active_after"] / row["forwards"] for row in rows)
 
+    def steps(self) -> float:
+        """Forwards that were re-routed; a policy may leave others exact, which nothing counts."""
+        rows = self.server.sere()["counters"].values()
+        return max((row["forwards"] for row in rows), default=0)
+
     def shares(self) -> dict[str, float]:
-        """Of what exact routing would load: experts, and bytes."""
+        """Of what exact routing would load: experts, bytes. 1 where no forward was re-routed."""
         state = self.server.sere()
         with_surrogates = state["rule"] == "energy" and state["surrogates"]
         before = after = weight = 0.0
@@ -41,4 +46,6 @@ class Weigher:
             after += row["active_after"]
             lost = row["active_before"] - row["active_after"]
             weight += lost * self._surrogate[int(layer)] * with_surrogates
+        if not before:
+            return {"active_share": 1.0, "bytes_share": 1.0}
         return {"active_share": after / before, "bytes_share": (after + weight) / before}
