@@ -136,14 +136,11 @@ def _pictures(payload: dict[str, Any]) -> str:
     batches = list(dict.fromkeys(row["batch"] for row in rows))
 
     def series(x: Callable[[Row], float], name: str) -> dict[str, Sequence[Mark]]:
-        return {
-            f"batch {batch}": [
-                Mark(x(row), row[name], *row[f"{name}_interval"], row["point"])
-                for row in rows
-                if row["batch"] == batch
-            ]
-            for batch in batches
-        }
+        def mark(row: Row) -> Mark:
+            low, high = row[f"{name}_interval"]
+            return Mark(x(row), row[name], low, high, row["point"])
+
+        return {f"batch {b}": [mark(row) for row in rows if row["batch"] == b] for b in batches}
 
     if payload["kind"] == "text":
         x_label = "bytes of experts loaded, of exact routing's"

@@ -110,7 +110,8 @@ def a_payload(kind: str) -> dict[str, Any]:
     return {
         "kind": kind, "model": "a/<model>", "text": "t.txt", "questions": "q.jsonl", "rows": rows,
         "hardware": {"gpus": [], "cpu": "a cpu", "cores": 2}, "sere_sglang": "0", "sglang": "0",
-        "profile": "p", "date": "today", "command": "c", "finished": False, "left_out": {"auto": "x"},
+        "profile": "p", "date": "today", "command": "c", "finished": False,
+        "left_out": {"auto": "x"},
     }  # fmt: skip
 
 
