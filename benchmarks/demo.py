@@ -27,7 +27,7 @@ from sere_sglang.measure.forcing import SERVER_FLAG
 from sere_sglang.measure.routing import ADAPTIVE, AUTO, OFF, PLAIN, Routing, static
 from sere_sglang.measure.server import Server
 from sere_sglang.measure.texts import Text, as_many
-from sere_sglang.measure.turns import Speed, decode_speeds, walk
+from sere_sglang.measure.turns import Active, Speed, decode_speeds, walk
 from sere_sglang.profile import load_profile
 from sere_sglang.schedule.cost_file import described
 from sere_sglang.schedule.expectation import expect, statistics_of
@@ -127,17 +127,17 @@ def _measure(
 def _rows(
     sere: Server,
     speeds: dict[Routing, Speed],
-    found: dict[Routing, tuple[Any, tuple[float, float]]],
+    found: dict[Routing, tuple[Any, Active]],
     batch: list[Text],
     floor: FloorModel,
 ) -> list[Row]:
     streams = len(batch)
-    reference, (active_off, _) = found[PLAIN]
+    reference, (active_off, _, _) = found[PLAIN]
     step_ms = 1000 * streams / speeds[OFF].median
     moe_ms = _moe_ms(sere, streams, active_off)
     rows = []
     for routing, speed in speeds.items():
-        log_probs, (before, after) = found[routing]
+        log_probs, (before, after, _) = found[routing]
         over_off, interval = speed.over(speeds[OFF])
         rows.append(
             Row(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+PREFIX = "sere-sglang: error: "
 USER_ERROR = 2
 """Exit status of every command that was asked for something it cannot do."""
 
@@ -42,7 +43,7 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except SereError as error:
-        print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
+        print(f"{PREFIX}{error}", file=sys.stderr, flush=True)
         raise SystemExit(USER_ERROR) from None
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sere_sglang.measure.routing import Routing
 
 _MOST_STREAMS = 256
+_POINTS = "S=1,S=2,S=3,adaptive,auto"
 
 
 def command(
@@ -58,8 +59,8 @@ def command(
         typer.Option(
             metavar="NAME,...",
             help="Routings to compare with off: S=2, S=2/0.5 (with rho), adaptive, adaptive@0.05 "
-            "(with its budget), auto, auto@0.05, piggyback=2, topk=2, budget=12."
-            " (default: S=1,S=2,S=3,adaptive,auto).",
+            "(with its budget), auto, auto@0.05, energy=0.05, piggyback=2, topk=2, budget=12 "
+            f"(default: {_POINTS}).",
             show_default=False,
         ),
     ] = None,
@@ -185,7 +186,7 @@ def _routings(
     """With the references; and of the default ones those this server cannot, with the reason."""
     from sere_sglang.measure.routing import OFF, PLAIN
 
-    points, left_out = server.points(chosen)
+    points, left_out = server.points(chosen, _POINTS.split(","))
     return [*[PLAIN] * plain, OFF.over(server.base), *points], left_out
 
 

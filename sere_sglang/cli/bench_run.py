@@ -43,10 +43,12 @@ class Plan:
 
 @dataclass
 class Quality:
-    """active: experts per layer and step, before and after; kl: of each sequence, ``[sequences]``,
-    nats per token, None where text could not be walked."""
+    """active: experts per layer and step, before and after; rerouted: the share of decode steps
+    that were, a policy may leave some exact; kl: of each sequence, ``[sequences]``, nats per token.
+    None where text could not be walked."""
 
     active: tuple[float, float] | None
+    rerouted: float | None
     kl: np.ndarray | None
 
 
@@ -159,14 +161,17 @@ def _quality(
     if reference is None:  # against itself, walked once more: what noise alone makes
         reference, seen = walked[0], walked[-1]
     found = divergence(reference, seen, [text.continuation_ids for text in chosen])
-    level.quality[routing] = Quality(active, found.kl.mean(1))
+    rerouted = min(active.steps / (sequences // streams * (steps - 1)), 1.0)
+    # The counters know the re-routed steps; in the others all experts were loaded.
+    after = active.before - rerouted * (active.before - active.after)
+    level.quality[routing] = Quality((active.before, after), rerouted, found.kl.mean(1))
     return reference
 
 
 def _row(streams: int, routing: Routing, level: Level) -> Row:
     speed = level.speeds[routing]
     over_off, bounds = speed.over(level.speeds[OFF])
-    quality = level.quality.get(routing) or Quality(None, None)
+    quality = level.quality.get(routing) or Quality(None, None, None)
     before, after = quality.active or (None, None)
     kl = quality.kl
     return Row(
@@ -181,6 +186,7 @@ def _row(streams: int, routing: Routing, level: Level) -> Row:
         over_off_interval=bounds,
         active_before=before,
         active_after=after,
+        rerouted_steps=quality.rerouted,
         kl=None if kl is None else float(kl.mean()),
         kl_interval=None if kl is None else interval(kl, np.mean),
     )

@@ -20,7 +20,8 @@ class Row:
 
     tok_s: decoded per second by all streams, the median over rounds. tpot_*: milliseconds from one
     token of a stream to the next. over_off_interval: of the median ratio over rounds, 95 %.
-    active_*: distinct experts per MoE layer and step, before and after re-routing. kl: to exact
+    active_*: distinct experts per MoE layer and step, before and after re-routing, a mean over all
+    decode steps; rerouted_steps: the share of them that a policy did not leave exact. kl: to exact
     routing (plain SGLang where that was measured), nats per token; 95 % by resampling sequences.
     """
 
@@ -34,6 +35,7 @@ class Row:
     over_off_interval: tuple[float, float]
     active_before: float | None
     active_after: float | None
+    rerouted_steps: float | None
     kl: float | None
     kl_interval: tuple[float, float] | None
     tok_s_by_round: list[float] = field(repr=False)

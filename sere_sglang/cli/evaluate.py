@@ -12,7 +12,7 @@ from sere_sglang.errors import SereError
 if TYPE_CHECKING:
     from sere_sglang.measure.questions import QuestionSet
 
-_POINTS = "S=1,S=2,S=3,adaptive,auto"
+POINTS = "S=1,S=2,S=3,adaptive,energy=0.02"
 
 
 def command(
@@ -64,8 +64,8 @@ def command(
         typer.Option(
             metavar="NAME,...",
             help="Operating points to compare with exact routing: S=2, S=2/0.5 (with rho), "
-            "adaptive, adaptive@0.05 (with its budget), auto, auto@0.05, piggyback=2, topk=2, "
-            f"budget=12 (default: {_POINTS}).",
+            "adaptive, adaptive@0.05 (with its budget), auto, auto@0.05, energy=0.05 (the rule of "
+            f"auto, always on), piggyback=2, topk=2, budget=12 (default: {POINTS}).",
             show_default=False,
         ),
     ] = None,
@@ -94,7 +94,8 @@ def command(
     how far the next-token distribution moves (mean and 99th percentile, nats
     per token), delta NLL what the text's own tokens lose, top-1 how often the
     most likely token stays; bytes is what the MoE layers load of what exact
-    routing loads. All intervals are 95 %, by resampling sequences.
+    routing loads. All intervals are 95 %, by resampling sequences. Policies act
+    here wherever they expect any gain, be it smaller than --sere-min-gain.
 
     With --jsonl, --tasks or --humaneval: the model answers, so many at a time,
     and accuracy is compared question by question.
@@ -122,7 +123,7 @@ def command(
     make_folder(out)
     question_set = _questions(jsonl, tasks, humaneval, questions)
     asked.check()
-    evaluation = Evaluation(asked, batches, chosen, out, Console(stderr=True))
+    evaluation = Evaluation(asked, batches, chosen, POINTS.split(","), out, Console(stderr=True))
     if question_set is not None:
         evaluation.of_questions(question_set, max_tokens)
     else:

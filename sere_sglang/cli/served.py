@@ -6,23 +6,22 @@ import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sere_sglang.errors import PATH_SHOWN, SereError, cut
+from sere_sglang.errors import PATH_SHOWN, PREFIX, SereError, cut
+from sere_sglang.measure.routing import Routing, routing_of
 from sere_sglang.measure.server import NotServing, Server, live_state, serve
 from sere_sglang.schedule.settings import Settings
 
 if TYPE_CHECKING:
-    from sere_sglang.measure.routing import Routing
     from sere_sglang.measure.texts import Text
 
 FORCING_FLAG = "--enable-custom-logit-processor"
 _FLAGS = ("--chunked-prefill-size=16384", "--disable-radix-cache", FORCING_FLAG)
 """A batch is prefilled at once, as often as it is sent, and decodes in lockstep."""
-_ERROR = "sere-sglang: error: "
 
 
 @dataclass(frozen=True)
@@ -80,20 +79,18 @@ class Served:
         """Whether text can be walked, which quality is measured by."""
         return bool(self.info.get("enable_custom_logit_processor"))
 
-    def points(self, chosen: list[Routing] | None) -> tuple[list[Routing], dict[str, str]]:
-        """Those to measure, with all their settings; and of the usual ones (None) those that this
-        server does not take, with the reason. Raises `SereError` for a chosen one that it does not
-        take."""
-        from sere_sglang.measure.routing import ADAPTIVE, AUTO, static
-
-        top_k = self.state["top_k"]
-        usual = [*(static(s) for s in (1, 2, 3) if s < top_k), ADAPTIVE, AUTO]
+    def points(
+        self, chosen: list[Routing] | None, usual: Sequence[str]
+    ) -> tuple[list[Routing], dict[str, str]]:
+        """Those to measure, with all their settings; and of the usual ones, where none was chosen,
+        those that this server does not take, with the reason. Raises `SereError` for a chosen one
+        that it does not take."""
         taken, left_out = [], {}
-        for routing in chosen or usual:
+        for routing in chosen or map(routing_of, usual):
             try:
                 Settings.from_state(self.state).updated(
                     routing.settings or {},
-                    top_k=top_k,
+                    top_k=self.state["top_k"],
                     unavailable=self.state["unavailable_rules"],
                 )
                 taken.append(routing.over(self.base))
@@ -240,7 +237,7 @@ def _plain_args(server_args: tuple[str, ...]) -> list[str]:
 
 def _refusal(error: NotServing, plain: bool) -> str:
     lines = [x.strip() for x in error.log.read_text(errors="replace").splitlines() if x.strip()]
-    ours = [line.partition(_ERROR)[2] for line in lines if _ERROR in line]
+    ours = [line.partition(PREFIX)[2] for line in lines if PREFIX in line]
     if ours:
         return ours[-1]
     errors = [line for line in lines if "Error" in line or "error:" in line]

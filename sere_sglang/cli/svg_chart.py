@@ -71,7 +71,9 @@ def _series(
     for (x, y), mark in zip(dots, marks, strict=True):
         parts.append(_line(x, place_y(mark.low), x, place_y(mark.high), color))
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>')
-        parts.append(_text(x + 6, y - 5, mark.label, "start", f' fill="{color}"'))
+        left = x > 0.8 * WIDTH  # where a word to the right would leave the picture
+        side, anchor = (-6, "end") if left else (6, "start")
+        parts.append(_text(x + side, y - 5, mark.label, anchor, f' fill="{color}"'))
     return parts
 
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sere_sglang.names import BEST_RULE
 from sere_sglang.errors import SereError, shown
+from sere_sglang.names import BEST_RULE
 
 FORMS = (
     "S=2 or S=2/0.5 (with rho), adaptive or adaptive@0.05 (with its quality budget), auto or "
-    "auto@0.05, piggyback=2, topk=2, budget=12"
+    "auto@0.05, energy=0.05, piggyback=2, topk=2, budget=12"
 )
 
 _NUMBER = r"\d*\.?\d+"
@@ -77,4 +77,8 @@ def routing_of(name: str, flag: str = "--points") -> Routing:
         return Routing(name, static_settings(int(found[2])) | {"rule": found[1]})
     if found := re.fullmatch(r"budget=(\d+)", name):
         return Routing(name, static_settings(1) | {"rule": "budget", "max_experts": int(found[1])})
+    if found := re.fullmatch(rf"energy=({_NUMBER})", name):
+        return Routing(
+            name, static_settings(1) | {"rule": "energy", "quality_budget": float(found[1])}
+        )
     raise SereError(f"{flag} {shown(name)}: no such operating point; write {FORMS}")

@@ -6,7 +6,7 @@ import contextlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -89,8 +89,16 @@ def _overlapping(server: Server, prompts: Sequence[list[int]], tokens: int) -> L
     return run_load(server, prompts, tokens)
 
 
-def count_active(server: Server, routing: Routing, run: Callable[[], Any]) -> tuple[float, float]:
-    """Mean active experts per layer before and after re-routing over the decode steps of `run`.
+class Active(NamedTuple):
+    """Mean active experts per layer and step, before and after re-routing; in how many steps."""
+
+    before: float
+    after: float
+    steps: int
+
+
+def count_active(server: Server, routing: Routing, run: Callable[[], Any]) -> Active:
+    """Over the re-routed decode steps of `run`; of a routing that re-routes none, over all.
 
     Steps that a policy leaves exact are not counted, so they are left out of the mean: every
     step of one batch size gets the same decision, but for the few before the first feedback.
@@ -102,14 +110,17 @@ def count_active(server: Server, routing: Routing, run: Callable[[], Any]) -> tu
     layers = list(server.sere()["counters"].values())
     forwards = sum(layer["forwards"] for layer in layers)
     if not forwards:  # the policy left every step exact
-        return count_active(server, OFF, run)
-    before = sum(layer["active_before"] for layer in layers) / forwards
-    return before, sum(layer["active_after"] for layer in layers) / forwards
+        return count_active(server, OFF, run)._replace(steps=0)
+    return Active(
+        before=sum(layer["active_before"] for layer in layers) / forwards,
+        after=sum(layer["active_after"] for layer in layers) / forwards,
+        steps=max(layer["forwards"] for layer in layers) if routing.reroutes else 0,
+    )
 
 
 def walk(
     servers: Mapping[str, Server], routing: Routing, texts: Sequence[Text], batch: int
-) -> tuple[list[np.ndarray], tuple[float, float]]:
+) -> tuple[list[np.ndarray], Active]:
     """Log-probabilities along `texts` in batches of one size, and `count_active` on the way.
 
     Exact routing is walked twice, first as it is, then as counters see it.

@@ -58,6 +58,7 @@ def a_row(routing: str, streams: int, ratio: float, low: float, kl: float | None
         over_off_interval=(low, ratio + 0.1),
         active_before=30.0,
         active_after=20.0,
+        rerouted_steps=1.0,
         kl=kl,
         kl_interval=None if kl is None else (kl, kl),
         tok_s_by_round=[100 * ratio] * 6,
@@ -94,7 +95,7 @@ def test_the_file_holds_what_there_is(tmp_path: Path) -> None:
     payload = json.loads(bench.path.read_text())
     assert [row["routing"] for row in payload["rows"]] == ["off"] and not payload["finished"]
     level.speeds[ADAPTIVE] = Speed({0: 150.0}, [8.0] * 9)
-    level.quality[ADAPTIVE] = Quality((30.0, 20.0), np.array([0.01, 0.03]))
+    level.quality[ADAPTIVE] = Quality((30.0, 20.0), 1.0, np.array([0.01, 0.03]))
     bench.write()
     row = json.loads(bench.path.read_text())["rows"][1]
     assert row["over_off"] == pytest.approx(1.5) and row["rounds"] == 1
