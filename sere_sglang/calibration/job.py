@@ -68,9 +68,14 @@ class CalibrationJob:
 
 def revision_of(server_args: Sequence[str]) -> str | None:
     """The value of ``--revision`` among SGLang's flags."""
-    for at, flag in enumerate(server_args):
-        name, given, value = flag.partition("=")
-        if name == "--revision":
+    return flag_value(server_args, "--revision")
+
+
+def flag_value(server_args: Sequence[str], flag: str) -> str | None:
+    """What `flag` is given as, in one word or two; None where it is not."""
+    for at, argument in enumerate(server_args):
+        name, given, value = argument.partition("=")
+        if name == flag:
             return value if given else "".join(server_args[at + 1 : at + 2]) or None
     return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -156,10 +155,11 @@ def _run(
     console: Console,
 ) -> None:
     from sere_sglang.cli.bench_run import Bench, measure
+    from sere_sglang.cli.chosen_text import texts_of
     from sere_sglang.cli.counted import counted
-    from sere_sglang.cli.served import one_line_errors, served, texts_of
+    from sere_sglang.cli.served import one_line_errors, served
 
-    bench = Bench({"command": shlex.join(sys.argv)}, out / "bench.json")
+    bench = Bench({"command": asked.command}, out / "bench.json")
     stopped = False
     try:
         with one_line_errors(asked.log(out)), contextlib.ExitStack() as stack:
@@ -206,10 +206,8 @@ def _about(name: str, plain: bool, left_out: dict[str, str], plan: Plan) -> dict
 def _preface(server: Served, name: str, left_out: dict[str, str]) -> list[str]:
     lines = [f"up: {server.sere.url}, {server.about['model']}; text: {name}"]
     lines += [f"without {routing}: {reason}" for routing, reason in left_out.items()]
-    if not server.can_force:
-        lines.append(
-            "without KL and active experts: the server runs without --enable-custom-logit-processor"
-        )
+    if server.cannot_force:
+        lines.append(f"without KL and active experts: {server.cannot_force}")
     return lines
 
 

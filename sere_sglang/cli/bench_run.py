@@ -117,10 +117,11 @@ def measure(
             tokens=_steps(served, prompts, plan.seconds),
             advance=timed,
             speeds=level.speeds,
+            plain_every=1,
         )
         reference = None
         for routing in sorted(routings, key=lambda r: (r != PLAIN, r != OFF)):
-            if served.can_force:
+            if served.cannot_force is None:
                 reference = _quality(served, routing, texts, streams, plan, level, reference)
                 bench.write()
             advance(f"quality, {streams} streams")

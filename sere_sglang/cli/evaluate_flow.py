@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import sere_sglang
+from sere_sglang.cli.chosen_text import texts_of
 from sere_sglang.cli.counted import counted
 from sere_sglang.cli.evaluate_report import page, table
 from sere_sglang.cli.evaluate_run import Grid, ask_questions, digest, walk_texts
-from sere_sglang.cli.served import FORCING_FLAG, Asked, Served, one_line_errors, served, texts_of
+from sere_sglang.cli.served import Asked, Served, one_line_errors, served
 from sere_sglang.errors import SereError
 from sere_sglang.measure.cells import Cells
 from sere_sglang.measure.machine import cpu_info, gpu_names
@@ -52,10 +52,9 @@ class Evaluation:
             server: Served, points: list[Routing], cells: Cells, rows: Rows,
             advance: Callable[[str], None],
         ) -> dict[str, Any]:  # fmt: skip
-            if not server.can_force:
+            if server.cannot_force:
                 raise SereError(
-                    f"the server at {server.sere.url} runs without {FORCING_FLAG}, through which "
-                    "text is walked; start it with that flag, or give --model or --jsonl"
+                    f"{server.cannot_force}, so text cannot be walked; change that, or give --jsonl"
                 )
             name, texts = texts_of(file, column, server.tokenizer(), sequences)
             about = self._about(server) | {"text": digest([t.continuation_ids for t in texts])}
@@ -83,7 +82,7 @@ class Evaluation:
 
     def _run(self, kind: str, references: int, measure: Measure) -> None:
         cells, rows = Cells(self.out / "cells.jsonl"), Rows()
-        about: dict[str, Any] = {"kind": kind, "command": shlex.join(sys.argv)}
+        about: dict[str, Any] = {"kind": kind, "command": self.asked.command}
         about |= {"sere_sglang": sere_sglang.__version__}
         about |= {"date": datetime.date.today().isoformat()}
         about |= {"hardware": cpu_info() | {"gpus": gpu_names()}}

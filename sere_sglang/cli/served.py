@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sere_sglang.errors import PATH_SHOWN, PREFIX, SereError, cut
 from sere_sglang.measure.routing import Routing, routing_of
 from sere_sglang.measure.server import NotServing, Server, live_state, serve
 from sere_sglang.schedule.settings import Settings
-
-if TYPE_CHECKING:
-    from sere_sglang.measure.texts import Text
 
 FORCING_FLAG = "--enable-custom-logit-processor"
 _FLAGS = ("--chunked-prefill-size=16384", "--disable-radix-cache", FORCING_FLAG)
@@ -48,6 +47,11 @@ class Asked:
         if self.model is not None and not self._names_profile:
             _require_profile(self.model, self.server_args)
 
+    @property
+    def command(self) -> str:
+        """What was typed, for the results."""
+        return shlex.join(without_keys(sys.argv))
+
     def log(self, folder: Path) -> str:
         """Where the server says what went wrong."""
         return str(folder / "sere.log") if self.url is None else f"the log of {self.url}"
@@ -75,9 +79,13 @@ class Served:
         return self.servers["sere"]
 
     @property
-    def can_force(self) -> bool:
-        """Whether text can be walked, which quality is measured by."""
-        return bool(self.info.get("enable_custom_logit_processor"))
+    def cannot_force(self) -> str | None:
+        """Why text cannot be walked, which quality is measured by; None where it can."""
+        if not self.info.get("enable_custom_logit_processor"):
+            return f"the server at {self.sere.url} runs without {FORCING_FLAG}"
+        if self.info.get("speculative_algorithm"):
+            return "with speculative decoding a step's tokens are not the text's"
+        return None
 
     def points(
         self, chosen: list[Routing] | None, usual: Sequence[str]
@@ -135,17 +143,30 @@ def served(asked: Asked, logs: Path, rows: int, *, plain: bool = False) -> Itera
         if state.get("failed"):
             raise SereError(f"{servers['sere'].url}: its re-routing has failed: {state['failed']}")
         info = servers["sere"].get("/server_info")
+        _check_room(info, rows)
         base = dataclasses.asdict(Settings.from_state(state))
         if asked.url is not None:
             stack.callback(lambda: _restore(servers["sere"], base))
         about = {
             "model": info["model_path"],
             "sglang": info.get("version"),
-            "server": asked.url or list(asked.server_args),
+            "server": asked.url or without_keys(asked.server_args),
             "profile": info["sere"]["profile"],
             "settings": base,
         }
         yield Served(servers, base, state, info, about)
+
+
+def without_keys(arguments: Sequence[str]) -> list[str]:
+    """A command line that may be kept: the values of ``--api-key`` and the like are not."""
+    kept: list[str] = []
+    for argument in arguments:
+        name, given, _ = argument.partition("=")
+        if given and name.endswith("-key"):
+            kept.append(f"{name}=...")
+        else:
+            kept.append("..." if kept and kept[-1].endswith("-key") else argument)
+    return kept
 
 
 @contextlib.contextmanager
@@ -162,46 +183,10 @@ def one_line_errors(where: str) -> Iterator[None]:
         raise SereError(f"the server stopped answering ({said}); see {where}") from None
 
 
-def text_windows(
-    file: Path | None, column: str, tokenizer: Any, count: int, length: int
-) -> tuple[str, list[list[int]]]:
-    """Its name, and about `count` windows of `length` tokens of `file` (None: the built-in text).
-
-    Raises `SereError`.
-    """
-    from sere_sglang.calibration.text import read_windows
-
-    try:
-        text = read_windows(
-            [] if file is None else [file],
-            lambda document: tokenizer.encode(document, add_special_tokens=False),
-            num_tokens=count * length,
-            length=length,
-            column=column,
-            seed=1,
-        )
-    except SereError as error:
-        told = str(error).replace("--data ", "--text ").replace(" or a smaller --length", "")
-        raise SereError(told) from None
-    return text.name, text.windows
-
-
-def texts_of(file: Path | None, column: str, tokenizer: Any, count: int) -> tuple[str, list[Text]]:
-    """As `text_windows`, cut into prompts and their continuations."""
-    from sere_sglang.measure.texts import CONTINUATION_TOKENS, PROMPT_TOKENS, cut_texts
-
-    length = PROMPT_TOKENS + CONTINUATION_TOKENS
-    name, windows = text_windows(file, column, tokenizer, count, length)
-    texts = cut_texts(windows, tokenizer)
-    if not texts:
-        raise SereError(f"--text {name}: no document has {length} tokens; give longer text")
-    return name, texts
-
-
 def _started(
     stack: contextlib.ExitStack, asked: Asked, logs: Path, rows: int, plain: bool
 ) -> dict[str, Server]:
-    from sere_sglang.calibration.job import choose_device
+    from sere_sglang.calibration.job import choose_device, flag_value
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # SGLang's imports warn in every process
     warnings.simplefilter("ignore")
@@ -210,17 +195,29 @@ def _started(
     flags = list(_FLAGS)
     if device == "cpu":  # SGLang's CPU engine takes all memory for its cache otherwise
         flags.append(f"--max-total-tokens={16384 + 64 * rows}")
+    key = flag_value(asked.server_args, "--api-key")
     servers = {}
     for name, own in (("plain", []), ("sere", ["--moe-backend=sere"]))[not plain :]:
         log = logs / f"{name}.log"
         arguments = _plain_args(asked.server_args) if name == "plain" else asked.server_args
         try:
             servers[name] = stack.enter_context(
-                serve(asked.model, log, *flags, *own, *arguments, device=device)
+                serve(asked.model, log, *flags, *own, *arguments, device=device, api_key=key)
             )
         except NotServing as error:
             raise SereError(_refusal(error, plain)) from None
     return servers
+
+
+def _check_room(info: dict[str, Any], rows: int) -> None:
+    """Raise `SereError` where so many rows do not decode at once."""
+    state = info["internal_states"][0]
+    most = state.get("effective_max_running_requests_per_dp")
+    if most is not None and most * (info.get("dp_size") or 1) < rows:
+        raise SereError(
+            f"{rows} streams at once: the server decodes {most} at most; give it more memory or a "
+            "larger --max-running-requests, or ask for fewer"
+        )
 
 
 def _plain_args(server_args: tuple[str, ...]) -> list[str]:

@@ -142,6 +142,7 @@ def serve(
     log: Path,
     *flags: str,
     device: str = "cpu",
+    api_key: str | None = None,
     env: dict[str, str] | None = None,
     launcher: Sequence[str] = (SGLANG, "serve"),
     start: Callable[[Sequence[str], Mapping[str, str], Path], Process] = start_process,
@@ -156,7 +157,7 @@ def serve(
     command = [*launcher, f"--model-path={model}", f"--port={port}", *ours, *flags]
     log.parent.mkdir(parents=True, exist_ok=True)
     process = start(command, {**variables, **(env or {})}, log)
-    server = Server(f"http://127.0.0.1:{port}", log, pid=process.pid)
+    server = Server(f"http://127.0.0.1:{port}", log, api_key, process.pid)
     try:
         _wait_until_healthy(server, process, log)
         yield server
@@ -186,7 +187,7 @@ def _wait_until_healthy(server: Server, process: Process, log: Path) -> None:
         if status is not None:
             raise NotServing(f"server exited with {status}", log)
         try:
-            urllib.request.urlopen(server.url + "/model_info", timeout=5).close()
+            server.get("/model_info", timeout=5)
             return
         except urllib.error.HTTPError as refusal:
             if refusal.code == 401:  # up, with an API key

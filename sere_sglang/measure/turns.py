@@ -61,17 +61,18 @@ def decode_speeds(
     tokens: int,
     advance: Callable[[], None],
     speeds: dict[Routing, Speed] | None = None,
+    plain_every: int = 3,
 ) -> dict[Routing, Speed]:
     """Every round measures every routing once.
 
     One more round before them warms up. Plain SGLang, many times slower on a CPU, takes part in
-    every third. speeds: filled as the rounds go, and returned.
+    one of `plain_every`. speeds: filled as the rounds go, and returned.
     """
     speeds = {} if speeds is None else speeds
     speeds |= {routing: Speed() for routing in routings}
     for at in range(-1, rounds):
         for routing in routings:
-            if routing != PLAIN or at % 3 == 0:
+            if routing != PLAIN or at % plain_every == 0:
                 result = _overlapping(use(servers, routing), prompts, tokens)
                 if at >= 0:
                     speeds[routing].tok_s[at] = result.decode_tok_s

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from sere_sglang.cli.bench_run import Bench, Level, Quality
 from sere_sglang.cli.bench_table import Row, best, gain, table
 from sere_sglang.cli.main import app
+from sere_sglang.cli.served import without_keys
 from sere_sglang.measure.routing import ADAPTIVE, OFF, static
 from sere_sglang.measure.turns import Speed
 from tests.server.checkpoints import write_checkpoint
@@ -147,3 +148,19 @@ def test_help_teaches() -> None:
     assert code == 0
     for word in ("no gain", "nats per token", "--quick", "sere-sglang calibrate", "Ctrl-C"):
         assert word in output
+
+
+def test_keys_are_not_kept() -> None:
+    typed = [
+        "bench",
+        "--api-key",
+        "secret",
+        "--model=m",
+        "--",
+        "--admin-api-key=secret",
+        "--tp",
+        "2",
+    ]
+    assert without_keys(typed) == [
+        "bench", "--api-key", "...", "--model=m", "--", "--admin-api-key=...", "--tp", "2",
+    ]  # fmt: skip
