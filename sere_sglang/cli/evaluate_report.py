@@ -48,8 +48,8 @@ _HOW_TEXT = (
 _HOW_QUESTIONS = (
     "The model answered the same questions, so many at a time, greedily, with exact routing (off) "
     "and at each operating point. minus exact: accuracy against exact routing's on the same "
-    "questions, with its 95 % interval by resampling questions; where that holds 0, no difference "
-    "was shown, which is not the same as none."
+    "questions, with its 95 % interval (Bonett and Price); where that holds 0, no difference was "
+    "shown, which is not the same as none. Accuracy: 95 % (Wilson)."
 )
 
 
@@ -58,7 +58,7 @@ def difference(row: Row) -> str:
     low, high = row["difference_interval"]
     bounds = f"({low:+.1%} to {high:+.1%})"
     if low <= 0 <= high:
-        return f"no difference shown {bounds}"
+        return f"none shown {bounds}"
     return f"{row['difference']:+.1%} {bounds}"
 
 

@@ -16,7 +16,7 @@ from sere_sglang.measure.answers import answers
 from sere_sglang.measure.cells import Cells
 from sere_sglang.measure.divergence import Divergence, divergence
 from sere_sglang.measure.forcing import forced_in_batches
-from sere_sglang.measure.intervals import interval
+from sere_sglang.measure.intervals import difference_interval, interval, share_interval
 from sere_sglang.measure.questions import QuestionSet
 from sere_sglang.measure.routing import OFF, Routing
 from sere_sglang.measure.texts import Text, as_many
@@ -156,9 +156,9 @@ def _score_row(scores: list[float], exact: list[float]) -> dict[str, Any]:
     return {
         "questions": len(scores),
         "accuracy": float(np.mean(scores)),
-        "accuracy_interval": list(interval(scores, np.mean)),
+        "accuracy_interval": list(share_interval(scores)),
         "difference": float(differences.mean()),
-        "difference_interval": list(interval(differences, np.mean)),
+        "difference_interval": list(difference_interval(differences)),
         "exact_only": int((differences < 0).sum()),
         "sere_only": int((differences > 0).sum()),
     }

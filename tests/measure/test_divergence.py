@@ -12,7 +12,7 @@ import torch
 from sere_sglang.errors import SereError
 from sere_sglang.measure.divergence import divergence, mean_kl, perplexity
 from sere_sglang.measure.forcing import TeacherForcing
-from sere_sglang.measure.intervals import interval
+from sere_sglang.measure.intervals import difference_interval, interval, share_interval
 from sere_sglang.measure.routing import routing_of
 from sere_sglang.measure.texts import as_many, cut_texts
 
@@ -50,6 +50,20 @@ def test_interval_covers_and_narrows() -> None:
     assert interval([2.0]) == (2.0, 2.0)
 
 
+def test_intervals_of_shares_are_the_published_ones() -> None:
+    """Wilson 1927, by scipy; Bonett and Price 2012, by their formula. No case is certain."""
+    from scipy.stats import binomtest
+
+    for right, asked in ((0, 10), (3, 10), (10, 10), (150, 200)):
+        expected = binomtest(right, asked).proportion_ci(0.95, method="wilson")
+        found = share_interval([1.0] * right + [0.0] * (asked - right))
+        assert found == pytest.approx((expected.low, expected.high), abs=1e-4)
+    low, high = difference_interval(np.zeros(100))
+    assert low == pytest.approx(-high) and 0.02 < high < 0.04
+    low, high = difference_interval(np.array([-1.0] * 12 + [1.0] * 2 + [0.0] * 86))
+    assert (low, high) == pytest.approx((-0.1730, -0.0231), abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -60,6 +74,7 @@ def test_interval_covers_and_narrows() -> None:
         ("adaptive@0.05", {"policy": "adaptive", "quality_budget": 0.05}),
         ("auto@0.1", {"policy": "adaptive", "rule": "energy", "quality_budget": 0.1}),
         ("piggyback=2", {"policy": "static", "rule": "piggyback", "primary_k": 2}),
+        ("energy=0.05", {"policy": "static", "rule": "energy", "quality_budget": 0.05}),
         ("budget=12", {"policy": "static", "rule": "budget", "max_experts": 12}),
     ],
 )

@@ -143,7 +143,7 @@ def test_a_chart_of_one_point_and_of_zeros() -> None:
 
 def test_a_difference_claims_no_more_than_its_interval() -> None:
     row = {"difference": -0.01, "difference_interval": [-0.03, 0.01]}
-    assert difference(row) == "no difference shown (-3.0% to +1.0%)"
+    assert difference(row) == "none shown (-3.0% to +1.0%)"
     row = {"difference": -0.05, "difference_interval": [-0.08, -0.02]}
     assert difference(row) == "-5.0% (-8.0% to -2.0%)"
 
