@@ -214,7 +214,7 @@ def _preface(server: Served, name: str, left_out: dict[str, str]) -> list[str]:
 def _report(bench: Bench, out: Path, plain: bool) -> None:
     from rich.console import Console
 
-    from sere_sglang.cli.bench_table import SURE_ROUNDS, best, table
+    from sere_sglang.cli.bench_table import SURE_ROUNDS, best, bursts, table
     from sere_sglang.cli.drawing import can_draw
 
     rows = bench.rows()
@@ -225,8 +225,9 @@ def _report(bench: Bench, out: Path, plain: bool) -> None:
     fewest = min(row.rounds for row in rows if row.routing != "plain")
     sure = "95 %" if fewest >= SURE_ROUNDS else f"of {fewest} rounds only, too few for 95 %"
     console.print(table(rows, f"{bench.about.get('model')}: x off and KL with intervals ({sure})"))
-    if found := best(rows):
-        console.print(found, highlight=False, soft_wrap=True)
+    for told in (best(rows), bursts(rows)):
+        if told is not None:
+            console.print(told, highlight=False, soft_wrap=True)
     console.print(f"wrote {bench.path}", highlight=False, soft_wrap=True)
     shown = [row for row in rows if row.kl is not None]
     if not shown:

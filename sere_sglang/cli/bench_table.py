@@ -89,6 +89,18 @@ def best(rows: Sequence[Row]) -> str | None:
     return None
 
 
+def bursts(rows: Sequence[Row]) -> str | None:
+    """A warning where tokens came to this process in bursts, not one step after the other."""
+    found = [row for row in rows if row.tpot_p50_ms < 500 * row.streams / row.tok_s]
+    if not found:
+        return None
+    where = ", ".join(dict.fromkeys(f"{row.streams} streams {row.routing}" for row in found))
+    return (
+        f"tokens came in bursts, the machine is too busy for its times to be trusted: {where}; "
+        "repeat it on an idle machine"
+    )
+
+
 def _active(row: Row) -> str:
     if row.active_before is None or row.active_after is None:
         return "-"

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sere_sglang.cli.bench_run import Bench, Level, Quality
-from sere_sglang.cli.bench_table import Row, best, gain, table
+from sere_sglang.cli.bench_table import Row, best, bursts, gain, table
 from sere_sglang.cli.main import app
 from sere_sglang.cli.served import without_keys
 from sere_sglang.measure.routing import ADAPTIVE, OFF, static
@@ -84,6 +84,16 @@ def test_the_table_says_no_gain_and_the_sentence_names_the_mildest_gain() -> Non
     assert best([row for row in rows if row.routing in ("off", "S=3")]) is None
     unwalked = a_row("S=1", 4, 1.8, 1.6, None)
     assert best([unwalked]) is None
+
+
+def test_bursts_are_warned_of() -> None:
+    even = a_row("off", 4, 1.0, 1.0, 0.0)
+    even.tpot_p50_ms = 1000 * even.streams / even.tok_s
+    uneven = a_row("S=1", 4, 1.5, 1.4, 0.0)
+    uneven.tpot_p50_ms = 0.1
+    assert bursts([even]) is None
+    assert "bursts" in (told := bursts([even, uneven]) or "") and "4 streams S=1" in told
+    assert "off" not in told
 
 
 def test_the_file_holds_what_there_is(tmp_path: Path) -> None:
