@@ -141,7 +141,10 @@ def served(asked: Asked, logs: Path, rows: int, *, plain: bool = False) -> Itera
             servers = _started(stack, asked, logs, rows, plain)
         state = live_state(servers["sere"])
         if state.get("failed"):
-            raise SereError(f"{servers['sere'].url}: its re-routing has failed: {state['failed']}")
+            raise SereError(
+                f"{servers['sere'].url}: its re-routing has failed ({state['failed']}); start it "
+                "again, by /set_internal_state or with the server"
+            )
         info = servers["sere"].get("/server_info")
         _check_room(info, rows)
         base = dataclasses.asdict(Settings.from_state(state))

@@ -116,8 +116,8 @@ def live_state(server: Server) -> dict[str, Any]:
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         raise SereError(
             f"no SGLang server answers at {cut(server.url, PATH_SHOWN)} "
-            f"({cut(str(error), PATH_SHOWN)}); name one that runs, and its key with --api-key if it "
-            "has one"
+            f"({cut(str(error), PATH_SHOWN)}); name one that runs, and its key with --api-key if "
+            "it has one"
         ) from None
     if not isinstance(info, dict):
         raise SereError(f"{cut(server.url, PATH_SHOWN)} is no SGLang server: name one that runs")

@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.serving.server import CPU_ENGINE, Process, Server, serve, start_process
+from sere_sglang.measure.server import CPU_ENGINE, Process, Server, serve, start_process
 from tests.server.checkpoints import write_checkpoint
 from tests.server.profiles import write_profile
 

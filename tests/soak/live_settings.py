@@ -26,7 +26,8 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.serving.server import ROOT, Server, serve
+from benchmarks.serving.experiment import ROOT
+from sere_sglang.measure.server import Server, serve
 from tests.soak.clients import Tally, client
 from tests.soak.memory import MemoryWatch, Slope
 
