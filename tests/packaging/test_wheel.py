@@ -11,28 +11,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "sere_sglang", "patches", "csrc")
+from tests.packaging.dist import ROOT, build
+
 DATA = ("py.typed", "calibration/calibration.txt")
-GENERATED = ("*.egg-info", "__pycache__")
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist, and the wheel made from it."""
-    source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    excluded = [f"--exclude={pattern}" for pattern in GENERATED]
-    archive = subprocess.run(
-        ["tar", "c", *excluded, *SOURCES], cwd=ROOT, capture_output=True, check=True
-    )
-    subprocess.run(["tar", "x"], cwd=source, input=archive.stdout, check=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return dist
+    return build(tmp_path_factory.mktemp("published"))
 
 
 def _shipped() -> set[str]:
