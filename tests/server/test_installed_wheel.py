@@ -27,14 +27,14 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder / "venv", with_pip=False)
     site = next((folder / "venv" / "lib").glob("python*")) / "site-packages"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    install = [*pip, "--no-deps", "--no-compile", "--target", str(site), str(wheel)]
+    install = [*pip, "--no-deps", "--no-compile", f"--target={site}", str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     (site / "lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return folder / "venv" / "bin" / "python"
 
 
 def test_serves(checkpoint: Callable[[str], Path], python: Path, tmp_path: Path) -> None:
-    where = [python, "-c", "import sere_sglang; print(sere_sglang.__file__)"]
+    where = [str(python), "-c", "import sere_sglang; print(sere_sglang.__file__)"]
     told = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert Path(told.stdout.strip()).is_relative_to(python.parents[1])
 
