@@ -5,7 +5,8 @@
 
 Held-out text, teacher-forced, in batches of one size; the reference is the same server with SERE
 switched off, in the same batches. A surrogate counts as loaded for every expert that a batch lost.
-Intervals are bootstrapped over sequences. Writes ``quality.json``.
+Intervals are bootstrapped over sequences. Writes
+``quality.json``, and ``quality_FOLDER.json`` of a model that is not the demo's.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def main() -> None:
 def _write(model: str, rows: list[dict[str, Any]], rules: list[str]) -> Path:
     """What there is so far: an end before the end costs only what was not measured."""
     shown = [{key: value for key, value in row.items() if key != "_kl"} for row in rows]
-    return write_result("quality", shown, model=model, at_equal_bytes=_compare(rows, rules))
+    name = "quality" if model == "demo_model" else f"quality_{model}"
+    return write_result(name, shown, model=model, at_equal_bytes=_compare(rows, rules))
 
 
 def _profile(model: Path, data: Path | None, folder: Path) -> Path:
