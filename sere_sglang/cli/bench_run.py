@@ -160,7 +160,7 @@ def _quality(
     walked, active = walk(served.servers, routing, chosen, streams)
     seen = walked[0]
     if reference is None:  # against itself, walked once more: what noise alone makes
-        reference, seen = walked[0], walked[-1]
+        reference, seen = walked[0], walked[0 if routing == PLAIN else -1]
     found = divergence(reference, seen, [text.continuation_ids for text in chosen])
     rerouted = min(active.steps / (sequences // streams * (steps - 1)), 1.0)
     # The counters know the re-routed steps; in the others all experts were loaded.

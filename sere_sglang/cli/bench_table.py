@@ -112,5 +112,7 @@ def _active(row: Row) -> str:
 def _kl(row: Row) -> str:
     if row.kl is None or row.kl_interval is None:
         return "-"
+    if row.routing == "plain":
+        return "reference"
     low, high = row.kl_interval
     return f"{row.kl:.4f} ({low:.4f}-{high:.4f})"
