@@ -204,9 +204,11 @@ class _Reader:
         if len(content) > _MAX_BYTES:
             self.refuse(f"is larger than {_MAX_BYTES >> 20} MiB, no cost file is")
         try:
-            return json.loads(content)
+            body = json.loads(content)
+            json.dumps(body, allow_nan=False)  # /server_info shows what it says of the hardware
         except (ValueError, RecursionError) as error:
             self.refuse(f"is not JSON ({str(error)[:80]})")
+        return body
 
     def entry(self, holder: Any, key: str, kind: type, where: str = "") -> Any:
         value = holder.get(key) if isinstance(holder, dict) else None

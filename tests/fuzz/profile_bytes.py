@@ -95,7 +95,7 @@ def _change_entry(header: dict[str, Any], draw: random.Random) -> None:
         entry.pop(draw.choice(tuple(entry)))
     else:
         numbers = [draw.choice(_NUMBERS) for _ in range(draw.randrange(4))]
-        entry[key] = draw.choice((numbers, list(reversed(entry.get(key, []))), "x", None))
+        entry[key] = draw.choice((numbers, list(reversed(entry.get(key) or [])), "x", None))
 
 
 def _changed_values(tensors: bytes, draw: random.Random) -> bytes:

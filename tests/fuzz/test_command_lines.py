@@ -123,7 +123,7 @@ def test_config_files(seed: int, tmp_path_factory: pytest.TempPathFactory) -> No
     def served() -> SereConfig | None:
         try:
             merged = ConfigArgumentMerger(PARSER).merge_config_with_args(["--config", str(path)])
-        except (ValueError, TypeError, yaml.YAMLError):  # SGLang's own refusal
+        except (ValueError, TypeError, AttributeError, yaml.YAMLError):  # SGLang's own refusal
             return None
         return _served(PARSER, merged)
 

@@ -158,7 +158,14 @@ def _model(folder: Path) -> Path:
 
 
 def _tokens(server: Server, count: int = 8) -> list[list[int]]:
-    return [answer["output_ids"] for answer in server.generate(PROMPTS, count)]
+    """Of every second request, which asks for exact; what the others get depends on which of them
+    happen to be in a batch."""
+    sampling = {"temperature": 0, "max_new_tokens": count, "ignore_eos": True}
+    each = [sampling | {"custom_params": {"sere": q}} for q in ("exact", "balanced")]
+    body = {"text": PROMPTS, "sampling_params": [each[i % 2] for i in range(len(PROMPTS))]}
+    answers = [answer["output_ids"] for answer in server.post("/generate", body)]
+    _expect(all(len(answer) == count for answer in answers), "an answer is not whole")
+    return answers[::2]
 
 
 def _healthy(server: Server) -> None:
