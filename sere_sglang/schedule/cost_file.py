@@ -137,13 +137,13 @@ def load_cost(path: str | Path, flag: str = "--sere-cost") -> CostFile:
                 f"{model.num_experts}, top-{model.top_k}"
             )
     step = read.step(body["step"]) if body.get("step") is not None else None
-    hardware = body.get("hardware")
+    hardware = read.hardware(body.get("hardware"))
     return CostFile(
         model,
         MoeCost(
             tuple(shapes),
             source="file",
-            hardware=hardware if isinstance(hardware, dict) else {},
+            hardware=hardware,
             step=step,
         ),
     )
@@ -204,11 +204,9 @@ class _Reader:
         if len(content) > _MAX_BYTES:
             self.refuse(f"is larger than {_MAX_BYTES >> 20} MiB, no cost file is")
         try:
-            body = json.loads(content)
-            json.dumps(body, allow_nan=False)  # /server_info shows what it says of the hardware
+            return json.loads(content)
         except (ValueError, RecursionError) as error:
             self.refuse(f"is not JSON ({str(error)[:80]})")
-        return body
 
     def entry(self, holder: Any, key: str, kind: type, where: str = "") -> Any:
         value = holder.get(key) if isinstance(holder, dict) else None
@@ -282,6 +280,14 @@ class _Reader:
             row_ms=self.number(entry["row_ms"], "step.row_ms", most=_MAX_MS),
             scale=self.number(entry["scale"], "step.scale", least=1e-6, most=1e6),
         )
+
+    def hardware(self, entry: Any) -> dict[str, Any]:
+        """Told for people only, by ``/server_info``, whose JSON has no NaN."""
+        try:
+            json.dumps(entry, allow_nan=False)
+        except ValueError:
+            self.refuse("hardware holds what is no number")
+        return entry if isinstance(entry, dict) else {}
 
     def number(self, value: Any, where: str, *, least: float = 0.0, most: float) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
