@@ -75,19 +75,28 @@ def _change(draw: random.Random) -> dict[str, Any]:
 async def _change_settings(
     session: aiohttp.ClientSession, url: str, until: float, report: Report, seed: int
 ) -> None:
+    """Does not wait for an answer before it asks for the next."""
     draw = random.Random(seed)
+    asked = []
     while time.monotonic() < until:
         is_wrong = draw.random() < 0.1
         change = draw.choice(WRONG) if is_wrong else _change(draw)
-        body = {"server_args": {"sere": change}}
-        async with session.post(url + "/set_internal_state", json=body) as answer:
-            said = await answer.text()
-        fits = answer.status == 400 if is_wrong else (answer.status, said) == (200, "[true]")
-        if not fits:
-            report.failures.append(f"{change}: status {answer.status}, {said[:200]}")
-        report.refused_changes += is_wrong
-        report.changes += not is_wrong
+        asked.append(asyncio.create_task(_ask(session, url, change, is_wrong, report)))
         await asyncio.sleep(draw.expovariate(CHANGES_PER_SECOND))
+    await asyncio.gather(*asked)
+
+
+async def _ask(
+    session: aiohttp.ClientSession, url: str, change: dict[str, Any], is_wrong: bool, report: Report
+) -> None:
+    body = {"server_args": {"sere": change}}
+    async with session.post(url + "/set_internal_state", json=body) as answer:
+        said = await answer.text()
+    fits = answer.status == 400 if is_wrong else (answer.status, said) == (200, "[true]")
+    if not fits:
+        report.failures.append(f"{change}: status {answer.status}, {said[:200]}")
+    report.refused_changes += is_wrong
+    report.changes += not is_wrong
 
 
 async def _load(server: Server, seconds: float, report: Report, seed: int) -> None:
