@@ -28,6 +28,7 @@ import psutil
 from sere_sglang.measure.server import CPU_ENGINE, Process, Server, serve, start_process
 from tests.server.checkpoints import write_checkpoint
 from tests.server.profiles import write_profile
+from tests.soak.logs import trouble_in
 
 Start = Callable[..., Process]
 SERE = ("--moe-backend=sere", "--sere-primary-k=1")
@@ -45,9 +46,13 @@ def calibrate_killed(folder: Path, kills: int, start: Start, seed: int = 0) -> s
     """
     write_checkpoint("qwen3_moe", folder / "model")
     whole, torn = folder / "whole.safetensors", folder / "torn.safetensors"
-    began = time.monotonic()
-    _expect(_calibration(folder, whole, start).wait(300) == 0, _log(folder, whole))
-    takes = time.monotonic() - began
+    takes = 0.0
+    for _ in range(2):  # the first also compiles and fills caches
+        began = time.monotonic()
+        _expect(_calibration(folder, whole, start).wait(300) == 0, _log(folder, whole))
+        takes = time.monotonic() - began
+        bytes_in_one_go = whole.read_bytes()
+        whole.unlink()
     draw, killed, runs = random.Random(seed), 0, 0
     partial = Path(f"{torn}.partial")
     while killed < kills:
@@ -56,18 +61,18 @@ def calibrate_killed(folder: Path, kills: int, start: Start, seed: int = 0) -> s
         runs += 1
         # It may be done sooner than the whole one: part of it is done already.
         with contextlib.suppress(Exception):
-            run.wait(draw.uniform(0.2, 0.9) * takes)
+            run.wait(draw.uniform(0.1, 0.7) * takes)
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
             killed += 1
         run.wait(60)
-        _expect(runs < 4 * kills + 4, "it never is at work when it is killed")
+        _expect(runs < 8 * kills + 8, "it never is at work when it is killed")
         if torn.exists():  # whole or not there at all
-            _expect(torn.read_bytes() == whole.read_bytes(), "other bytes than in one go")
+            _expect(torn.read_bytes() == bytes_in_one_go, "other bytes than in one go")
             torn.unlink()
     left = ["--resume"] if partial.exists() else []
     _expect(_calibration(folder, torn, start, *left).wait(300) == 0, _log(folder, torn))
-    _expect(torn.read_bytes() == whole.read_bytes(), "other bytes than in one go")
+    _expect(torn.read_bytes() == bytes_in_one_go, "other bytes than in one go")
     left_over = [x.name for x in folder.glob("torn.safetensors.*") if not x.name.endswith("log")]
     _expect(not left_over, f"left behind: {left_over}")
     return f"calibrate: killed {killed} times in {runs} runs, resumed to the same bytes"
@@ -171,9 +176,8 @@ def _tokens(server: Server, count: int = 8) -> list[list[int]]:
 def _healthy(server: Server) -> None:
     state = server.sere()
     _expect(state["failed"] is None and state["enabled"], f"failed: {state['failed']}")
-    log = server.log.read_text(errors="replace")
-    at = log.find("Traceback (most recent call last)")
-    _expect(at < 0, log[max(0, at - 500) : at + 2500])
+    trouble = trouble_in(server.log)
+    _expect(trouble is None, str(trouble))
 
 
 def _expect(fits: Any, message: str) -> None:

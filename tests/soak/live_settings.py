@@ -29,6 +29,7 @@ import aiohttp
 from benchmarks.serving.experiment import ROOT
 from sere_sglang.measure.server import Server, serve
 from tests.soak.clients import Tally, client
+from tests.soak.logs import trouble_in
 from tests.soak.memory import MemoryWatch, Slope
 
 CHANGES_PER_SECOND = 5.0
@@ -160,11 +161,9 @@ def _left_behind(server: Server, plain: bool) -> list[str]:
         time.sleep(0.2)
     else:
         failures.append(f"still running: {batch}")
-    log = server.log.read_text(errors="replace")
-    for sign in ("Traceback (most recent call last)", "SERE failed"):
-        at = log.find(sign)
-        if at >= 0:
-            failures.append(f"in the log: {log[max(0, at - 300) : at + 3000]}")
+    trouble = trouble_in(server.log)
+    if trouble is not None:
+        failures.append(f"in the log: {trouble}")
     return failures
 
 
