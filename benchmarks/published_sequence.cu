@@ -69,8 +69,8 @@ void empty(TensorView on_device) {
 }
 #endif
 
-void scan(TensorView ids, TensorView mask, TensorView similarity, TensorView out,
-          int64_t primary_k, double threshold) {
+void scan(TensorView ids, TensorView mask, TensorView similarity, TensorView out, int64_t primary_k,
+          double threshold) {
   Problem p;
   p.ids = static_cast<const int64_t*>(ids.data_ptr());
   p.mask = static_cast<const bool*>(mask.data_ptr());

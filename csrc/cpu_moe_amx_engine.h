@@ -45,10 +45,11 @@ class Engine {
       for (int64_t k = 0; k < p_.hidden_size; k += kTileDepth) {
         __m512i rows[kTile];
         for (int r = 0; r < kTile; ++r) {
-          rows[r] = first + r < panel.count
-                        ? _mm512_loadu_si512(p_.hidden + k +
-                                             routing_.token[panel.first + first + r] * p_.hidden_size)
-                        : _mm512_setzero_si512();
+          rows[r] =
+              first + r < panel.count
+                  ? _mm512_loadu_si512(p_.hidden + k +
+                                       routing_.token[panel.first + first + r] * p_.hidden_size)
+                  : _mm512_setzero_si512();
         }
         store_block(rows, to + block_words(p_.hidden_size) * (first / kTile) + k / 2 * kTile);
       }

@@ -35,7 +35,8 @@ inline Floats odd(const bf16* from) {
 // Lane 0 is the sum of the lanes of a, lane 1 of b and so on, each in the same order. Blends run on
 // either port, where shuffles have one.
 inline Quad sum4(Floats a, Floats b, Floats c, Floats d) {
-  const __m512i crossed = _mm512_setr_epi32(1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
+  const __m512i crossed =
+      _mm512_setr_epi32(1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
   const auto pair = [&](__m512 a, __m512 b) {  // lanes a0 + a1, b0 + b1, a2 + a3, b2 + b3, ...
     return _mm512_mask_blend_ps(0xaaaa, a, b) + _mm512_permutex2var_ps(a, crossed, b);
   };

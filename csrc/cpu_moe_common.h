@@ -42,14 +42,14 @@ inline bf16 from_float<bf16>(float value) {  // to nearest even; NaN stays NaN
 // One layer's call. All matrices are dense, rows of the last dimension contiguous.
 template <typename T>
 struct Problem {
-  const T* hidden;          // [tokens, hidden_size]
-  const T* w13;             // [experts, 2 * inter_size, hidden_size], gate rows then up rows
-  const T* w2;              // [experts, hidden_size, inter_size]
-  const float* w13_bias;    // [experts, 2 * inter_size] or null
-  const float* w2_bias;     // [experts, hidden_size] or null
-  const int32_t* ids;       // [tokens, top_k], negative: empty slot
-  const float* weights;     // [tokens, top_k]
-  T* out;                   // [tokens, hidden_size]
+  const T* hidden;        // [tokens, hidden_size]
+  const T* w13;           // [experts, 2 * inter_size, hidden_size], gate rows then up rows
+  const T* w2;            // [experts, hidden_size, inter_size]
+  const float* w13_bias;  // [experts, 2 * inter_size] or null
+  const float* w2_bias;   // [experts, hidden_size] or null
+  const int32_t* ids;     // [tokens, top_k], negative: empty slot
+  const float* weights;   // [tokens, top_k]
+  T* out;                 // [tokens, hidden_size]
   int64_t tokens, top_k, experts, hidden_size, inter_size;
 };
 

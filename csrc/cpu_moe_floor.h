@@ -19,9 +19,9 @@ struct Span {
   size_t bytes;
 };
 
-inline constexpr size_t kReadBlock = 64 << 10;   // what a thread takes at a time
+inline constexpr size_t kReadBlock = 64 << 10;  // what a thread takes at a time
 inline constexpr int kReadChains = 8;
-inline constexpr int kMultiplyChains = 12;       // three times the latency of the slowest FMA
+inline constexpr int kMultiplyChains = 12;  // three times the latency of the slowest FMA
 
 // Adds up whole vectors, so that no load can be left out; what is left of a block is not read. As
 // many bytes are requested, where `ahead` points.
@@ -73,7 +73,8 @@ inline int64_t multiply_add_registers(int64_t steps) {
     Floats chains[kMultiplyChains];
     for (int i = 0; i < kMultiplyChains; ++i) chains[i] = summand + float(i);
     for (int64_t step = 0; step < steps; ++step) {
-      for (int i = 0; i < kMultiplyChains; ++i) chains[i] = multiply_add(chains[i], factor, summand);
+      for (int i = 0; i < kMultiplyChains; ++i)
+        chains[i] = multiply_add(chains[i], factor, summand);
     }
     for (int i = 1; i < kMultiplyChains; ++i) chains[0] += chains[i];
     if (chains[0][0] < 0.0f) kept = chains[0][0];

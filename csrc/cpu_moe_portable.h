@@ -15,9 +15,13 @@ inline Floats accumulate(Floats sum, Floats a, Floats b) { return multiply_add(a
 
 // The even elements of 8 bfloat16, then the odd ones.
 template <int>
-inline Floats even(const bf16* from) { return (Floats)(load_as<Words>(from) << 16); }
+inline Floats even(const bf16* from) {
+  return (Floats)(load_as<Words>(from) << 16);
+}
 template <int>
-inline Floats odd(const bf16* from) { return (Floats)(load_as<Words>(from) & 0xffff0000u); }
+inline Floats odd(const bf16* from) {
+  return (Floats)(load_as<Words>(from) & 0xffff0000u);
+}
 
 // Lane 0 is the sum of the lanes of a, lane 1 of b and so on, each in the same order.
 inline Quad sum4(Floats a, Floats b, Floats c, Floats d) {

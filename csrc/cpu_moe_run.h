@@ -86,10 +86,12 @@ class Run {
 
  private:
   const T* gate_of(int64_t unit) const {
-    return p_.w13 + (2 * expert_of(unit).id * p_.inter_size + unit % up_units_ * up_rows_) * p_.hidden_size;
+    return p_.w13 +
+           (2 * expert_of(unit).id * p_.inter_size + unit % up_units_ * up_rows_) * p_.hidden_size;
   }
   const T* down_of(int64_t unit, int64_t active) const {
-    return p_.w2 + (routing_.active[active].id * p_.hidden_size + unit * down_rows_) * p_.inter_size;
+    return p_.w2 +
+           (routing_.active[active].id * p_.hidden_size + unit * down_rows_) * p_.inter_size;
   }
   const Routing::Expert& expert_of(int64_t up_unit) const {
     return routing_.active[up_unit / up_units_];

@@ -149,8 +149,8 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead
   unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
     unrolled<4 * kQuads>([&]<int i>() __attribute__((always_inline)) { sums[r][i] = Floats{}; });
   });
-  const auto part = [&]<int kPart>(const T* const* from, int64_t k_from, int64_t k)
-                        __attribute__((always_inline)) {
+  const auto part = [&]<int kPart>(const T* const* from, int64_t k_from,
+                                   int64_t k) __attribute__((always_inline)) {
     decltype(Math::template weight<kPart, kRows * kWeights>(from[0])) values[kWeights];
     unrolled<kWeights>([&]<int i>() __attribute__((always_inline)) {
       values[i] = Math::template weight<kPart, kRows * kWeights>(from[i] + k_from);
@@ -165,13 +165,13 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead
   };
   const auto step = [&](const T* const* from, int64_t k_from, int64_t k)
                         __attribute__((always_inline)) {
-    part.template operator()<0>(from, k_from, k);
-    if constexpr (Math::kParts == 2) {
-      // The registers are for sums: weights are read twice, not kept from one part to the next.
-      asm volatile("" : "+r"(k_from));
-      part.template operator()<1>(from, k_from, k);
-    }
-  };
+                          part.template operator()<0>(from, k_from, k);
+                          if constexpr (Math::kParts == 2) {
+                            // The registers are for sums: weights are read twice, not kept from one part to the next.
+                            asm volatile("" : "+r"(k_from));
+                            part.template operator()<1>(from, k_from, k);
+                          }
+                        };
   int64_t k = 0;
   for (; k + kLine <= o.columns; k += kLine) {
     unrolled<kStepsPerLine>([&]<int i>() __attribute__((always_inline)) {

@@ -57,8 +57,8 @@ class VectorEngine {
     multiply(weights, num_weights, p_.hidden_size, rows, panel.count, ahead, out, stride);
   }
 
-  void multiply_inter(const Weight* weights, int64_t num_weights, int64_t index,
-                      const Ahead& ahead, Thread&, float* out, int64_t stride) const {
+  void multiply_inter(const Weight* weights, int64_t num_weights, int64_t index, const Ahead& ahead,
+                      Thread&, float* out, int64_t stride) const {
     const Panel& panel = routing_.panels[index];
     const Row* rows[kPanelRows];
     for (int r = 0; r < panel.count; ++r) rows[r] = inter_ + (panel.first + r) * inter_stride_;

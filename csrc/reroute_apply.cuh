@@ -101,8 +101,8 @@ SERE_DEVICE void apply(Shared& s, const Params& p, const Rows& rows, const Held&
       const bool moves = outcome == Outcome::kMoves;
       if (pads) outcome = Outcome::kStays;  // not counted
       if (moves && !pads && p.scale != nullptr) {
-        weight = p.weights[slot.row * p.weight_stride + slot.k] *
-                 p.scale[int64_t(own) * p.experts + id];
+        weight =
+            p.weights[slot.row * p.weight_stride + slot.k] * p.scale[int64_t(own) * p.experts + id];
         new_weight = true;
       }
       if (p.distinct) {

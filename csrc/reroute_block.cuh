@@ -9,7 +9,7 @@ namespace sere {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kGridThreads = 512;  // of a block in the grid form
-constexpr int kHeldSlots = 4;  // per thread, in registers from the first load to the last store
+constexpr int kHeldSlots = 4;      // per thread, in registers from the first load to the last store
 constexpr int kMaxCluster = 8;
 constexpr int kNoRow = 0x7fffffff;
 
@@ -49,8 +49,8 @@ struct Params {
   int experts;
   int group_bits;  // a row takes 2^group_bits lanes, at least top_k
   Search search;
-  bool distinct;   // no expert twice in a row; needs weights
-  bool quads;      // rows of the tables are aligned for loads of four
+  bool distinct;  // no expert twice in a row; needs weights
+  bool quads;     // rows of the tables are aligned for loads of four
 };
 
 struct Shared {
@@ -58,21 +58,21 @@ struct Shared {
   uint32_t primary[kExpertWords];       // P
   uint32_t mine_primary[kExpertWords];  // this block's votes, read by its peers
   uint32_t mine_present[kExpertWords];
-  uint32_t mine_kept[kExpertWords];     // critical experts of this block's rows
-  uint32_t active[kExpertWords];        // A: P and the critical experts of all rows
-  int primaries, present;               // experts in P, experts used by valid rows
-  int usable;                           // first row that padding rows can copy, in this block
-  int first_usable;                     // ... and in the whole forward
+  uint32_t mine_kept[kExpertWords];  // critical experts of this block's rows
+  uint32_t active[kExpertWords];     // A: P and the critical experts of all rows
+  int primaries, present;            // experts in P, experts used by valid rows
+  int usable;                        // first row that padding rows can copy, in this block
+  int first_usable;                  // ... and in the whole forward
   int listed;
   Tally tally;
-  int32_t mine_padding[kMaxTopK];       // ids of row `usable`, read by this block's peers
-  int32_t padding[kMaxTopK];            // ids of row `first_usable`
+  int32_t mine_padding[kMaxTopK];  // ids of row `usable`, read by this block's peers
+  int32_t padding[kMaxTopK];       // ids of row `first_usable`
   alignas(16) uint8_t voted[kMaxExperts];
   alignas(16) uint8_t seen[kMaxExperts][kMaxClasses];  // in use, by rows of a class
-  uint16_t list[kMaxExperts];           // experts that may move
-  int16_t best[kMaxExperts];            // by expert, for those in the list
+  uint16_t list[kMaxExperts];                          // experts that may move
+  int16_t best[kMaxExperts];                           // by expert, for those in the list
   float best_similarity[kMaxExperts];
-  int32_t row_own[kMaxThreads];         // rows in which slots met, by thread
+  int32_t row_own[kMaxThreads];  // rows in which slots met, by thread
   int32_t row_id[kMaxThreads];
   float row_weight[kMaxThreads];
 };

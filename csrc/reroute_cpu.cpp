@@ -22,7 +22,8 @@ Best best_primary(const float* row, const int32_t* primaries, int count) {
   // Two passes, so that the first one vectorizes: a maximum, then where it is.
   float highest = row[primaries[0]];
 #pragma omp simd reduction(max : highest)
-  for (int i = 0; i < count; ++i) highest = row[primaries[i]] > highest ? row[primaries[i]] : highest;
+  for (int i = 0; i < count; ++i)
+    highest = row[primaries[i]] > highest ? row[primaries[i]] : highest;
   int at = 0;
   while (at < count - 1 && row[primaries[at]] != highest) ++at;
   return {highest, primaries[at]};
@@ -30,7 +31,8 @@ Best best_primary(const float* row, const int32_t* primaries, int count) {
 
 // The same from the row's neighbours, sorted by similarity, ties by id: a few steps, unless P is
 // small.
-Best first_primary(const float* row, const int16_t* neighbors, const uint8_t* primary, int experts) {
+Best first_primary(const float* row, const int16_t* neighbors, const uint8_t* primary,
+                   int experts) {
   int at = 0;
   while (at < experts - 1 && !primary[neighbors[at]]) ++at;
   return {row[neighbors[at]], neighbors[at]};
@@ -42,18 +44,18 @@ struct Problem {
   int64_t id_stride, weight_stride;
   int rows, top_k, experts;
   const float* similarity;
-  const int16_t* neighbors;   // may be null
-  const float* scale;         // may be null
-  const uint8_t* row_class;   // may be null
-  int64_t* counters;          // may be null
-  bool distinct;              // needs weights
+  const int16_t* neighbors;  // may be null
+  const float* scale;        // may be null
+  const uint8_t* row_class;  // may be null
+  int64_t* counters;         // may be null
+  bool distinct;             // needs weights
 };
 
 // Of a forward, by expert. A byte each: setting one waits for no earlier value of its neighbours.
 struct Experts {
   uint8_t used[kMaxExperts];  // bit c: by a row of class c
   uint8_t primary[kMaxExperts];
-  Best best[kMaxExperts];  // what stands in for it, if it is used and not primary
+  Best best[kMaxExperts];         // what stands in for it, if it is used and not primary
   uint32_t active[kExpertWords];  // A: primary, or critical to a row that uses it
   int num_used, num_active;
   uint8_t held[kMaxExperts];  // all 0 between two rows

@@ -78,9 +78,7 @@ SERE_HD void fill_free_slots(const ExpertBits& a, int top_k, uint32_t live, uint
     if (weights != nullptr) weights[slot] = 0.0f;
     ids[slot] = own[slot];
     if (!has(a.words, own[slot])) continue;
-    const auto gave_up = [&](int k) {
-      return (live & ~surplus) >> k & 1 && !has(a.words, own[k]);
-    };
+    const auto gave_up = [&](int k) { return (live & ~surplus) >> k & 1 && !has(a.words, own[k]); };
     while (donor < top_k && !gave_up(donor)) ++donor;
     if (donor < top_k) ids[slot] = own[donor++];
   }

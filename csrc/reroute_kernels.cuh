@@ -44,7 +44,8 @@ SERE_DEVICE void reroute_held(Shared& s, const Params& p, Rows& rows, const Held
 
 // One block, or with kCluster the one cluster of the grid.
 template <bool kCluster>
-SERE_KERNEL(kMaxThreads) reroute_kernel(SERE_PARAMS Params p) {
+SERE_KERNEL(kMaxThreads)
+reroute_kernel(SERE_PARAMS Params p) {
   SERE_SHARED(Shared, s);
   prefetch_tables(p);
   wait_for_prior_kernels();
@@ -76,7 +77,8 @@ SERE_DEVICE Rows start_fused(Shared& s, const Params& p, const Router& router, H
 }
 
 template <int kSpans, bool kCluster>
-SERE_KERNEL(fused_threads(kSpans)) fused_kernel(SERE_PARAMS Params p, SERE_PARAMS Router router) {
+SERE_KERNEL(fused_threads(kSpans))
+fused_kernel(SERE_PARAMS Params p, SERE_PARAMS Router router) {
   SERE_SHARED(Shared, s);
   prefetch_tables(p);
   Held held;
@@ -137,8 +139,8 @@ SERE_KERNEL(kGridThreads) vote_grid_kernel(SERE_PARAMS Params p) {
 }
 
 template <int kSpans>
-SERE_KERNEL(fused_threads(kSpans)) fused_vote_grid_kernel(SERE_PARAMS Params p,
-                                                          SERE_PARAMS Router router) {
+SERE_KERNEL(fused_threads(kSpans))
+fused_vote_grid_kernel(SERE_PARAMS Params p, SERE_PARAMS Router router) {
   SERE_SHARED(Shared, s);
   Held held;
   Rows rows = start_fused<kSpans>(s, p, router, held);

@@ -39,7 +39,8 @@ SERE_DEVICE void load_keys(const Router& router, int row, int experts, LogitKeys
 #pragma unroll
       for (int i = 0; i < 4; ++i) logit[i] = quad.at[i];
     } else {
-      const uint16_t* from = static_cast<const uint16_t*>(router.logits) + row * router.logit_stride;
+      const uint16_t* from =
+          static_cast<const uint16_t*>(router.logits) + row * router.logit_stride;
       const Quad<uint16_t> quad = load_four(from, at, experts, router.quads);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -84,7 +85,8 @@ SERE_DEVICE void select_top(const LogitKeys<kSpans>& keys, int top_k, bool renor
     const uint32_t key = warp_max(mine.key);
     const uint32_t lanes = ballot(mine.key == key);
     int winner = lowest_bit(lanes);
-    if (kSpans > 1 && (lanes & (lanes - 1)) != 0) {  // of one span, the lowest lane is the lowest id
+    if (kSpans > 1 &&
+        (lanes & (lanes - 1)) != 0) {  // of one span, the lowest lane is the lowest id
       const uint32_t lowest = warp_min(mine.key == key ? uint32_t(mine.id) : uint32_t(kMaxExperts));
       winner = lowest_bit(ballot(mine.key == key && uint32_t(mine.id) == lowest));
     }

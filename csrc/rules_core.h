@@ -13,14 +13,14 @@ namespace sere {
 
 // sere_sglang/ops/rules_call.py
 enum class Rule : int { kSimilarity, kPiggyback, kBudget, kTopk, kEnergy };
-constexpr float kFixedOne = 4294967296.0f;        // 2^32: FRACTION_BITS
+constexpr float kFixedOne = 4294967296.0f;         // 2^32: FRACTION_BITS
 constexpr float kLargestTerm = 17592186044416.0f;  // 2^44: LARGEST_TERM
 
 struct RuleProblem {
-  const int32_t* ids;       // [T, K]
-  const float* weights;     // [T, K]
-  const float* scores;      // [T, E] or null
-  const float* similarity;  // [E, E] or null
+  const int32_t* ids;           // [T, K]
+  const float* weights;         // [T, K]
+  const float* scores;          // [T, E] or null
+  const float* similarity;      // [E, E] or null
   const uint8_t* is_protected;  // [T] or null
   const uint8_t* is_fast;       // [T] or null
   int rows, valid, top_k, experts;
@@ -137,9 +137,8 @@ inline void add_within_budget(const RuleProblem& p, ExpertSet& in) {
     size += !in.has[e];
   }
   const int room = std::max(0, p.budget - (p.experts - size));
-  sort_first(others, size, room, [&](int32_t a, int32_t b) {
-    return sums[a] != sums[b] ? sums[a] > sums[b] : a < b;
-  });
+  sort_first(others, size, room,
+             [&](int32_t a, int32_t b) { return sums[a] != sums[b] ? sums[a] > sums[b] : a < b; });
   for (int i = 0; i < std::min(room, size); ++i) in.has[others[i]] = 1;
 }
 

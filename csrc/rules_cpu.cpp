@@ -172,9 +172,9 @@ T* pointer(const Optional<TensorView>& tensor) {
 // Arguments were checked by sere_sglang.ops.apply_rule.
 void apply_rule(TensorView ids, TensorView weights, Optional<TensorView> scores,
                 Optional<TensorView> similarity, Optional<TensorView> is_protected,
-                Optional<TensorView> is_fast, Optional<TensorView> counters,
-                TensorView new_ids, TensorView new_weights, TensorView active, TensorView lost,
-                int64_t rule, int64_t num_valid, int64_t keep, int64_t fast_keep, int64_t budget, bool warmup,
+                Optional<TensorView> is_fast, Optional<TensorView> counters, TensorView new_ids,
+                TensorView new_weights, TensorView active, TensorView lost, int64_t rule,
+                int64_t num_valid, int64_t keep, int64_t fast_keep, int64_t budget, bool warmup,
                 bool truncate, int64_t loss_limit, double threshold, double fill_weight,
                 double renormalize) {
   RuleProblem p;

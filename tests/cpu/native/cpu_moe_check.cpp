@@ -45,10 +45,19 @@ struct Layer {
   // Tokens [first, first + count), as a call of their own.
   template <typename Engine, Activation kActivation>
   std::vector<T> run(int64_t first, int64_t count) {
-    const Problem<T> p{hidden.data() + first * sizes.hidden, w13.data(), w2.data(),
-                       w13_bias.data(), w2_bias.data(), ids.data() + first * sizes.top_k,
-                       weights.data() + first * sizes.top_k, out.data(), count, sizes.top_k,
-                       sizes.experts, sizes.hidden, sizes.inter};
+    const Problem<T> p{hidden.data() + first * sizes.hidden,
+                       w13.data(),
+                       w2.data(),
+                       w13_bias.data(),
+                       w2_bias.data(),
+                       ids.data() + first * sizes.top_k,
+                       weights.data() + first * sizes.top_k,
+                       out.data(),
+                       count,
+                       sizes.top_k,
+                       sizes.experts,
+                       sizes.hidden,
+                       sizes.inter};
     Workspace<Engine> workspace;
     sere::moe::run<Engine, kActivation>(p, 0, count, workspace);
     return {out.begin(), out.begin() + count * sizes.hidden};
@@ -68,16 +77,18 @@ struct Layer {
       for (int64_t k = 0; k < sizes.hidden; ++k) x[k] = to_float(hidden[token * sizes.hidden + k]);
       for (int64_t i = 0; i < sizes.inter; ++i) {
         const int64_t gate_row = 2 * e * sizes.inter + i, up_row = gate_row + sizes.inter;
-        const double g = dot(&w13[gate_row * sizes.hidden], x.data(), sizes.hidden) +
-                         w13_bias[gate_row];
-        const double u = dot(&w13[up_row * sizes.hidden], x.data(), sizes.hidden) +
-                         w13_bias[up_row];
-        const double tanh_form = 0.5 * g * (1 + std::tanh(0.7978845608028654 * (g + 0.044715 * g * g * g)));
+        const double g =
+            dot(&w13[gate_row * sizes.hidden], x.data(), sizes.hidden) + w13_bias[gate_row];
+        const double u =
+            dot(&w13[up_row * sizes.hidden], x.data(), sizes.hidden) + w13_bias[up_row];
+        const double tanh_form =
+            0.5 * g * (1 + std::tanh(0.7978845608028654 * (g + 0.044715 * g * g * g)));
         inter[i] = (activation == Activation::kSilu ? g / (1 + std::exp(-g)) : tanh_form) * u;
       }
       for (int64_t h = 0; h < sizes.hidden; ++h) {
         const int64_t row = e * sizes.hidden + h;
-        sums[h] += weights[slot] * (dot(&w2[row * sizes.inter], inter.data(), sizes.inter) + w2_bias[row]);
+        sums[h] +=
+            weights[slot] * (dot(&w2[row * sizes.inter], inter.data(), sizes.inter) + w2_bias[row]);
       }
     }
     return sums;
