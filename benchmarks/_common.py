@@ -59,9 +59,8 @@ def write_result(
 
     It goes to `out_dir`, else the folder in ``OUT``, else ``benchmarks/results/<hardware>/``.
     """
-    if out_dir is None:
-        out_dir = Path(os.environ.get("OUT") or RESULTS_DIR / hardware_slug())
-    out_dir.mkdir(parents=True, exist_ok=True)
+    path = result_path(name, out_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
     payload = {
         "hardware": hardware_info(),
         "torch": torch.__version__,
@@ -69,9 +68,15 @@ def write_result(
         **extra,
         "rows": list(rows),
     }
-    path = out_dir / f"{name}.json"
     path.write_text(json.dumps(payload, indent=1) + "\n")
     return path
+
+
+def result_path(name: str, out_dir: Path | None = None) -> Path:
+    """Where `write_result` writes it."""
+    if out_dir is None:
+        out_dir = Path(os.environ.get("OUT") or RESULTS_DIR / hardware_slug())
+    return out_dir / f"{name}.json"
 
 
 @contextlib.contextmanager

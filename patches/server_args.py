@@ -90,7 +90,7 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
     from sere_sglang.preflight import prepare
 
     def restrict(asked: SereConfig) -> SereConfig:
-        server_flags.require_supported(record)
+        server_flags.require_supported(record, hf_config.get("architectures") or ())
         return moe_rows.restrict(record, asked)
 
     with engine.reported(record):

@@ -6,6 +6,8 @@ these flags need of a GPU was not run.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 from sglang.srt.environ import envs
@@ -31,8 +33,14 @@ UNSUPPORTED = {
 """Field that is set -> why SERE is refused."""
 
 
-def require_supported(record: Any) -> None:
-    """Raise `SereError`, naming flag and reason, for what cannot be served with SERE."""
+_FUSED_FRONT = ("KimiK3ForConditionalGeneration", "KimiK3LinearForCausalLM")
+"""Architectures that choose experts in one kernel with the GEMM before it, unless they are told not
+to (``models/kimi_k3.py``, ``_ep_front``)."""
+
+
+def require_supported(record: Any, architectures: Sequence[str] = ()) -> None:
+    """Raise `SereError`, naming flag and reason, for what cannot be served with SERE.
+    architectures: of the model."""
     flags = resolve("sglang.srt.arg_groups.overrides.resolved_view")(record)
     for name, reason in UNSUPPORTED.items():
         if getattr(flags, name):
@@ -45,3 +53,18 @@ def require_supported(record: Any) -> None:
             f"--moe-backend sere: with SGLANG_RAGGED_VERIFY_MODE={mode} a verify batch has padding "
             "rows that look like tokens; leave it static, or drop --moe-backend sere"
         )
+    if envs.SGLANG_EXPERIMENTAL_LORA_OPTI.get() and _is_on("SGLANG_OPT_LORA_FUSED_TOPK_PACK"):
+        raise SereError(
+            "--moe-backend sere: with SGLANG_EXPERIMENTAL_LORA_OPTI the runner gets packed ids that "
+            "cannot be re-routed; set SGLANG_OPT_LORA_FUSED_TOPK_PACK=0"
+        )
+    if set(architectures) & set(_FUSED_FRONT) and envs.SGLANG_K3_FUSED_FRONT.get():
+        raise SereError(
+            f"--moe-backend sere: {architectures[0]} chooses experts inside a kernel that cannot "
+            "be re-routed; set SGLANG_K3_FUSED_FRONT=0"
+        )
+
+
+def _is_on(variable: str) -> bool:
+    """As SGLang's ``lora/trtllm_lora_temp/environ.py`` reads it: unset is on."""
+    return os.environ.get(variable, "1").strip().lower() in ("1", "true", "yes", "on")

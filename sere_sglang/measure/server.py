@@ -34,6 +34,15 @@ CPU_FLAGS = [
     "--sleep-on-idle",
 ]
 
+_CORES = sorted(os.sched_getaffinity(0))
+TWO_RANKS = {
+    # SGLang wants to be told which cores a rank may use when there is less than a NUMA node each.
+    "SGLANG_CPU_OMP_THREADS_BIND": f"{_CORES[0]}|{_CORES[-1]}",
+    # Found, NCCL is used by SGLang's CPU engine as well, and needs a GPU.
+    "SGLANG_NCCL_SO_PATH": "/nonexistent",
+}
+"""Environment of a CPU engine with two ranks on one machine."""
+
 
 class Process(Protocol):
     """A server's first process, the leader of its process group; as ``subprocess.Popen``."""

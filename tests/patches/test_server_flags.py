@@ -10,7 +10,7 @@ from sglang.srt.server_args import ServerArgs
 
 from sere_sglang.errors import SereError
 from sere_sglang.patches import server_flags
-from sere_sglang.patches.server_flags import UNSUPPORTED, require_supported
+from sere_sglang.patches.server_flags import _FUSED_FRONT, UNSUPPORTED, require_supported
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +42,20 @@ def test_ragged_verify_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_RAGGED_VERIFY_MODE", "cap")
     with pytest.raises(SereError, match="SGLANG_RAGGED_VERIFY_MODE=cap"):
         require_supported(_record())
+
+
+def test_packed_ids_of_the_experimental_lora_path_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SGLANG_EXPERIMENTAL_LORA_OPTI", "1")
+    with pytest.raises(SereError, match="set SGLANG_OPT_LORA_FUSED_TOPK_PACK=0"):
+        require_supported(_record())
+    monkeypatch.setenv("SGLANG_OPT_LORA_FUSED_TOPK_PACK", "0")
+    require_supported(_record())
+
+
+def test_a_router_inside_another_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SereError, match="set SGLANG_K3_FUSED_FRONT=0"):
+        require_supported(_record(), _FUSED_FRONT)
+    monkeypatch.setenv("SGLANG_K3_FUSED_FRONT", "0")
+    require_supported(_record(), _FUSED_FRONT)

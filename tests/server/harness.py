@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from sere_sglang.measure import server as local_server
-from sere_sglang.measure.server import CPU_ENGINE, CPU_FLAGS, SGLANG, Server, free_port, tail
+from sere_sglang.measure.server import (
+    CPU_ENGINE,
+    CPU_FLAGS,
+    SGLANG,
+    TWO_RANKS,
+    Server,
+    free_port,
+    tail,
+)
 
 __all__ = [
     "CPU_ENGINE",
@@ -39,14 +47,6 @@ serve_spawned = functools.partial(
 """The same with SGLang's workers spawned, as users have them."""
 
 SERE = ("--moe-backend=sere", "--sere-primary-k=1")
-
-_CORES = sorted(os.sched_getaffinity(0))
-TWO_RANKS = {
-    # SGLang wants to be told which cores a rank may use when there is less than a NUMA node each.
-    "SGLANG_CPU_OMP_THREADS_BIND": f"{_CORES[0]}|{_CORES[-1]}",
-    # Found, NCCL is used by SGLang's CPU engine as well, and needs a GPU.
-    "SGLANG_NCCL_SO_PATH": "/nonexistent",
-}
 
 
 def run_to_exit(
