@@ -55,8 +55,8 @@ def require_supported(record: Any, architectures: Sequence[str] = ()) -> None:
         )
     if envs.SGLANG_EXPERIMENTAL_LORA_OPTI.get() and _is_on("SGLANG_OPT_LORA_FUSED_TOPK_PACK"):
         raise SereError(
-            "--moe-backend sere: with SGLANG_EXPERIMENTAL_LORA_OPTI the runner gets packed ids that "
-            "cannot be re-routed; set SGLANG_OPT_LORA_FUSED_TOPK_PACK=0"
+            "--moe-backend sere: with SGLANG_EXPERIMENTAL_LORA_OPTI the runner gets packed ids, "
+            "which cannot be re-routed; set SGLANG_OPT_LORA_FUSED_TOPK_PACK=0"
         )
     if set(architectures) & set(_FUSED_FRONT) and envs.SGLANG_K3_FUSED_FRONT.get():
         raise SereError(
