@@ -92,7 +92,12 @@ def select_impl(device: torch.device | str, strict: bool = False) -> str:
         if _auto.get(device_type) != name:
             _auto[device_type] = name
             reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
-            logger.info("re-routing on %s uses implementation %r%s", device_type, name, reasons)
+            # An NVIDIA GPU without the toolkit: it works, and the operator may want to know.
+            lost = device_type == "cuda" and name != "cuda" and torch.version.hip is None
+            tell = logger.warning if lost else logger.info
+            tell("re-routing on %s uses implementation %r%s", device_type, name, reasons)
+            if lost:
+                tell("with nvcc on PATH it is CUDA kernels, fused with top-k where that is plain")
         return name
     raise AssertionError("torch serves every device")
 
