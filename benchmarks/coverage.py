@@ -154,11 +154,12 @@ def _judged(
     counters = [row for state in states for row in state["sere"]["counters"].values()]
     if any(state["sere"]["failed"] for state in states):
         return {"result": "failed", "why": str(states[0]["sere"]["failed"])}
-    moved = sum(row["active_before"] > row["active_after"] for row in counters)
-    if not moved:
+    before, after = (
+        sum(row[name] for row in counters) / max(1, sum(row["forwards"] for row in counters))
+        for name in ("active_before", "active_after")
+    )
+    if not after < before:
         return {"result": "failed", "why": "no layer re-routed"}
-    before = sum(row["active_before"] for row in counters) / len(counters)
-    after = sum(row["active_after"] for row in counters) / len(counters)
     return {"result": "passed", "why": f"active experts {before:.1f} -> {after:.1f}"}
 
 

@@ -6,6 +6,7 @@ receives what SGLang broadcasts to every rank between two steps (see patches/htt
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -69,9 +70,11 @@ def _set_state(original: Callable[..., Any], controller: Any, recv_req: Any) -> 
         return output(updated=False)
     if failed:
         active.stop("a hook in the HTTP process, whose log says more")
-    # Everything or nothing: ours only after SGLang has taken the rest.
-    recv_req.server_args = rest
-    result = original(controller, recv_req) if rest else output(updated=True)
+    # Everything or nothing: ours only after SGLang has taken the rest. The request itself stays
+    # whole: under pipeline parallelism it goes on to the next stage, which needs ours as well.
+    without_ours = copy.copy(recv_req)
+    without_ours.server_args = rest
+    result = original(controller, without_ours) if rest else output(updated=True)
     if result.updated and changes:
         apply()
     return result

@@ -84,6 +84,21 @@ def test_replicas_decide_for_themselves(checkpoint: Callable[[str], Path], folde
         assert sorted(rows) == [3, 4]
 
 
+def test_every_pipeline_stage_follows_live_settings(
+    checkpoint: Callable[[str], Path], folder: Path
+) -> None:
+    """SGLang hands a request on from stage to stage: the first one must leave it as it came."""
+    with _serve(checkpoint("qwen3_moe"), folder, "pp", "--pp-size=2") as server:
+        for changes in ({"policy": "static", "primary_k": 1, "min_batch": 1}, {"enabled": False}):
+            server.set_sere(**changes)
+            server.generate(PROMPTS[:4], 12)
+        server.set_sere(reset_counters=False)
+        stages = _traces(server, folder / "pp.jsonl")
+    for steps in stages:
+        decode = [step["point"]["enabled"] for step in steps if step["mode"] == "decode"]
+        assert True in decode and not any(decode[-8:])
+
+
 def test_dp_attention_decides_from_the_gathered_rows(dp_attention: Server, folder: Path) -> None:
     server = dp_attention
     server.set_sere(**EAGER)
