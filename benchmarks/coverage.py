@@ -33,7 +33,7 @@ from sere_sglang.measure.server import CPU_FLAGS, TWO_RANKS, NotServing, Server,
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "demo_model"
 TOKENS, TIE = 24, 0.15  # nats between the two best tokens, below which either may come
-SKIPS = ("--moe-backend=sere", "--sere-policy=static", "--sere-primary-k=1")
+SKIPS, SKIP_MOST = ("--moe-backend=sere", "--sere-policy=static"), "--sere-primary-k=1"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ CONFIGURATIONS = (
     Configuration("pipeline parallel", ("--pp-size=2",)),
     Configuration("data parallel", ("--dp-size=2",)),
     Configuration("DP attention", ("--tp-size=2", "--dp-size=2", "--enable-dp-attention")),
-    Configuration("rule energy, adaptive", ("--sere-rule=auto", "--sere-policy=adaptive")),
+    Configuration("rule energy", ("--sere-rule=energy", "--sere-quality-budget=0.1")),
     Configuration("n-gram speculation", ("--speculative-algorithm=NGRAM",)),
     Configuration("torch.compile", ("--enable-torch-compile", "--torch-compile-max-bs=4")),
     Configuration("fp8 weights", ("--quantization=fp8",)),
@@ -113,7 +113,7 @@ def run(configuration: Configuration, prompts: list[str]) -> dict[str, Any]:
                 wanted = _answers(plain, prompts, configuration)
         except (NotServing, urllib.error.URLError, OSError, ValueError) as error:
             return {**about, "result": "not here", "why": f"plain SGLang: {_last_words(error)}"}
-        skips = SKIPS if not ours else ("--moe-backend=sere", *ours)
+        skips = (*SKIPS, *(ours or (SKIP_MOST,)))
         try:
             with _server(configuration, (*flags, *skips), Path(folder, "sere.log")) as sere:
                 return {**about, **_judged(sere, prompts, configuration, wanted)}
@@ -145,8 +145,7 @@ def _judged(
     differs = _difference(wanted, _answers(sere, prompts, configuration))
     if differs:
         return {"result": "failed", "why": f"SERE off is not plain SGLang: {differs}"}
-    settings = {} if "--sere-policy=adaptive" in configuration.flags else {"primary_k": 1}
-    sere.set_sere(enabled=True, min_batch=1, reset_counters=True, **settings)
+    sere.set_sere(enabled=True, min_batch=1, reset_counters=True)
     answers = _answers(sere, prompts, configuration)
     if len(answers) != len(wanted):
         return {"result": "failed", "why": f"{len(answers)} of {len(wanted)} answers with SERE on"}

@@ -112,7 +112,7 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
 
 def _calibrated(record: Any, asked: SereConfig, model: MoeModelInfo) -> Path:
     """The model loads as it will be served: on as many ranks, quantized alike."""
-    from sere_sglang.calibration.on_demand import calibrated
+    from sere_sglang.on_demand import calibrated
 
     given = {
         "--revision": record.revision,

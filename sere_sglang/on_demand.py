@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from sere_sglang.calibration.job import default_out
 from sere_sglang.errors import SereError
-from sere_sglang.profile import AUTO, MoeModelInfo
+from sere_sglang.profile import AUTO, MoeModelInfo, default_place
+from sere_sglang.profile.model_files import downloaded
 
 
 def calibrated(model: MoeModelInfo, flags: Sequence[str], server_args: Sequence[str]) -> Path:
@@ -22,7 +23,8 @@ def calibrated(model: MoeModelInfo, flags: Sequence[str], server_args: Sequence[
     calibrate's, `server_args` SGLang's. What an earlier start left unfinished is continued, and
     of several servers one calibrates. Raises `SereError`, and `SystemExit` at Ctrl-C.
     """
-    out = default_out(model.name, model.revision)
+    whole = MoeModelInfo.from_folder(str(downloaded(model.name, model.revision)))
+    out = default_place(dataclasses.replace(whole, name=model.name, revision=model.revision))
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"):
         if not out.is_file():
