@@ -17,10 +17,15 @@ def interval(
     level: float = 0.95,
 ) -> tuple[float, float]:
     """Confidence interval of the median, or of another statistic with an axis, by resampling."""
-    draws = np.random.default_rng(0).choice(samples, (_RESAMPLES, len(samples)))
-    tail = 50 * (1 - level)
-    low, high = np.percentile(of(draws, axis=1), [tail, 100 - tail])
-    return float(low), float(high)
+    from scipy.stats import bootstrap
+
+    if len(samples) < 2:  # nothing to resample
+        only = float(of(np.asarray(samples), axis=0))
+        return only, only
+    found = bootstrap(
+        (samples,), of, confidence_level=level, n_resamples=_RESAMPLES, method="percentile", rng=0
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def share_interval(scores: Sequence[float] | np.ndarray) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from tests.server.checkpoints import EXPERTS, LAYERS, TOP_K
@@ -179,24 +180,13 @@ def test_abort_frees_the_request(sere: Server) -> None:
 
 
 def _stream(server: Server, *, max_tokens: int) -> list[str]:
-    body = {
-        "model": "m",
-        "prompt": "stream me",
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    request = urllib.request.Request(
-        server.url + "/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600)
+    chunks = client.completions.create(
+        model="m",
+        prompt="stream me",
+        max_tokens=max_tokens,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
     )
-    chunks = []
-    with urllib.request.urlopen(request, timeout=600) as answer:
-        for raw in answer:
-            line = raw.decode().strip()
-            if line.startswith("data: ") and line != "data: [DONE]":
-                choices = json.loads(line[6:])["choices"]
-                chunks += [choice["text"] for choice in choices]
-    return chunks
+    return [choice.text for chunk in chunks for choice in chunk.choices]
