@@ -131,7 +131,7 @@ def _server(configuration: Configuration, flags: tuple[str, ...], log: Path) -> 
     """All flags are given here: `serve` adds the CPU engine's, of which some may be dropped."""
     kept = [flag for flag in CPU_FLAGS if flag not in configuration.drops]
     env = {**IMPORTS_CHECKOUT, "SGLANG_USE_CPU_ENGINE": "1"}
-    ranks = any(f in configuration.flags for f in ("--tp-size=2", "--pp-size=2"))
+    ranks = any(f in configuration.flags for f in ("--tp-size=2", "--pp-size=2", "--dp-size=2"))
     if ranks:
         env |= TWO_RANKS
     with serve(MODEL, log, *kept, *flags, device="cuda", env=env) as server:  # adds no flags
