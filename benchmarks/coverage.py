@@ -27,13 +27,13 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks._common import result_path, write_result
-from benchmarks.serving.experiment import IMPORTS_CHECKOUT, heldout_prompts
-from sere_sglang.measure.server import CPU_FLAGS, TWO_RANKS, NotServing, Server, serve
+from benchmarks.serving.experiment import IMPORTS_CHECKOUT, TWO_RANKS, heldout_prompts
+from sere_sglang.measure.server import CPU_ENGINE, CPU_FLAGS, NotServing, Server, serve
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "demo_model"
 TOKENS, TIE = 24, 0.15  # nats between the two best tokens, below which either may come
-SKIPS, SKIP_MOST = ("--moe-backend=sere", "--sere-policy=static"), "--sere-primary-k=1"
+STATIC, HARDEST = ("--moe-backend=sere", "--sere-policy=static"), ("--sere-primary-k=1",)
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,10 @@ def run(configuration: Configuration, prompts: list[str]) -> dict[str, Any]:
                 wanted = _answers(plain, prompts, configuration)
         except (NotServing, urllib.error.URLError, OSError, ValueError) as error:
             return {**about, "result": "not here", "why": f"plain SGLang: {_last_words(error)}"}
-        skips = (*SKIPS, *(ours or (SKIP_MOST,)))
         try:
-            with _server(configuration, (*flags, *skips), Path(folder, "sere.log")) as sere:
+            with _server(
+                configuration, (*flags, *STATIC, *(ours or HARDEST)), Path(folder, "sere.log")
+            ) as sere:
                 return {**about, **_judged(sere, prompts, configuration, wanted)}
         except NotServing as error:
             told = [x for x in error.log.read_text().splitlines() if "sere-sglang: error:" in x]
@@ -130,7 +131,7 @@ def run(configuration: Configuration, prompts: list[str]) -> dict[str, Any]:
 def _server(configuration: Configuration, flags: tuple[str, ...], log: Path) -> Iterator[Server]:
     """All flags are given here: `serve` adds the CPU engine's, of which some may be dropped."""
     kept = [flag for flag in CPU_FLAGS if flag not in configuration.drops]
-    env = {**IMPORTS_CHECKOUT, "SGLANG_USE_CPU_ENGINE": "1"}
+    env = {**IMPORTS_CHECKOUT, **CPU_ENGINE}
     ranks = any(f in configuration.flags for f in ("--tp-size=2", "--pp-size=2", "--dp-size=2"))
     if ranks:
         env |= TWO_RANKS

@@ -18,6 +18,15 @@ IMPORTS_CHECKOUT = {
 }
 """Environment of a server that is to be of this checkout."""
 
+_CORES = sorted(os.sched_getaffinity(0))
+TWO_RANKS = {
+    # SGLang wants to be told which cores a rank may use when there is less than a NUMA node each.
+    "SGLANG_CPU_OMP_THREADS_BIND": f"{_CORES[0]}|{_CORES[-1]}",
+    # Found, NCCL is used by SGLang's CPU engine as well, and needs a GPU.
+    "SGLANG_NCCL_SO_PATH": "/nonexistent",
+}
+"""Environment of a CPU engine with two ranks on one machine."""
+
 
 def heldout_prompts(
     model: Path,

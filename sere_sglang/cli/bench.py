@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sere_sglang.cli.arguments import (
+    ApiKey,
+    Column,
+    Device,
+    ServedModel,
+    ServerArgs,
+    make_folder,
+    numbers,
+)
 from sere_sglang.errors import SereError
 
 if TYPE_CHECKING:
@@ -18,14 +27,11 @@ if TYPE_CHECKING:
     from sere_sglang.cli.served import Asked, Served
     from sere_sglang.measure.routing import Routing
 
-_MOST_STREAMS = 256
 _POINTS = "S=1,S=2,S=3,adaptive,auto"
 
 
 def command(
-    model: Annotated[
-        str | None, typer.Option(help="Model folder or hub id; a server of it is started.")
-    ] = None,
+    model: ServedModel = None,
     url: Annotated[
         str | None,
         typer.Option(
@@ -77,19 +83,13 @@ def command(
             show_default=False,
         ),
     ] = None,
-    column: Annotated[str, typer.Option(help="Text column of .jsonl and .parquet.")] = "text",
+    column: Column = "text",
     out: Annotated[
         Path, typer.Option(help="Folder for bench.json, bench.png and the server's log.")
     ] = Path("out/bench"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    api_key: Annotated[str | None, typer.Option(help="Of the server at --url.")] = None,
-    server_args: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[-- SGLANG FLAGS]",
-            help="Anything sglang serve takes, for instance: -- --tp 2 --quantization fp8",
-        ),
-    ] = None,
+    device: Device = "auto",
+    api_key: ApiKey = None,
+    server_args: ServerArgs = None,
 ) -> None:
     """Measure speed against quality on your machine: worth it, and at which setting?
 
@@ -126,22 +126,6 @@ def command(
     asked.check()
     console = Console(stderr=True)
     _run(asked, plan, chosen, plain, text, column, out, console)
-
-
-def numbers(value: str, flag: str, most: int = _MOST_STREAMS) -> list[int]:
-    """Of a comma-separated list, ascending. Raises `SereError` naming `flag`."""
-    parts = [part.strip() for part in value.split(",")]
-    if not all(part.isdecimal() and 1 <= int(part) <= most for part in parts):
-        raise SereError(f"{flag} {value}: give numbers from 1 to {most}, as in {flag} 4,16,32")
-    return sorted({int(part) for part in parts})
-
-
-def make_folder(out: Path) -> None:
-    """Raises `SereError`."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SereError(f"--out {out}: no folder to write in ({error.strerror})") from None
 
 
 def _run(

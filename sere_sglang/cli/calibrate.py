@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sere_sglang.cli.arguments import Device, ServerArgs
 from sere_sglang.errors import SereError, cut
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     layer_by_layer: Annotated[
         bool,
         typer.Option(
@@ -101,13 +102,7 @@ def command(
             "continue what was interrupted.",
         ),
     ] = False,
-    server_args: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[-- SGLANG FLAGS]",
-            help="Anything sglang serve takes, for instance: -- --tp 2 --quantization fp8",
-        ),
-    ] = None,
+    server_args: ServerArgs = None,
 ) -> None:
     """Measure how similar the experts of an MoE model are, and write its SERE profile.
 

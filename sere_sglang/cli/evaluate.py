@@ -7,6 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sere_sglang.cli.arguments import (
+    ApiKey,
+    Column,
+    Device,
+    ServedModel,
+    ServerArgs,
+    make_folder,
+    numbers,
+)
 from sere_sglang.errors import SereError
 
 if TYPE_CHECKING:
@@ -16,9 +25,7 @@ POINTS = "S=1,S=2,S=3,adaptive,energy=0.02"
 
 
 def command(
-    model: Annotated[
-        str | None, typer.Option(help="Model folder or hub id; a server of it is started.")
-    ] = None,
+    model: ServedModel = None,
     url: Annotated[
         str | None,
         typer.Option(
@@ -34,7 +41,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    column: Annotated[str, typer.Option(help="Text column of .jsonl and .parquet.")] = "text",
+    column: Column = "text",
     jsonl: Annotated[
         Path | None,
         typer.Option(
@@ -77,15 +84,9 @@ def command(
     out: Annotated[
         Path, typer.Option(help="Folder for cells.jsonl, evaluate.json, evaluate.html and the log.")
     ] = Path("out/evaluate"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    api_key: Annotated[str | None, typer.Option(help="Of the server at --url.")] = None,
-    server_args: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[-- SGLANG FLAGS]",
-            help="Anything sglang serve takes, for instance: -- --tp 2 --quantization fp8",
-        ),
-    ] = None,
+    device: Device = "auto",
+    api_key: ApiKey = None,
+    server_args: ServerArgs = None,
 ) -> None:
     """Measure what re-routing costs in quality, against exact routing, by batch size.
 
@@ -106,7 +107,6 @@ def command(
     """
     from rich.console import Console
 
-    from sere_sglang.cli.bench import make_folder, numbers
     from sere_sglang.cli.evaluate_flow import Evaluation
     from sere_sglang.cli.served import Asked
     from sere_sglang.measure.routing import routing_of

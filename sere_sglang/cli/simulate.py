@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sere_sglang.cli.arguments import make_folder
 from sere_sglang.errors import SereError
 from sere_sglang.names import SIMILARITY
 from sere_sglang.options import OPTIONS
@@ -97,10 +98,7 @@ def command(
     policies = _policies(expectation.top_k, rule, primary_k, quality_budget, min_gain, tpot_slo_ms)
     if trace is not None and not any(c.is_decode_like for c in compositions):
         raise SereError(f"--trace {trace}: holds no decode step")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SereError(f"--out {out}: no folder to write in ({error.strerror})") from None
+    make_folder(out)
     costs = file.cost
     step = costs.step or StepModel()
     step = dataclasses.replace(

@@ -34,15 +34,6 @@ CPU_FLAGS = [
     "--sleep-on-idle",
 ]
 
-_CORES = sorted(os.sched_getaffinity(0))
-TWO_RANKS = {
-    # SGLang wants to be told which cores a rank may use when there is less than a NUMA node each.
-    "SGLANG_CPU_OMP_THREADS_BIND": f"{_CORES[0]}|{_CORES[-1]}",
-    # Found, NCCL is used by SGLang's CPU engine as well, and needs a GPU.
-    "SGLANG_NCCL_SO_PATH": "/nonexistent",
-}
-"""Environment of a CPU engine with two ranks on one machine."""
-
 
 class Process(Protocol):
     """A server's first process, the leader of its process group; as ``subprocess.Popen``."""
@@ -60,11 +51,14 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
-def start_process(command: Sequence[str], env: Mapping[str, str], log: Path) -> Process:
+def start_process(
+    command: Sequence[str], env: Mapping[str, str], log: Path, cwd: Path | None = None
+) -> Process:
     """Run `command` with `env` added to the environment and both outputs in `log`."""
     with log.open("w") as out:
         return subprocess.Popen(
             command,
+            cwd=cwd,
             env={**os.environ, **env},
             stdout=out,
             stderr=subprocess.STDOUT,

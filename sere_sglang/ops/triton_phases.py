@@ -74,16 +74,27 @@ def rank_slots(slot, weight):
 
 
 @triton.jit
+def load_slots(
+    ids, start, num_valid, id_stride,
+    E: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A tile of valid rows: ids, and which slots hold an expert."""
+    row = start + tl.arange(0, TILE)
+    slot = tl.arange(0, K_PAD)
+    inside = (row < num_valid)[:, None] & (slot < K)[None, :]
+    expert = tl.load(ids + row[:, None] * id_stride + slot[None, :], mask=inside, other=-1)
+    return row, slot, inside, expert, inside & (expert >= 0) & (expert < E)
+
+
+@triton.jit
 def load_rows(
     ids, weights, control, row_class, start, num_valid, id_stride, weight_stride,
     E: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A tile of valid rows: ids, weights, which slots hold an expert, which are primary, rho."""
-    row = start + tl.arange(0, TILE)
-    slot = tl.arange(0, K_PAD)
-    inside = (row < num_valid)[:, None] & (slot < K)[None, :]
-    expert = tl.load(ids + row[:, None] * id_stride + slot[None, :], mask=inside, other=-1)
-    routed = inside & (expert >= 0) & (expert < E)
+    row, slot, inside, expert, routed = load_slots(
+        ids, start, num_valid, id_stride, E, K, K_PAD, TILE
+    )
 
     if row_class is None:
         index = tl.zeros([TILE], tl.int32)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from sere_sglang.ops import rule_block, rules_call
-from sere_sglang.ops.triton_phases import AFTER, BEFORE, LISTED, PRIMARY, rank_slots
+from sere_sglang.ops.triton_phases import AFTER, BEFORE, LISTED, PRIMARY, load_slots, rank_slots
 
 PIGGYBACK = tl.constexpr(rules_call.CODES["piggyback"])
 BUDGET = tl.constexpr(rules_call.CODES["budget"])
@@ -108,11 +108,9 @@ def load_rule_rows(
     E: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A tile of valid rows: ids, weights, which slots hold an expert, which are sure of theirs."""
-    row = start + tl.arange(0, TILE)
-    slot = tl.arange(0, K_PAD)
-    inside = (row < num_valid)[:, None] & (slot < K)[None, :]
-    expert = tl.load(ids + row[:, None] * id_stride + slot[None, :], mask=inside, other=-1)
-    routed = inside & (expert >= 0) & (expert < E)
+    row, slot, inside, expert, routed = load_slots(
+        ids, start, num_valid, id_stride, E, K, K_PAD, TILE
+    )
     at = weights + row[:, None] * weight_stride + slot[None, :]
     weight = tl.load(at, mask=inside, other=float("-inf"))
     protected, fast = kinds_of_rows(block, row_class, row, num_valid, TILE)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools import troubleshooting
+from tools import coverage_page, troubleshooting
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [
@@ -58,6 +58,12 @@ def test_links_and_anchors_lead_somewhere(path: Path) -> None:
 def test_every_refusal_is_in_the_troubleshooting_page() -> None:
     assert troubleshooting.PAGE.read_text() == troubleshooting.page(), (
         "write it again: python -m tools.troubleshooting"
+    )
+
+
+def test_coverage_is_what_the_runs_saw() -> None:
+    assert coverage_page.PAGE.read_text() == coverage_page.page(), (
+        "write it again: python -m tools.coverage_page"
     )
 
 

@@ -16,10 +16,6 @@ from tools.flag_table import with_table
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text()
 LOCK = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(), re.M))
-DOCS = [
-    *(ROOT / "docs").glob("*.md"),
-    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "README.md")),
-]
 
 
 def test_the_version_is_written_once() -> None:
@@ -64,12 +60,6 @@ def test_files_that_the_architecture_names_exist() -> None:
     for name in re.findall(r"`([\w./-]+\.(?:py|md|cpp|cu))`", text):
         known = name in files or f"sere_sglang/{name}" in files
         assert known or ("/" not in name and name in names), name
-
-
-@pytest.mark.parametrize("path", DOCS, ids=[path.name for path in DOCS])
-def test_links_between_documents_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text()):
-        assert (path.parent / target).exists(), target
 
 
 def test_the_readmes_table_of_flags_is_the_options() -> None:

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.serving.experiment import TWO_RANKS
 from sere_sglang.measure import server as local_server
 from sere_sglang.measure.server import (
     CPU_ENGINE,
     CPU_FLAGS,
     SGLANG,
-    TWO_RANKS,
     Server,
     free_port,
     tail,

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sere_sglang.measure import server as local_server
+from sere_sglang.measure.server import serve, start_process
 from tests.packaging.dist import build
 from tests.server.harness import SERE
+
+BARE = {"PYTHONPATH": ""}  # whoever runs the tests may have the checkout there
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +38,15 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_serves(checkpoint: Callable[[str], Path], python: Path, tmp_path: Path) -> None:
     where = [str(python), "-c", "import sere_sglang; print(sere_sglang.__file__)"]
-    # Whoever runs the tests may have the checkout on the path.
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    told = subprocess.run(where, cwd=tmp_path, env=own, capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        where, cwd=tmp_path, env={**os.environ, **BARE}, capture_output=True, text=True, check=True
+    )
     assert Path(told.stdout.strip()).is_relative_to(python.parents[1])
-
-    def start(command: Sequence[str], env: Mapping[str, str], log: Path) -> local_server.Process:
-        with log.open("w") as out:
-            return subprocess.Popen(
-                command,
-                cwd=tmp_path,
-                env={**own, **env},
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
 
     launcher = (str(python), "-m", "sglang.launch_server")
     model, log = checkpoint("qwen3_moe"), tmp_path / "server.log"
-    with local_server.serve(model, log, *SERE, launcher=launcher, start=start) as server:
+    start = functools.partial(start_process, cwd=tmp_path)
+    with serve(model, log, *SERE, launcher=launcher, env=BARE, start=start) as server:
         texts = [answer["text"] for answer in server.generate(["a b c", "d e f", "g h i"], 8)]
         state = server.sere()
     assert len(texts) == 3 and state["operating_point"]["enabled"]

@@ -1,0 +1,42 @@
+"""What several commands take, and how it is read. Imports no more than a help does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sere_sglang.errors import SereError
+
+MOST_STREAMS = 256
+
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+ApiKey = Annotated[str | None, typer.Option(help="Of the server at --url.")]
+ServedModel = Annotated[
+    str | None, typer.Option(help="Model folder or hub id; a server of it is started.")
+]
+Column = Annotated[str, typer.Option(help="Text column of .jsonl and .parquet.")]
+ServerArgs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[-- SGLANG FLAGS]",
+        help="Anything sglang serve takes, for instance: -- --tp 2 --quantization fp8",
+    ),
+]
+
+
+def numbers(value: str, flag: str, most: int = MOST_STREAMS) -> list[int]:
+    """Of a comma-separated list, ascending. Raises `SereError` naming `flag`."""
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part.isdecimal() and 1 <= int(part) <= most for part in parts):
+        raise SereError(f"{flag} {value}: give numbers from 1 to {most}, as in {flag} 4,16,32")
+    return sorted({int(part) for part in parts})
+
+
+def make_folder(out: Path) -> None:
+    """Raises `SereError`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SereError(f"--out {out}: no folder to write in ({error.strerror})") from None
