@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
+import openai
 
 from benchmarks._common import RESULTS_DIR, hardware_slug, write_result
 from benchmarks.serving.experiment import IMPORTS_CHECKOUT, heldout_prompts
@@ -114,7 +114,7 @@ async def _load(url: str, texts: list[Text], seconds: float) -> tuple[float, lis
     tokens = 0
     began = time.perf_counter()
 
-    async def client(session: aiohttp.ClientSession, i: int) -> None:
+    async def client(i: int) -> None:
         nonlocal tokens
         share = i / CLIENTS
         await asyncio.sleep(0.5 * seconds * share)
@@ -123,25 +123,25 @@ async def _load(url: str, texts: list[Text], seconds: float) -> tuple[float, lis
         while time.perf_counter() < end:
             prompt = texts[turn % len(texts)].prompt * (1 + 3 * (turn % 5 == 0))
             turn += 7
-            body = {
-                "model": "default", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0,
-                "stream": True, "ignore_eos": True,
-            }  # fmt: skip
             last = None
-            async with session.post(f"{url}/v1/completions", json=body) as answer:
-                answer.raise_for_status()
-                # Bytes, not the openai client: reading 32 streams must cost the server no core.
-                async for line in answer.content:
-                    if line.startswith(b"data: {") and b'"choices":[{' in line:
-                        now = time.perf_counter()
-                        tokens += 1
-                        if last is not None:
-                            gaps.append(1000 * (now - last))
-                        last = now
+            stream = await endpoint.completions.create(
+                model="default",
+                prompt=prompt,
+                max_tokens=TOKENS,
+                temperature=0,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+            async for piece in stream:
+                if piece.choices:
+                    now = time.perf_counter()
+                    if last is not None:
+                        gaps.append(1000 * (now - last))
+                    last = now
+            tokens += TOKENS
 
-    timeout, connector = aiohttp.ClientTimeout(total=600), aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-        await asyncio.gather(*(client(session, i) for i in range(CLIENTS)))
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as endpoint:
+        await asyncio.gather(*(client(i) for i in range(CLIENTS)))
     return tokens / (time.perf_counter() - began), gaps
 
 

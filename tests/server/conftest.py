@@ -12,7 +12,7 @@ import pytest
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 from tests.server.checkpoints import write_checkpoint
-from tests.server.harness import SERE, Server, serve_spawned
+from tests.server.harness import SERE, Server, serve
 from tests.server.profiles import write_profile
 
 
@@ -38,7 +38,7 @@ def plain(
 ) -> Iterator[Server]:
     """SGLang serving the tiny Qwen3-MoE without the flag."""
     log = tmp_path_factory.mktemp("logs") / "plain.log"
-    with serve_spawned(checkpoint("qwen3_moe"), log) as server:
+    with serve(checkpoint("qwen3_moe"), log, fork_workers=False) as server:
         yield server
 
 
@@ -48,7 +48,8 @@ def sere(
 ) -> Iterator[Server]:
     """The same model with ``--moe-backend sere``, S = 1, rho = 0."""
     log = tmp_path_factory.mktemp("logs") / "sere.log"
-    with serve_spawned(checkpoint("qwen3_moe"), log, *SERE, "--enable-metrics") as server:
+    flags = (*SERE, "--enable-metrics")
+    with serve(checkpoint("qwen3_moe"), log, *flags, fork_workers=False) as server:
         yield server
 
 

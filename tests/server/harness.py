@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,32 @@ __all__ = [
     "run",
     "run_to_exit",
     "serve",
-    "serve_spawned",
     "tail",
 ]
 
-serve = functools.partial(local_server.serve, start=lambda *started: Forked.start(*started))
-"""As `measure.server.serve`; all its processes fork from one that imported SGLang."""
+WHOLE_BATCHES = "--enable-tokenizer-batch-encode"
+"""SGLang's scheduler gets the texts of one request in one message, so that however busy the machine
+is they decode together. SGLang takes no token ids with it, and under DP attention it gives every
+text to the first rank."""
 
-serve_spawned = functools.partial(
-    local_server.serve, start=lambda *started: Forked.start(*started, fork_workers=False)
-)
-"""The same with SGLang's workers spawned, as users have them."""
+
+@contextlib.contextmanager
+def serve(
+    model: Path | str,
+    log: Path,
+    *flags: str,
+    whole_batches: bool = True,
+    fork_workers: bool = True,
+    **how: Any,
+) -> Iterator[Server]:
+    """As `measure.server.serve`, with `WHOLE_BATCHES`; its processes fork from one that imported
+    SGLang, unless `how` has a ``start``. With `fork_workers` off, SGLang's workers are spawned, as
+    users have them."""
+    given = [WHOLE_BATCHES, *flags] if whole_batches else flags
+    start = functools.partial(Forked.start, fork_workers=fork_workers)
+    with local_server.serve(model, log, *given, **{"start": start} | how) as server:
+        yield server
+
 
 SERE = ("--moe-backend=sere", "--sere-primary-k=1")
 

@@ -29,7 +29,9 @@ def keyed(
     (folder / "chat.jinja").write_text(CHAT)
     flags = (f"--api-key={USER}", f"--admin-api-key={ADMIN}", "--enable-metrics",
              f"--chat-template={folder / 'chat.jinja'}")  # fmt: skip
-    with serve(checkpoint("qwen3_moe"), folder / "log", *SERE, *flags) as server:
+    with serve(
+        checkpoint("qwen3_moe"), folder / "log", *SERE, *flags, whole_batches=False
+    ) as server:
         yield server
 
 

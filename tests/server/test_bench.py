@@ -54,7 +54,11 @@ def test_evaluate_measures_a_server_that_runs_and_goes_on_where_it_was(
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({"question": q, "answer": "7"}) + "\n" for q in "abc"))
     with serve(
-        checkpoint("qwen3_moe"), tmp_path / "log", "--moe-backend=sere", FORCING_FLAG
+        checkpoint("qwen3_moe"),
+        tmp_path / "log",
+        "--moe-backend=sere",
+        FORCING_FLAG,
+        whole_batches=False,
     ) as server:
         before = server.sere()
 

@@ -15,8 +15,10 @@ import torch
 
 from sere_sglang.names import RULES
 from sere_sglang.profile import save_profile
+from sere_sglang.schedule.cost import StepModel
 from sere_sglang.schedule.trace import read_trace
 from tests.server.checkpoints import EXPERTS, LAYERS
+from tests.server.cost_files import write_cost
 from tests.server.harness import TWO_RANKS, Server, refusal_of, serve
 from tests.server.profiles import random_profile
 
@@ -64,9 +66,12 @@ def server(
     checkpoint: Checkpoint, trace: Path, profile: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     flags = ("--sere-rule=energy", "--sere-policy=static", "--sere-quality-budget=0.5")
-    log = tmp_path_factory.mktemp("logs") / "rules.log"
-    given = [f"--sere-profile={profile}", f"--sere-trace={trace}", "--enable-metrics"]
-    with serve(checkpoint("qwen3_moe"), log, "--moe-backend=sere", *given, *flags) as server:
+    model, folder = checkpoint("qwen3_moe"), tmp_path_factory.mktemp("logs")
+    cost = write_cost(model, folder / "cost.json", step=StepModel())
+    given = [f"--sere-profile={profile}", f"--sere-trace={trace}", f"--sere-cost={cost}"]
+    with serve(
+        model, folder / "log", "--moe-backend=sere", "--enable-metrics", *given, *flags
+    ) as server:
         yield server
 
 

@@ -37,7 +37,9 @@ def _serve(model: Path, folder: Path, name: str, *flags: str, **env: str) -> Any
         f"--sere-trace={folder / name}.jsonl",
         *flags,
     )
-    return serve(model, folder / f"{name}.log", *flags, env=TWO_RANKS | env)
+    whole = "--attn-dp-size=2" not in flags
+    log = folder / f"{name}.log"
+    return serve(model, log, *flags, whole_batches=whole, env=TWO_RANKS | env)
 
 
 @pytest.fixture
@@ -117,15 +119,15 @@ def test_dp_attention_decides_from_the_gathered_rows(dp_attention: Server, folde
 def test_dp_attention_ranks_route_the_same_rows_alike(dp_attention: Server) -> None:
     server = dp_attention
     server.set_sere(policy="static", primary_k=1, threshold=0.9, min_batch=1, reset_counters=True)
-    moved = server.generate(PROMPTS, 12)
+    moved = server.generate(PROMPTS, 32)
     ranks = [state["sere"] for state in server.get("/server_info")["internal_states"]]
     assert len(ranks) == 2 and ranks[0]["counters"] == ranks[1]["counters"]
     for layer in ranks[0]["counters"].values():
         assert layer["rerouted"] > 0 and layer["critical"] > 0
         assert layer["active_after"] < layer["active_before"]
-        assert layer["rows"] >= layer["forwards"] * len(PROMPTS)
+        assert layer["rows"] > layer["forwards"] * len(PROMPTS) / 2, "no more than one group's"
     server.set_sere(enabled=False, reset_counters=True)
-    plain = server.generate(PROMPTS, 12)
+    plain = server.generate(PROMPTS, 32)
     assert any(a["output_ids"] != b["output_ids"] for a, b in zip(moved, plain, strict=True))
     ranks = [state["sere"] for state in server.get("/server_info")["internal_states"]]
     assert all(not layer["rerouted"] for r in ranks for layer in r["counters"].values())

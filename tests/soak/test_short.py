@@ -19,7 +19,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     model = kill_and_resume._model(folder)
-    with serve(model, folder / "server.log", *kill_and_resume.SERE) as server:
+    log = folder / "server.log"
+    with serve(model, log, *kill_and_resume.SERE, whole_batches=False) as server:
         yield server
 
 
