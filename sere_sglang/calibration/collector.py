@@ -7,6 +7,7 @@ to that expert alone with weight 1. Then the layer runs as if nobody had looked.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,12 @@ from sere_sglang.calibration.collection import CollectionSpec, load_partial, sav
 from sere_sglang.calibration.statistics import LayerCollector, explained
 from sere_sglang.errors import SereError
 from sere_sglang.runtime.layer_shape import expert_weights
-from sere_sglang.runtime.moe_layers import moe_layers, require_standard_format, routers_of
+from sere_sglang.runtime.moe_layers import (
+    decoder_layers,
+    moe_layers,
+    require_standard_format,
+    routers_of,
+)
 
 
 class LayerExperts:
@@ -95,6 +101,8 @@ class Collector:
             self.layers[layer_id] = LayerCollector(
                 experts, self.spec, layers=len(layers), at_once=len(layers)
             )
+        for layer_id, block in decoder_layers(model, layers).items():
+            block.register_forward_hook(functools.partial(self._see_stream, layer_id))
 
     def begin_forward(self, num_tokens: int, *, is_prefill: bool) -> None:
         """Called before each forward of the target model, with its tokens before padding."""
@@ -111,6 +119,22 @@ class Collector:
             valid = slice(self.num_valid)
             slots = topk_output.topk_ids[valid], topk_output.topk_weights[valid]
             collector.add(hidden[valid], *slots)
+        except Exception as error:
+            self.error = error
+
+    def _see_stream(self, layer_id: int, _block: Any, _inputs: Any, output: Any) -> None:
+        """Behind a decoder layer, which hands its output and the residual on apart or added up."""
+        if not self.armed or not self.num_valid or self.error is not None:
+            return
+        parts = output[:2] if isinstance(output, tuple) else (output,)
+        known = [part for part in parts if isinstance(part, torch.Tensor)]
+        width = self.layers[layer_id].experts.hidden_size
+        if any(p.dim() != 2 or p.shape[1] != width or len(p) < self.num_valid for p in known):
+            return  # sharded rows, or a block of another kind
+        try:
+            self.layers[layer_id].add_stream(
+                torch.stack([part[: self.num_valid].float() for part in known]).sum(0)
+            )
         except Exception as error:
             self.error = error
 

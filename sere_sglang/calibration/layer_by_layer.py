@@ -106,6 +106,7 @@ class _Run:
             self.hidden.into(layer + 1)[part] = block(self.hidden.into(layer)[part])
             if collector is not None and block.seen is not None:
                 collector.add(*block.seen)
+                collector.add_stream(self.hidden.into(layer + 1)[part])
             done, start = done + 1, part.stop
             if self.stop():
                 self._save(layer, done, collector)

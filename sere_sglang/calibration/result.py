@@ -17,6 +17,7 @@ from sere_sglang.calibration.measures import (
     substitution_scale,
 )
 from sere_sglang.calibration.statistics import FITTED
+from sere_sglang.calibration.stream import stream_energy
 from sere_sglang.calibration.text import CalibrationText
 from sere_sglang.profile import (
     FORMAT_VERSION,
@@ -89,6 +90,8 @@ def _of_layer(job: CalibrationJob, own: State) -> tuple[torch.Tensor, dict[str, 
     table["weight_by_rank"] = (own["rank_energy"].double() / 2**32 / tokens).sqrt().float()
     table["coactivation"] = moments.coactivation
     table |= {n.removeprefix(FITTED): t for n, t in own.items() if n.startswith(FITTED)}
+    if (stream := stream_energy(own)) is not None:
+        table["stream_energy"] = stream
     return by_measure[spec.measures[0]], table
 
 

@@ -15,6 +15,7 @@ from sere_sglang.calibration.collection import (
     cka_block,
 )
 from sere_sglang.calibration.measures import Moments
+from sere_sglang.calibration.stream import StreamEnergy
 from sere_sglang.calibration.surrogate_fit import evaluated_ranks, fit_surrogates
 from sere_sglang.calibration.surrogates import SurrogateSums
 from sere_sglang.errors import SereError
@@ -72,6 +73,7 @@ class LayerCollector:
         self.cka: dict[str, torch.Tensor] = {}
         self.surrogates: dict[str, torch.Tensor] = {}  # tables, when they are fitted
         self._surrogate_sums: SurrogateSums | None = None  # they are large: only once there are any
+        self.stream = StreamEnergy(self.device)
         self.tokens_seen = 0
 
     def check(self) -> None:
@@ -111,6 +113,11 @@ class LayerCollector:
             waiting, routed = torch.cat(self.pending), torch.cat(self.pending_routed)
             self._consume(waiting[:block], routed[:block])
             self.pending, self.pending_routed = [waiting[block:]], [routed[block:]]
+
+    def add_stream(self, rows: torch.Tensor) -> None:
+        """rows: [n, H], the residual stream behind this layer."""
+        if self.spec.surrogates is not None:
+            self.stream.add(rows)
 
     def _count_ranks(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """Popularity by rank among a token's slots: what a primary-k of S keeps is ranks < S."""
@@ -170,6 +177,7 @@ class LayerCollector:
             **self.moments.sums,
             "rank_counts": self.rank_counts,
             "rank_energy": self.rank_energy,
+            **self.stream.sums,
         }
         for name in ("pending", "pending_routed", "rows"):
             parts = getattr(self, name)
@@ -186,6 +194,7 @@ class LayerCollector:
             tensor.copy_(kept[name])
         self.rank_counts = kept["rank_counts"].to(self.device)
         self.rank_energy = kept["rank_energy"].to(self.device)
+        self.stream.restore(kept)
         for name in ("pending", "pending_routed", "rows"):
             setattr(self, name, [kept[name].to(self.device)] if name in kept else [])
         self.cka = {n.removeprefix("cka."): t for n, t in kept.items() if n.startswith("cka.")}

@@ -7,6 +7,8 @@
     popularity_by_rank                [K, E] the same by rank: every token fills every rank
     coactivation                      [E, E] tokens that chose both experts
     weight_by_rank                    [K]    float, root mean square routing weight of every rank
+    stream_energy                     [1]    float, |x|^2 of a typical token in the residual stream
+                                             behind the layer; with surrogates
 
 and those of surrogates (`profile.surrogate_tables`).
 
@@ -72,7 +74,7 @@ def check_together(
         counts, by_rank = named.get("popularity"), named.get("popularity_by_rank")
         check_surrogates(f"{path}: layers.{layer}", named, experts, hidden_size)
         for name, table in sorted(named.items()):
-            if name in SURROGATE_CHECKS:
+            if name in SURROGATE_CHECKS or name == "stream_energy":
                 continue
             where = f"layers.{layer}.{name}"
             if name != "weight_by_rank" and table.shape[-1] != experts:
@@ -150,6 +152,14 @@ def _popularity_by_rank(where: str, stored: Stored) -> torch.Tensor:
     return counts.clone()
 
 
+def _stream_energy(where: str, stored: Stored) -> torch.Tensor:
+    check_dtype(where, stored, _FLOATS)
+    energy = shaped(where, stored, "[1]", 1, of_experts=False)
+    check_values(where, energy, 0, torch.finfo(torch.float32).max)
+    check_some(where, energy)
+    return energy.clone()
+
+
 def _weight_by_rank(where: str, stored: Stored) -> torch.Tensor:
     check_dtype(where, stored, _FLOATS)
     weights = shaped(where, stored, "[K]", 1)
@@ -165,5 +175,6 @@ _CHECKS = {
     "popularity_by_rank": _popularity_by_rank,
     "coactivation": _coactivation,
     "weight_by_rank": _weight_by_rank,
+    "stream_energy": _stream_energy,
     **SURROGATE_CHECKS,
 }

@@ -13,7 +13,7 @@ from sere_sglang.names import SIMILARITY
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable, select_impl
 from sere_sglang.ops.fused import uses_cuda
 from sere_sglang.options import SereConfig
-from sere_sglang.profile import SereProfile
+from sere_sglang.profile import SereProfile, loss_shares
 from sere_sglang.runtime.bind_rules import LayerRules, layer_rules, ranges, unavailable_rules
 from sere_sglang.runtime.control import ControlBlock
 from sere_sglang.runtime.counters import FIELDS
@@ -52,9 +52,9 @@ class Binding:
         return [stage.layer_id for stage in self.stages]
 
     @property
-    def squared_mass(self) -> list[float]:
+    def loss_unit(self) -> list[float]:
         """Of each layer, what losses are shares of; 1 where no rule can lose anything."""
-        return [1.0 if s.rules is None else s.rules.squared_mass for s in self.stages]
+        return [1.0 if s.rules is None else s.rules.loss_unit for s in self.stages]
 
     def check_all_ran(self) -> None:
         """After a forward: a layer that never reached the seam would be served without SERE."""
@@ -105,7 +105,11 @@ def bind_model(
     unavailable = unavailable_rules(target.type, config.rule, configs)
     rules: dict[int, LayerRules] = {}
     if target.type == "cpu" or config.rule not in {SIMILARITY, *unavailable}:
-        rules = {i: layer_rules(layers[i], configs[i], profile, target) for i in configs}
+        shares = loss_shares(profile.tables)
+        rules = {
+            i: layer_rules(layers[i], configs[i], profile, target, shares.get(i, 1.0))
+            for i in configs
+        }
     control = ControlBlock(
         target,
         sorted(layers),

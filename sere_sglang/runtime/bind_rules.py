@@ -37,7 +37,7 @@ class LayerRules:
         return RuleStage(
             layer_id=self.layer_id,
             num_experts=self.words.num_experts,
-            squared_mass=self.words.squared_mass,
+            loss_unit=self.words.loss_unit,
             implementation=load_rules("auto", "cpu"),
             counters=counters,
             surrogates=self.surrogates,
@@ -78,9 +78,16 @@ def _without_kernels(device_type: str, asked: str) -> dict[str, str]:
 
 
 def layer_rules(
-    layer: Any, topk_config: Any, profile: SereProfile, device: torch.device
+    layer: Any,
+    topk_config: Any,
+    profile: SereProfile,
+    device: torch.device,
+    loss_share: float = 1.0,
 ) -> LayerRules:
-    """Of a ``FusedMoE`` and its router. Warns where surrogates cannot be added."""
+    """Of a ``FusedMoE`` and its router. Warns where surrogates cannot be added.
+
+    loss_share: of loss budgets (`profile.loss_shares`).
+    """
     tables = profile.tables.get(layer.layer_id, {})
     surrogates, share = _surrogates(tables, device), output_share(layer)
     factor = output_factor(layer, topk_config)
@@ -95,7 +102,7 @@ def layer_rules(
         layer_id=layer.layer_id,
         words=RuleWords(
             num_experts=profile.similarity[layer.layer_id].shape[0],
-            squared_mass=_mass(tables.get("weight_by_rank"), topk_config) ** 2,
+            loss_unit=_mass(tables.get("weight_by_rank"), topk_config) ** 2 * loss_share,
             has_scores=exposes_scores(topk_config),
             has_surrogates=surrogates is not None,
         ),

@@ -40,11 +40,11 @@ class CounterReader:
     """
 
     def __init__(
-        self, counters: torch.Tensor, squared_mass: Sequence[float], interval: int = 16
+        self, counters: torch.Tensor, loss_unit: Sequence[float], interval: int = 16
     ) -> None:
-        """squared_mass: of each layer (`RuleStage`)."""
+        """loss_unit: of each layer (`RuleStage`)."""
         self._counters = counters
-        self._loss_unit = LOSS_UNIT / np.array(squared_mass)
+        self._loss_unit = LOSS_UNIT / np.array(loss_unit)
         self._interval = interval
         self._since = 0
         self._asynchronous = counters.is_cuda

@@ -24,12 +24,12 @@ from sere_sglang.schedule.point import OperatingPoint
 class RuleWords:
     """How a layer's rule block is written.
 
-    num_experts, squared_mass: as `RuleStage`. has_scores: its router exposes them.
+    num_experts, loss_unit: as `RuleStage`. has_scores: its router exposes them.
     has_surrogates: of its experts.
     """
 
     num_experts: int
-    squared_mass: float
+    loss_unit: float
     has_scores: bool
     has_surrogates: bool
 
@@ -44,7 +44,7 @@ class RuleWords:
         options = options_of(
             point,
             num_experts=self.num_experts,
-            squared_mass=self.squared_mass,
+            loss_unit=self.loss_unit,
             fast_keep=fast_keep,
             compensates=compensates,
             has_scores=self.has_scores,
@@ -80,8 +80,8 @@ class GraphRules:
     """Of the forward that is running, until `compensation` has used it up."""
 
     @property
-    def squared_mass(self) -> float:
-        return self.words.squared_mass
+    def loss_unit(self) -> float:
+        return self.words.loss_unit
 
     def apply(
         self,

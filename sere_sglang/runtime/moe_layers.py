@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +20,17 @@ def moe_layers(model: torch.nn.Module) -> dict[int, Any]:
         for module in model.modules()
         if isinstance(module, FusedMoE) and not module.is_shared_fused_moe
     }
+
+
+def decoder_layers(model: torch.nn.Module, layers: Mapping[int, Any]) -> dict[int, torch.nn.Module]:
+    """layer id -> the numbered block of `model` that holds a MoE layer, as ``model.layers.3``."""
+    ids = {id(layer): layer_id for layer_id, layer in layers.items()}
+    found = {}
+    for name, module in model.named_modules():
+        block = re.match(r"(.*\.\d+)\.", name)
+        if id(module) in ids and block:
+            found[ids[id(module)]] = model.get_submodule(block[1])
+    return found
 
 
 def routers_of(model: torch.nn.Module) -> dict[int, Any]:

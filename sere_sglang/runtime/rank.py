@@ -98,7 +98,7 @@ class SereRuntime:
         self.last: BatchComposition | None = None
         self.health = Health()
         self.measuring = Measuring(
-            CounterReader(binding.counters, binding.squared_mass),
+            CounterReader(binding.counters, binding.loss_unit),
             self.policy,
             cost,
             self.context.expectation,

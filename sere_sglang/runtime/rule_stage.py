@@ -47,7 +47,7 @@ def options_of(
     point: OperatingPoint,
     *,
     num_experts: int,
-    squared_mass: float,
+    loss_unit: float,
     fast_keep: int,
     compensates: bool,
     has_scores: bool,
@@ -55,7 +55,7 @@ def options_of(
     """Of a layer's own point: the options of `RuleCall` and `encode_rule` that say how hard.
 
     Args:
-        num_experts, squared_mass: as `RuleStage`.
+        num_experts, loss_unit: as `RuleStage`.
         fast_keep: S of fast rows.
         compensates: surrogates make up for what is lost.
         has_scores: the router exposes what lost slots can be filled by.
@@ -65,7 +65,7 @@ def options_of(
         "keep": point.primary_k or 1,
         "fast_keep": fast_keep if point.primary_k else 1,
         "budget": min(point.experts, num_experts) or num_experts,
-        "loss": point.loss * squared_mass,
+        "loss": point.loss * loss_unit,
         "fill_weight": FILL_WEIGHT if fills else 0.0,
         "renormalize": 0.0 if compensates else RENORMALIZE,
     }
@@ -75,14 +75,15 @@ def options_of(
 class RuleStage:
     """Everything a layer needs to apply a rule to its `top_k` routed slots in place.
 
-    squared_mass: what a row's routing weights add up to, squared: the unit of loss budgets.
+    loss_unit: squared routing weight per row that a loss budget of 1 is: the square of what a row's
+        weights add up to, times the layer's share of loss budgets (`profile.loss_shares`).
     share: of what the surrogates compute, this rank's; ranks add their outputs up.
     counters: int64 ``[7]`` (`Implementation.apply`).
     """
 
     layer_id: int
     num_experts: int
-    squared_mass: float
+    loss_unit: float
     implementation: Implementation
     counters: torch.Tensor
     surrogates: Surrogates | None = None
@@ -123,7 +124,7 @@ class RuleStage:
                 **options_of(
                     point,
                     num_experts=self.num_experts,
-                    squared_mass=self.squared_mass,
+                    loss_unit=self.loss_unit,
                     fast_keep=forward.fast_keep,
                     compensates=compensates,
                     has_scores=scores is not None,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sere_sglang.names import RULES, SIMILARITY
-from sere_sglang.profile import SereProfile
+from sere_sglang.profile import SereProfile, loss_shares
 from sere_sglang.schedule.lookup import COMPUTED, present, representatives, row_of, spread
 from sere_sglang.schedule.point import OperatingPoint
 from sere_sglang.schedule.rule_tables import rule_tables
@@ -32,11 +32,13 @@ _LOSSES, _NUM_LOSSES = (0.001, 0.5), 49  # of `energy`, 14 % from one to the nex
 @dataclass(frozen=True)
 class LayerStatistics:
     """similarity: ``[E, E]``; by_rank: ``[K, E]``, probability that the slot of a rank holds e;
-    energy: ``[K]``, share of the squared routing weight by rank, sums to 1."""
+    energy: ``[K]``, share of the squared routing weight by rank, sums to 1. loss_share: of the
+    loss budget of ``energy`` (`profile.loss_shares`)."""
 
     similarity: np.ndarray
     by_rank: np.ndarray
     energy: np.ndarray
+    loss_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def points_of(rule: str, top_k: int, experts: int) -> tuple[OperatingPoint, ...]
 def statistics_of(profile: SereProfile) -> dict[int, LayerStatistics]:
     """Per MoE layer. A profile without popularity counts is read as uniform routing."""
     layers = {}
+    shares = loss_shares(profile.tables)
     for layer, similarity in profile.similarity.items():
         table = profile.tables.get(layer, {})
         counts, weights = table.get("popularity_by_rank"), table.get("weight_by_rank")
@@ -151,7 +154,10 @@ def statistics_of(profile: SereProfile) -> dict[int, LayerStatistics]:
         # Not counted by every tool that writes profiles: assume that weights fall linearly.
         energy = (np.arange(top_k, 0, -1.0) if weights is None else weights.double().numpy()) ** 2
         layers[layer] = LayerStatistics(
-            similarity.double().numpy(), by_rank, energy / max(energy.sum(), 1e-30)
+            similarity.double().numpy(),
+            by_rank,
+            energy / max(energy.sum(), 1e-30),
+            shares.get(layer, 1.0),
         )
     return layers
 
@@ -184,7 +190,10 @@ def expect(
         tables = [_tables_of(layer, thresholds) for layer in looked_at.values()]
     else:
         points = points_of(rule, top_k, experts)
-        tables = [rule_tables(layer.by_rank, layer.energy, points) for layer in looked_at.values()]
+        tables = [
+            rule_tables(own.by_rank, own.energy, points, own.loss_share)
+            for own in looked_at.values()
+        ]
     plain, active, loss = (
         spread(np.stack([own[i] for own in tables], axis=1)[:, nearest]) for i in range(3)
     )

@@ -19,7 +19,10 @@ _BATCHES = (4, 64)
 
 
 def rule_tables(
-    by_rank: np.ndarray, energy: np.ndarray, points: Sequence[OperatingPoint]
+    by_rank: np.ndarray,
+    energy: np.ndarray,
+    points: Sequence[OperatingPoint],
+    loss_share: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """plain ``[rows]``, active and loss ``[rows, points]`` of one layer, at `COMPUTED`.
 
@@ -27,9 +30,11 @@ def rule_tables(
         by_rank: ``[K, E]``, probability that the slot of a rank holds an expert.
         energy: ``[K]``, share of the squared routing weight by rank.
         points: all of one rule.
+        loss_share: what the layer multiplies a budget of ``energy`` by.
 
     loss is the squared weight that a row's dropped slots had, as a share of the square of all its
-    weight. Of ``energy`` it is what a point may spend: the kernel never drops more.
+    weight. Of ``energy`` it is what a point may spend, before the layer's share: the kernel never
+    drops more.
     """
     amplitude = np.sqrt(energy)
     shares = (amplitude / max(amplitude.sum(), 1e-30)) ** 2  # [K], of a row's squared total weight
@@ -39,7 +44,10 @@ def rule_tables(
     edges = np.cumsum(by_rank, axis=1)
     for i, batch in enumerate(COMPUTED):
         batches = int(np.clip(_SLOTS // (batch * len(shares)), *_BATCHES))
-        drawn = [_Batch(_draw(edges, batch, seed), shares, by_rank) for seed in range(batches)]
+        drawn = [
+            _Batch(_draw(edges, batch, seed), shares, by_rank, loss_share)
+            for seed in range(batches)
+        ]
         plain[i] = np.mean([one.used.sum() for one in drawn])
         effects = np.mean([one.effects(points) for one in drawn], axis=0)
         active[i], loss[i] = effects[:, 0], effects[:, 1]
@@ -59,7 +67,10 @@ def _draw(edges: np.ndarray, batch: int, seed: int) -> np.ndarray:
 class _Batch:
     """One drawn batch. spread: ``[K, E]``, its squared weight by rank and expert, per row."""
 
-    def __init__(self, ids: np.ndarray, shares: np.ndarray, by_rank: np.ndarray) -> None:
+    def __init__(
+        self, ids: np.ndarray, shares: np.ndarray, by_rank: np.ndarray, loss_share: float
+    ) -> None:
+        self.loss_share = loss_share
         batch, experts = len(ids), by_rank.shape[1]
         self.held = np.stack([np.bincount(own, minlength=experts) for own in ids.T])
         self.spread = self.held * (shares / batch)[:, None]
@@ -85,7 +96,7 @@ class _Batch:
     def _within_loss(self, allowed: np.ndarray) -> np.ndarray:
         droppable = self.used & ~self.held[:1].any(axis=0)
         spent = np.cumsum(np.sort(self.value[droppable]))
-        active = self.used.sum() - np.searchsorted(spent, allowed, side="right")
+        active = self.used.sum() - np.searchsorted(spent, allowed * self.loss_share, side="right")
         return np.stack([active, allowed], axis=1)
 
     def _within_budget(self, most: np.ndarray) -> np.ndarray:

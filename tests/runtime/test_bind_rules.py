@@ -92,7 +92,7 @@ def test_losses_are_shares_of_what_the_routers_weights_add_up_to() -> None:
 
     def mass(**router: Any) -> float:
         rules = layer_rules(_layer(), _router(**router), _profile(), device)
-        return rules.words.squared_mass
+        return rules.words.loss_unit
 
     assert mass() == pytest.approx(0.64)
     fused = {"apply_routed_scaling_factor_on_output": True, "routed_scaling_factor": 2.5}

@@ -73,7 +73,7 @@ def test_is_the_public_function_on_the_routers_scores(point: OperatingPoint, sco
     lost = want.lost[torch.arange(ROWS) != 2].square().sum().item() / 7
     assert counted["loss"] * LOSS_UNIT == pytest.approx(lost, abs=1e-6)
     if point.rule == "energy":
-        assert lost <= point.loss * stage.squared_mass
+        assert lost <= point.loss * stage.loss_unit
 
 
 def test_a_router_without_scores_drops_without_filling() -> None:

@@ -12,6 +12,7 @@ from sere_sglang.schedule.adaptive import AdaptivePolicy
 from sere_sglang.schedule.feedback import NO_FEEDBACK
 from sere_sglang.schedule.ladder import Ladders
 from sere_sglang.schedule.point import OFF, OperatingPoint, described
+from sere_sglang.schedule.rule_tables import rule_tables
 from tests.schedule.test_policies import decode
 from tests.schedule.toy_model import COST, ENERGY, EXPERTS, LAYERS, TOP_K, expectation, settings
 
@@ -101,3 +102,14 @@ def _nearest(points: tuple[OperatingPoint, ...], to: OperatingPoint) -> Operatin
             abs(p.loss - to.loss) + abs(p.experts - to.experts) + abs(p.primary_k - to.primary_k)
         ),
     )
+
+
+def test_a_layers_share_of_the_budget_is_spent_before_it_is_named() -> None:
+    """Loss stays what the budget says; what it drops is that of the layer's share."""
+    by_rank = np.full((TOP_K, EXPERTS), 1.0 / EXPERTS)
+    losses = (0.01, 0.02, 0.04)
+    points = [OperatingPoint(True, rule="energy", loss=loss) for loss in losses]
+    plain, active, loss = rule_tables(by_rank, ENERGY, points)
+    half, active_of_half, loss_of_half = rule_tables(by_rank, ENERGY, points, 0.5)
+    assert np.array_equal(plain, half) and np.array_equal(loss, loss_of_half)
+    assert np.allclose(active_of_half[:, 1:], active[:, :-1])
