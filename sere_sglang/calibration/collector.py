@@ -8,7 +8,7 @@ to that expert alone with weight 1. Then the layer runs as if nobody had looked.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -102,7 +102,8 @@ class Collector:
                 experts, self.spec, layers=len(layers), at_once=len(layers)
             )
         for layer_id, block in decoder_layers(model, layers).items():
-            block.register_forward_hook(functools.partial(self._see_stream, layer_id))
+            see = functools.partial(self._see_stream, layer_id)
+            block.register_forward_hook(see, with_kwargs=True)
 
     def begin_forward(self, num_tokens: int, *, is_prefill: bool) -> None:
         """Called before each forward of the target model, with its tokens before padding."""
@@ -122,19 +123,21 @@ class Collector:
         except Exception as error:
             self.error = error
 
-    def _see_stream(self, layer_id: int, _block: Any, _inputs: Any, output: Any) -> None:
-        """Behind a decoder layer, which hands its output and the residual on apart or added up."""
+    def _see_stream(
+        self, layer_id: int, _block: Any, inputs: Any, named: Mapping[str, Any], output: Any
+    ) -> None:
+        """Behind a decoder layer."""
         if not self.armed or not self.num_valid or self.error is not None:
             return
-        parts = output[:2] if isinstance(output, tuple) else (output,)
-        known = [part for part in parts if isinstance(part, torch.Tensor)]
         width = self.layers[layer_id].experts.hidden_size
-        if any(p.dim() != 2 or p.shape[1] != width or len(p) < self.num_valid for p in known):
+        parts = _stream_parts((*inputs, *named.values()), output)
+        if any(p.dim() != 2 or p.shape[1] != width or len(p) < self.num_valid for p in parts):
             return  # sharded rows, or a block of another kind
         try:
-            self.layers[layer_id].add_stream(
-                torch.stack([part[: self.num_valid].float() for part in known]).sum(0)
-            )
+            for part in parts[1:]:
+                parts[0] = parts[0][: self.num_valid].float() + part[: self.num_valid]
+            if parts:
+                self.layers[layer_id].add_stream(parts[0][: self.num_valid])
         except Exception as error:
             self.error = error
 
@@ -187,6 +190,21 @@ class Collector:
                 f"--model: MoE layer(s) {silent} ran without SGLang's standard expert layer, so "
                 "their experts cannot be observed; SERE does not support this model"
             )
+
+
+def _stream_parts(inputs: Iterable[Any], output: Any) -> list[torch.Tensor]:
+    """What adds up to the residual stream behind a decoder layer.
+
+    Models on ``sglang.srt.layers.layer_boundary`` (0.5.23) leave the residual on the batch, others
+    hand it on beside their output, or added up. Nothing where ranks still owe each other a sum.
+    """
+    stream = next((s for i in inputs if (s := getattr(i, "residual_stream", None))), None)
+    if stream is not None:
+        if stream.pending is None or stream.pending.owed is not None:
+            return []
+        output = (stream.pending.value, stream.residual)
+    parts = output[:2] if isinstance(output, tuple) else (output,)
+    return [part for part in parts if isinstance(part, torch.Tensor)]
 
 
 def _ranks(layer: Any) -> int:
