@@ -213,6 +213,8 @@ TOOLS = {
     "seam": "how a symbol is hooked, and how it fails when it has changed",
     "guard": "what becomes of a hook that fails while the server serves",
     "moe_rows": "whose rows a MoE layer sees under DP attention and all-to-all; changes nothing",
+    "moe_runner": "a runner that takes standard top-k where SGLang chose another, by SGLang's own "
+    "register_resolution_hook",
     "server_flags": "flags of SGLang's under which SERE is refused; changes nothing",
     "number_keys": "settings as numbers, on the way to the schedulers",
 }

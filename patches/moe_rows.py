@@ -20,6 +20,7 @@ from typing import Any
 from sere_sglang.errors import SereError
 from sere_sglang.options import SereConfig
 from sere_sglang.patches.seam import resolve
+from sere_sglang.runtime.runners import DISPATCHERS
 from sere_sglang.schedule.composition import MoeRows
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ def restrict(record: Any, asked: SereConfig) -> SereConfig:
             "for elastic EP and its Rust server) what rank 0 measures does not reach the other DP "
             "groups, which would decide differently; drop that flag or --moe-backend sere"
         )
-    if flags.moe_a2a_backend == "none":
+    dispatcher = DISPATCHERS.get(flags.moe_a2a_backend)
+    if dispatcher is not None and dispatcher.rows == "global":
         return without_quality(asked, _DP_ATTENTION) if groups > 1 else asked
     if flags.tp_size > groups:
         return without_quality(asked, "--moe-a2a-backend and several ranks per attention group")

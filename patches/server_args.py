@@ -86,11 +86,12 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
 
     from sere_sglang.cpu import isa as cpu_isa
     from sere_sglang.cpu.large_pages import ask_allocator_for_large_pages
-    from sere_sglang.patches import engine, moe_rows, server_flags
+    from sere_sglang.patches import engine, moe_rows, moe_runner, server_flags
     from sere_sglang.preflight import prepare
 
     def restrict(asked: SereConfig) -> SereConfig:
         server_flags.require_supported(record, hf_config.get("architectures") or ())
+        moe_runner.require_known_runner(record, allow_untested=bool(asked.sere_allow_untested))
         return moe_rows.restrict(record, asked)
 
     with engine.reported(record):

@@ -299,6 +299,12 @@ class SereConfig:
         metavar="FILE",
         default_reads="no trace",
     )
+    sere_allow_untested: bool | None = _option(
+        "Serve on a MoE runner or all-to-all backend whose source could not be read, so that what "
+        "it makes of re-routed rows is not known.",
+        default=False,
+        default_reads="refused by name at start",
+    )
     sere_on_error: str | None = _option(
         "When SERE cannot be had (no profile, wrong model, unsupported format): stop at start, or "
         "serve without it after a warning.",

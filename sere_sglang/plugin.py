@@ -13,8 +13,9 @@ from __future__ import annotations
 
 def register() -> None:
     """Called by ``sglang.srt.plugins.load_plugins`` in each process; SGLang applies the hooks."""
-    from sere_sglang.patches import dp_controller, scheduler, server_args
+    from sere_sglang.patches import dp_controller, moe_runner, scheduler, server_args
 
     scheduler.register()
     dp_controller.register()
+    moe_runner.register()
     server_args.register()  # last: SGLang skips a plugin that fails, and then knows no flag of ours

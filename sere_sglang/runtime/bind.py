@@ -24,7 +24,12 @@ from sere_sglang.runtime.moe_layers import (
     routed_top_k,
     routers_of,
 )
-from sere_sglang.runtime.runners import takes_repeated_ids
+from sere_sglang.runtime.runners import (
+    dispatcher_name,
+    needs_distinct,
+    require_known,
+    runner_of,
+)
 from sere_sglang.runtime.stage import RerouteStage, Switch, bind_stage
 
 # Rows that can be told apart by quality; decode batches are far smaller.
@@ -141,7 +146,7 @@ def bind_model(
             switch=switch,
             impl=impl,
             fuse=fuses and layer_id in softmax_routers,
-            distinct=target.type == "cpu" or not takes_repeated_ids(layers[layer_id]),
+            distinct=target.type == "cpu" or _distinct(layers[layer_id], config),
         )
         if layer_id in rules:
             stage.rules = (
@@ -155,6 +160,15 @@ def bind_model(
         bind_stage(layers[layer_id], stage)
         stages.append(stage)
     return Binding(name, stages, control, counters, switch, impl, unavailable)
+
+
+def _distinct(layer: Any, config: SereConfig) -> bool:
+    """Whether a layer's rows must hold K different experts. Raises `SereError` where that is not
+    known and not allowed."""
+    runner, dispatcher = runner_of(layer), dispatcher_name()
+    allowed = bool(config.sere_allow_untested)
+    require_known(runner, dispatcher, allow_untested=allowed, instead="triton")
+    return needs_distinct(runner, dispatcher)
 
 
 def _is_plain_softmax(topk_config: Any) -> bool:

@@ -1,37 +1,179 @@
 """What SGLang's MoE runners and dispatchers make of a layer's rows and of its output.
 
-Read in SGLang 0.5.23 and the kernels that it calls; none was run on a GPU. A runner that is not
-listed in `TAKE_REPEATED_IDS` gets distinct rows (docs/semantics.md, rule 8), which suit all of
-them.
+Read in SGLang 0.5.23 and in the kernels that it calls, where each line of the tables says; none was
+run on a GPU. Rows with K different experts, which SGLang's own routers make, suit all of them;
+re-routing can make such rows (docs/semantics.md, rule 8).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
-TAKE_REPEATED_IDS = {
-    "triton": "moe_align_block_size counts slots, and align_single_token breaks ties by slot",
-    "marlin": "sorted by the same moe_align_block_size",
-    "cutlass": "prepare_moe_input places each slot by itself",
+from sere_sglang.errors import SereError
+from sere_sglang.options import flag_of
+
+Ids = Literal["repeated", "distinct", "inside", "unknown"]
+"""What the rows that a kernel takes may hold: an expert twice; K different ones; nothing of ours, as
+it routes by itself; not known, as its source could not be read."""
+Skips = Literal["yes", "no", "with EP", "not read"]
+"""Whether an id of -1 is a slot that does not run. Re-routing writes none, on any of them."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """read: where `ids` is to be seen, from ``sglang/srt/layers/moe`` (F: flashinfer's sources)."""
+
+    ids: Ids
+    skips_minus_one: Skips
+    read: str
+
+
+@dataclass(frozen=True)
+class Dispatcher(Runner):
+    """rows: whose tokens a rank's top-k sees; "global" are all of its expert group's."""
+
+    rows: Literal["global", "per rank"] = "per rank"
+
+
+_CLOSED = "no source of its kernels in the packages"
+
+RUNNERS = {
+    "triton": Runner(
+        "repeated",
+        "with EP",
+        "moe_runner/triton_utils/fused_moe.py: moe_align_block_size counts slots; filter_expert",
+    ),
+    "marlin": Runner(
+        "repeated",
+        "yes",
+        "fused_moe_triton/fused_marlin_moe.py: moe_align_block_size, inactive prefix; one token: "
+        "kernels/jit/csrc/moe/align_single_token.cuh breaks ties by slot",
+    ),
+    "cutlass": Runner(
+        "repeated", "not read", "cutlass_moe.py: prepare_moe_input places each slot by itself"
+    ),
+    "W4AFp8MoEMethod": Runner(
+        "repeated", "not read", "cutlass_w4a8_moe.py: offsets by slot, as cutlass"
+    ),
+    "deep_gemm": Runner(
+        "distinct",
+        "yes",
+        "kernels/ops/moe/ep_moe_kernels.py: fused_moe_dispatch_index_triton_kernel, at most one "
+        "slot of a token per expert",
+    ),
+    "flashinfer_cutlass": Runner(
+        "distinct",
+        "not read",
+        "F: cutlass_fused_moe_kernels.cuh: blockExpertPrefixSumKernel stops at the first match",
+    ),
+    "flashinfer_trtllm_routed": Runner(
+        "distinct",
+        "not read",
+        "F: trtllm_fused_moe_routing_custom.cuh: up to 16 tokens, one slot per token and expert",
+    ),
+    "flashinfer_trtllm": Runner(
+        "inside", "not read", "topk.py: TopK.bind_runner_backend, BYPASSED; else as _routed"
+    ),
+    "experimental_sgl_trtllm": Runner(
+        "inside", "not read", "topk.py: TopK.bind_runner_backend, BYPASSED without LoRA"
+    ),
+    "flashinfer_mxfp4": Runner(
+        "inside", "not read", "topk.py: TopK.bind_runner_backend, BYPASSED but for fp4 experts"
+    ),
+    "triton_kernel": Runner(
+        "inside", "not read", "topk.py: TopK.bind_runner_backend, TRITON_KERNEL"
+    ),
+    "flashinfer_megamoe": Runner("unknown", "not read", f"flashinfer_megamoe.py; {_CLOSED}"),
+    "flashinfer_cutedsl": Runner(
+        "unknown", "not read", "moe_runner/flashinfer_cutedsl.py; its sort was not followed"
+    ),
+    "hpc_ops": Runner("unknown", "not read", f"moe_runner/hpc_ops.py; {_CLOSED}"),
+    "humming": Runner("unknown", "not read", "moe_runner/humming.py; not followed"),
+    "experimental_sgl_marlin": Runner(
+        "unknown", "not read", "lora/trtllm_lora_temp; aligns by kernels of its own"
+    ),
+    "lora_triton": Runner("unknown", "not read", "lora/moe/base_gemm_provider; not followed"),
+    "lora_cutedsl": Runner("unknown", "not read", "lora/moe/base_gemm_provider; not followed"),
+    "lora_marlin": Runner("unknown", "not read", "lora/moe/base_gemm_provider; not followed"),
+    "aiter": Runner("unknown", "not read", f"moe_runner/aiter.py; {_CLOSED}"),
+    "ascend": Runner("unknown", "not read", f"moe_runner/ascend.py; {_CLOSED}"),
+    "intel_xpu": Runner("unknown", "not read", _CLOSED),
 }
-"""``MoeRunnerBackend`` value -> why. Not: deep_gemm's masked layout and flashinfer_*, which lose
-weights or write out of bounds where an expert has more slots than the batch has rows."""
+"""``MoeRunnerBackend`` value, or the class of a quantization method that calls a kernel itself."""
+
+DISPATCHERS = {
+    "none": Dispatcher(
+        "repeated", "yes", "token_dispatcher/standard.py: hands ids on", rows="global"
+    ),
+    "deepep": Dispatcher(
+        "distinct",
+        "yes",
+        "token_dispatcher/deepep.py; low latency counts slots of an expert up to the tokens of a "
+        "rank (DeepEP: csrc/kernels/internode_ll.cu)",
+    ),
+    "deepep_v2": Dispatcher(
+        "distinct", "not read", "token_dispatcher/deepep_v2.py: _masked_token_capacity"
+    ),
+    "mooncake": Dispatcher("unknown", "not read", f"token_dispatcher/mooncake.py; {_CLOSED}"),
+    "nixl": Dispatcher("unknown", "not read", f"token_dispatcher/nixl.py; {_CLOSED}"),
+    "pplx": Dispatcher("unknown", "not read", f"token_dispatcher/pplx.py; {_CLOSED}"),
+    "mori": Dispatcher("unknown", "not read", f"token_dispatcher/moriep.py; {_CLOSED}"),
+    "flashinfer": Dispatcher(
+        "unknown", "not read", "token_dispatcher/flashinfer.py; its all-to-all was not followed"
+    ),
+    "megamoe": Dispatcher("unknown", "not read", _CLOSED),
+    "flashinfer_megamoe": Dispatcher("unknown", "not read", _CLOSED),
+    "ascend_fuseep": Dispatcher("unknown", "not read", _CLOSED),
+    "ascend_tp": Dispatcher("unknown", "not read", _CLOSED),
+    "customized": Dispatcher("unknown", "not read", "of an extension"),
+}
+"""``MoeA2ABackend`` value -> what it does. All but none take rows that a rank has to itself."""
 
 
-def takes_repeated_ids(layer: Any) -> bool:
-    """Whether a ``FusedMoE`` computes the same sum if slots of a row that met stay apart.
+def needs_distinct(runner: str, dispatcher: str) -> bool:
+    """Whether rows must hold K different experts on this pair.
 
     Distinct rows cost a GPU something where A, what the batch runs, has fewer than K members:
     surplus slots then name experts outside it, which are loaded although their weight is 0.
     """
-    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatcher
+    known = RUNNERS.get(runner), DISPATCHERS.get(dispatcher)
+    return any(part is None or part.ids != "repeated" for part in known)
 
-    runner = getattr(layer.quant_method, "runner", None)
-    backend = getattr(getattr(runner, "runner_backend", None), "value", None)
-    # Dispatchers between ranks count rows by expert.
-    return backend in TAKE_REPEATED_IDS and type(layer.dispatcher) is StandardDispatcher
+
+def require_known(runner: str, dispatcher: str, *, allow_untested: bool, instead: str) -> None:
+    """Raise `SereError` for a runner or dispatcher whose handling of rows is not known.
+
+    instead: the ``--moe-runner-backend`` that works for this model on this GPU.
+    """
+    if allow_untested:
+        return
+    names = (
+        ("--moe-runner-backend", runner, RUNNERS.get(runner), instead),
+        ("--moe-a2a-backend", dispatcher, DISPATCHERS.get(dispatcher), "none"),
+    )
+    for flag, name, part, other in names:
+        if part is None or part.ids == "unknown":
+            raise SereError(
+                f"--moe-backend sere: what {flag} {name} makes of re-routed rows is not known; use "
+                f"{flag} {other}, or try it with {flag_of('sere_allow_untested')}"
+            )
+
+
+def runner_of(layer: Any) -> str:
+    """What computes a ``FusedMoE``, by its name in `RUNNERS`."""
+    method = layer.quant_method
+    backend = method.get_moe_runner_backend(layer)
+    return type(method).__name__ if backend is None else str(backend.value)
+
+
+def dispatcher_name() -> str:
+    """In a worker: ``--moe-a2a-backend``, by its name in `DISPATCHERS`."""
+    from sglang.srt.layers.moe.utils import get_moe_a2a_backend
+
+    return str(get_moe_a2a_backend().value)
 
 
 def output_share(layer: Any) -> float:

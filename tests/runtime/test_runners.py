@@ -1,0 +1,87 @@
+"""The table of runners and dispatchers, against SGLang's names and its own functions."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.arg_groups.choices import MOE_RUNNER_BACKEND_CHOICES
+from sglang.srt.layers.moe import utils
+from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
+
+from sere_sglang.errors import SereError
+from sere_sglang.runtime.moe_layers import require_weights_on_output
+from sere_sglang.runtime.runners import (
+    DISPATCHERS,
+    RUNNERS,
+    needs_distinct,
+    require_known,
+    runner_of,
+)
+
+_NAMES = {backend.value for backend in MoeRunnerBackend} - {"auto"}
+
+
+def test_weights_on_the_experts_input_are_refused() -> None:
+    config = SimpleNamespace(apply_router_weight_on_input=True)
+    layer = SimpleNamespace(moe_runner_config=config)
+    with pytest.raises(SereError, match="LlamaMoE applies routing weights to the input"):
+        require_weights_on_output(layer, "LlamaMoE")
+    config.apply_router_weight_on_input = False
+    require_weights_on_output(layer, "LlamaMoE")
+
+
+def test_all_of_sglangs_runners_and_dispatchers_are_judged() -> None:
+    own = Path(utils.__file__).parents[1] / "quantization" / "w4afp8.py"
+    assert set(RUNNERS) == _NAMES | {"W4AFp8MoEMethod"}
+    assert "class W4AFp8MoEMethod(" in own.read_text()
+    assert set(MOE_RUNNER_BACKEND_CHOICES) - {"auto", "sere", "megamoe"} <= _NAMES
+    assert set(DISPATCHERS) == {backend.value for backend in MoeA2ABackend}
+
+
+@pytest.mark.parametrize("backend", MoeA2ABackend)
+def test_whose_rows_a_rank_sees_is_what_sglang_says(
+    monkeypatch: pytest.MonkeyPatch, backend: MoeA2ABackend
+) -> None:
+    monkeypatch.setattr(utils, "get_moe_a2a_backend", lambda: backend)
+    monkeypatch.setattr(utils, "should_use_flashinfer_cutlass_moe_fp4_allgather", lambda: False)
+    monkeypatch.setattr(utils, "get_parallel", lambda: SimpleNamespace(dwdp_size=1))
+    per_rank = utils.is_moe_input_scattered_across_dp_ranks()
+    assert DISPATCHERS[backend.value].rows == ("per rank" if per_rank else "global")
+
+
+def test_rows_are_distinct_but_where_both_are_known_to_take_others() -> None:
+    pairs = itertools.product([*RUNNERS, "an extension"], [*DISPATCHERS, "an extension"])
+    others = {pair for pair in pairs if not needs_distinct(*pair)}
+    assert others == {(name, "none") for name in ("triton", "marlin", "cutlass", "W4AFp8MoEMethod")}
+
+
+def test_what_is_not_known_is_refused_by_name() -> None:
+    def require(runner: str, dispatcher: str, *, allow: bool = False) -> None:
+        require_known(runner, dispatcher, allow_untested=allow, instead="marlin")
+
+    require("triton", "none")
+    require("deep_gemm", "deepep")
+    with pytest.raises(SereError, match="--moe-runner-backend hpc_ops .* use .* marlin, or"):
+        require("hpc_ops", "none")
+    with pytest.raises(SereError, match="--moe-a2a-backend pplx .* not known.*backend none"):
+        require("deep_gemm", "pplx")
+    with pytest.raises(SereError, match="--moe-runner-backend of_tomorrow"):
+        require("of_tomorrow", "none")
+    require("of_tomorrow", "pplx", allow=True)
+
+
+def test_a_layers_runner_is_its_methods() -> None:
+    class Method:
+        backend: Any = MoeRunnerBackend.MARLIN
+
+        def get_moe_runner_backend(self, _layer: Any) -> Any:
+            return self.backend
+
+    layer = SimpleNamespace(quant_method=Method())
+    assert runner_of(layer) == "marlin"
+    layer.quant_method.backend = None  # calls a kernel itself
+    assert runner_of(layer) == "Method"
