@@ -39,10 +39,10 @@ def _take_standard(record: Any) -> None:
     # What the step itself would first make of the quantization.
     declared = resolve(f"{_OVERRIDES}._moe_runner_backend_quant_constraints")(view)
     chosen = declared.get("moe_runner_backend", view.moe_runner_backend)
-    quantization, sm = quantization_of(view), _sm()
+    quantization, sm, architecture = quantization_of(view), _sm(), _architecture(view)
     if _asked(record) != "auto" or view.moe_a2a_backend != "none":
         return
-    other = instead(chosen, quantization, sm)
+    other = instead(chosen, quantization, sm, architecture)
     if other is None:
         return
     resolve(f"{_OVERRIDES}.declare_resolution")(record, "sere-sglang", moe_runner_backend=other)
@@ -61,7 +61,7 @@ def require_known_runner(record: Any, *, allow_untested: bool) -> None:
     view = resolve(f"{_OVERRIDES}.resolved_view")(record)
     quantization, sm = quantization_of(view), _sm()
     runner = layer_runner(view.moe_runner_backend, quantization, sm)
-    better = standard_runner(quantization, sm)
+    better = standard_runner(quantization, sm, _architecture(view))
     if runner == "auto":  # by scheme, all of them known; the layers are looked at again
         runner = "triton"
     known = RUNNERS.get(runner)
@@ -71,6 +71,11 @@ def require_known_runner(record: Any, *, allow_untested: bool) -> None:
             f"nothing can be re-routed; use --moe-runner-backend {better}"
         )
     require_known(runner, view.moe_a2a_backend, allow_untested=allow_untested, instead=better)
+
+
+def _architecture(view: Any) -> str:
+    hf_config = resolve(f"{_OVERRIDES}.model_config_of")(view).hf_config
+    return str((getattr(hf_config, "architectures", None) or [""])[0])
 
 
 def quantization_of(view: Any) -> str | None:

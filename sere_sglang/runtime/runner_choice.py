@@ -12,6 +12,9 @@ from sere_sglang.runtime.runners import RUNNERS
 _NVFP4 = ("modelopt_fp4", "modelopt_mixed")
 _TRTLLM_ROUTED = (None, "fp8", "mxfp8", *_NVFP4, "nvfp4_online", "minimax_m3_nvfp4")
 """What ``flashinfer_trtllm_routed`` takes (``arg_groups/moe_hook.py``)."""
+_NOT_TRTLLM = ("GptOssForCausalLM", "InternS2MobiusForConditionalGeneration")
+"""Architectures with experts that its bfloat16 kernel does not compute (``moe_runner/
+flashinfer_trtllm.py``: activations), or that SGLang gives ``triton_kernel`` everywhere."""
 _TRTLLM_GENERATION = range(100, 110)  # the GPUs that its kernels are made for
 
 
@@ -30,12 +33,13 @@ def layer_runner(resolved: str, quantization: str | None, sm: int) -> str:
     return "auto" if quantization == "compressed-tensors" else "triton"
 
 
-def standard_runner(quantization: str | None, sm: int) -> str:
+def standard_runner(quantization: str | None, sm: int, architecture: str = "") -> str:
     """The best ``--moe-runner-backend`` that takes standard top-k, of those that this model has.
 
     On SM100 that is ``flashinfer_trtllm_routed``, the kernels of ``flashinfer_trtllm`` fed with ids.
     """
-    if quantization in _TRTLLM_ROUTED and sm in _TRTLLM_GENERATION:
+    takes = quantization in _TRTLLM_ROUTED and architecture not in _NOT_TRTLLM
+    if takes and sm in _TRTLLM_GENERATION:
         return "flashinfer_trtllm_routed"
     if quantization in _NVFP4:
         return "marlin" if sm < 100 else "flashinfer_cutlass"
@@ -44,10 +48,10 @@ def standard_runner(quantization: str | None, sm: int) -> str:
     return layer_runner("auto", quantization, sm)
 
 
-def instead(resolved: str, quantization: str | None, sm: int) -> str | None:
+def instead(resolved: str, quantization: str | None, sm: int, architecture: str = "") -> str | None:
     """What to run in place of what SGLang chose by itself; None where that takes standard top-k."""
     chosen = layer_runner(resolved, quantization, sm)
     known = RUNNERS.get(chosen)
     if known is None or known.ids != "inside":
         return None
-    return standard_runner(quantization, sm)
+    return standard_runner(quantization, sm, architecture)
