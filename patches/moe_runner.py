@@ -1,9 +1,9 @@
-"""Seam: the resolution step ``handle_moe_kernel_config``, by SGLang's own ``register_resolution_hook``.
+"""Seam: the resolution step ``handle_moe_kernel_config``, by SGLang's own registration for it.
 
-The last moment at which a runner can be chosen before what depends on it is, and no weight has
-loaded. Where the user left the runner to SGLang and it would take one that routes inside its kernel,
-the best one that takes standard top-k is declared in its place; what a user chose is refused with
-that one as advice.
+The last moment at which a runner can be chosen before what depends on it is; no weight has loaded.
+Where the user left the runner to SGLang and it would take one that routes inside its kernel, the
+best one that takes standard top-k is declared in its place. What a user chose is refused, with that
+one as advice.
 """
 
 from __future__ import annotations

@@ -28,15 +28,16 @@ PAGE = ROOT / "docs" / "runners.md"
 ARCHITECTURES = {"Ampere": 80, "Hopper": 90, "Blackwell": 100, "RTX Blackwell": 120}
 
 HEAD = """# MoE runners
-Made by `python -m tools.runner_page`, which resolves SGLang's flags as a server does at its start, with
-the platform of each GPU in place of this machine's. Nothing on this page has been run on a GPU.
+Made by `python -m tools.runner_page`, which resolves SGLang's flags as a server does at its start,
+with the platform of each GPU in place of this machine's. Nothing on this page was run on a GPU.
 
 ## What SGLang picks, and what we do
 Where a cell has an arrow, SGLang picks a runner that routes inside its kernel, where nothing can be
-re-routed, and `--moe-backend sere` takes the one behind the arrow, saying so in the log. A runner that
-was asked for with `--moe-runner-backend` is never changed: if it routes inside its kernel, the start is
-refused with the one behind the arrow as advice. "by scheme" is SGLang's `auto` down to the layers of a
-compressed-tensors checkpoint, all of whose runners take standard top-k. No all-to-all, driver below 595.
+re-routed, and `--moe-backend sere` takes the one behind the arrow, saying so in the log. A runner
+that was asked for with `--moe-runner-backend` is never changed: if it routes inside its kernel, the
+start is refused with the one behind the arrow as advice. "by scheme" is SGLang's `auto` down to the
+layers of a compressed-tensors checkpoint, all of whose runners take standard top-k. No all-to-all,
+driver below 595.
 
 """
 
@@ -173,8 +174,8 @@ def _capabilities() -> str:
     return "".join(
         [
             "\n## What they make of rows\n",
-            "From `sere_sglang/runtime/runners.py`, which decides by it. Rows are made distinct unless "
-            "both may hold\nan expert twice; re-routing never writes -1.\n\n",
+            "From `sere_sglang/runtime/runners.py`, which decides by it. Rows are made distinct\n"
+            "unless both may hold an expert twice; re-routing never writes -1.\n\n",
             _line(["`--moe-runner-backend`", "rows", "skips -1", "read in"]),
             _line(["---"] * 4),
             *rows(RUNNERS),

@@ -36,7 +36,7 @@ def layer_runner(resolved: str, quantization: str | None, sm: int) -> str:
 def standard_runner(quantization: str | None, sm: int, architecture: str = "") -> str:
     """The best ``--moe-runner-backend`` that takes standard top-k, of those that this model has.
 
-    On SM100 that is ``flashinfer_trtllm_routed``, the kernels of ``flashinfer_trtllm`` fed with ids.
+    On SM100 that is ``flashinfer_trtllm_routed``: ``flashinfer_trtllm``'s kernels, fed with ids.
     """
     takes = quantization in _TRTLLM_ROUTED and architecture not in _NOT_TRTLLM
     if takes and sm in _TRTLLM_GENERATION:

@@ -16,8 +16,8 @@ from sere_sglang.errors import SereError
 from sere_sglang.options import flag_of
 
 Ids = Literal["repeated", "distinct", "inside", "unknown"]
-"""What the rows that a kernel takes may hold: an expert twice; K different ones; nothing of ours, as
-it routes by itself; not known, as its source could not be read."""
+"""What the rows that a kernel takes may hold: an expert twice; K different ones; nothing of ours,
+as it routes by itself; not known, as its source could not be read."""
 Skips = Literal["yes", "no", "with EP", "not read"]
 """Whether an id of -1 is a slot that does not run. Re-routing writes none, on any of them."""
 

@@ -65,9 +65,9 @@ def test_what_is_not_known_is_refused_by_name() -> None:
 
     require("triton", "none")
     require("deep_gemm", "deepep")
-    with pytest.raises(SereError, match="--moe-runner-backend hpc_ops .* use .* marlin, or"):
+    with pytest.raises(SereError, match=r"--moe-runner-backend hpc_ops .* use .* marlin, or"):
         require("hpc_ops", "none")
-    with pytest.raises(SereError, match="--moe-a2a-backend pplx .* not known.*backend none"):
+    with pytest.raises(SereError, match=r"--moe-a2a-backend pplx .* not known.*backend none"):
         require("deep_gemm", "pplx")
     with pytest.raises(SereError, match="--moe-runner-backend of_tomorrow"):
         require("of_tomorrow", "none")
