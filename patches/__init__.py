@@ -103,6 +103,18 @@ PATCHES = (
         hooks=(f"{_RUNNER}.load_model", f"{_RUNNER}.forward"),
     ),
     Patch(
+        "cuda_graphs",
+        "Prefill graphs are captured without our launch; each decode graph is looked at once it is "
+        "captured.",
+        "callbacks around the capture of a graph",
+        hooks=(
+            "sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner"
+            ".capture",
+            "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
+            ".capture_one_shape",
+        ),
+    ),
+    Patch(
         "forward_batch",
         "The last place that has the requests: what each asked for goes with the forward.",
         "custom_params travel on the ForwardBatch",

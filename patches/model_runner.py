@@ -108,10 +108,13 @@ def _forward(
         padded = next((size * width for size in sizes if size * width >= rows), rows)
         composition = dataclasses.replace(composition, padded_rows=padded * len(groups))
     active.begin_forward(composition, noted(forward_batch).classes)
+    failed = True
     try:
-        return original(runner, forward_batch, *args, **kwargs)
+        result = original(runner, forward_batch, *args, **kwargs)
+        failed = False
+        return result
     finally:
-        active.end_forward()
+        active.end_forward(failed=failed)
 
 
 def _forward_exact(

@@ -48,6 +48,7 @@ def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any)
 
     from sere_sglang.patches import (
         cpu_moe,
+        cuda_graphs,
         decode_log,
         forward_batch,
         internal_state,
@@ -65,6 +66,7 @@ def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any)
     if server_args.device == "cpu" or asked.rule != SIMILARITY:
         surrogates.install()
     model_runner.install()
+    cuda_graphs.install()
     topk.install()
     forward_batch.install()
     rank_decision.install()

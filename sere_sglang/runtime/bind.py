@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,14 +62,33 @@ class Binding:
         """Of each layer, what losses are shares of; 1 where no rule can lose anything."""
         return [1.0 if s.rules is None else s.rules.loss_unit for s in self.stages]
 
-    def check_all_ran(self) -> None:
-        """After a forward: a layer that never reached the seam would be served without SERE."""
+    @contextmanager
+    def launching(self, launch: bool) -> Iterator[None]:
+        """While a graph is captured: whether it records the launches of the stages."""
+        before, self.switch.launch = self.switch.launch, launch
+        try:
+            yield
+        finally:
+            self.switch.launch = before
+
+    def forget_runs(self) -> None:
+        """From here on a stage counts as having run when it runs again."""
+        for stage in self.stages:
+            stage.ran = False
+
+    @property
+    def any_ran(self) -> bool:
+        return any(stage.ran for stage in self.stages)
+
+    def check_all_ran(self, where: str = "") -> None:
+        """After a forward or a capture: a layer that did not reach the seam would be served without
+        SERE. where: of which forwards, for the message."""
         silent = [stage.layer_id for stage in self.stages if not stage.ran]
         if silent:
             raise SereError(
                 f"--moe-backend sere: MoE layer(s) {ranges(silent)} of {self.model_name} ran "
-                "without passing SGLang's standard top-k, so they cannot be re-routed; serve it "
-                "without --moe-backend sere"
+                f"without passing SGLang's standard top-k{where}, so they cannot be re-routed; "
+                "serve it without --moe-backend sere"
             )
         waiting = [
             s.layer_id for s in self.stages if s.rules is not None and s.rules.lost is not None

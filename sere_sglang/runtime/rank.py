@@ -21,7 +21,7 @@ from sere_sglang.runtime.counters import CounterReader
 from sere_sglang.runtime.health import Health
 from sere_sglang.runtime.measuring import Measuring
 from sere_sglang.runtime.rule_stage import RuleForward
-from sere_sglang.schedule.composition import BatchComposition, MoeRows
+from sere_sglang.schedule.composition import BatchComposition, Mode, MoeRows
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.expectation import expect, statistics_of
 from sere_sglang.schedule.feedback import Feedback, first_feedback
@@ -105,7 +105,8 @@ class SereRuntime:
         )
         self.service = _STARTING
         self._steps = 0
-        self._checked = False
+        self._checked: set[Mode] = set()
+        self._captured = False
         self._looked_at = 0
         logger.info(
             "SERE on: %d MoE layers, %s kernel, rule %s, policy %s, S=%d, rho=%g, profile %s, %s",
@@ -170,13 +171,28 @@ class SereRuntime:
         if trace is not None:
             self._watched("--sere-trace", trace.write, composition, self.point, self.feedback)
 
-    def end_forward(self) -> None:
+    def end_forward(self, *, failed: bool = False) -> None:
+        """failed: it has raised, which nothing here may hide."""
         self.binding.switch.launch, self.binding.switch.rule = True, None
-        if not self._checked and self.last is not None and self.last.num_tokens:
-            self.binding.check_all_ran()
-            self._checked = True
+        last = None if failed else self.last
+        if last is not None and last.num_tokens and last.mode not in self._checked:
+            self._check_layers(last.mode)
         if self.service.measures or self.service.metrics is not None:
             self._watched("telemetry", self._read_counters)
+
+    def _check_layers(self, mode: Mode) -> None:
+        """After the first forward of each mode; the replay of a graph runs no stage."""
+        if self.binding.any_ran or not self._captured:
+            self.binding.check_all_ran(f" ({mode})" if self._checked else "")
+        self._checked.add(mode)
+        self.binding.forget_runs()
+
+    def note_captured(self, size: int | None = None) -> None:
+        """CUDA graphs have been captured: one of decoding, of `size` requests, which must hold every
+        layer; or those of prefill, which hold none."""
+        if size is not None:
+            self.binding.check_all_ran(f" in the CUDA graph of batch size {size}")
+        self._captured = True
 
     def _rule_forward(self, num_valid: int, classes: bytes) -> RuleForward | None:
         """What the stages apply instead of re-routing by similarity."""
@@ -197,7 +213,8 @@ class SereRuntime:
     @property
     def is_serving(self) -> bool:
         """From here on nothing may stop the server."""
-        return self.service is not _STARTING and (self._checked or not self.service.warms_up)
+        warm = bool(self._checked) or not self.service.warms_up
+        return self.service is not _STARTING and warm
 
     def fail(self, where: str, error: Exception) -> None:
         """Something of ours has raised. Warns once, and re-routing ends: at once where there is one
@@ -278,7 +295,8 @@ class SereRuntime:
 
     def _start_again(self) -> None:
         self.health.start_again()
-        self._checked = self.service.warms_up  # a model that cannot be re-routed fails again
+        if not self.service.warms_up:
+            self._checked.clear()  # a model that cannot be re-routed fails again
         if self.service.metrics is not None:
             self.service.metrics.set_failed(False)
 

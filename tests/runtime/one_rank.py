@@ -22,7 +22,7 @@ TOP_K = 6
 
 
 def one_rank(config: SereConfig) -> SereRuntime:
-    """It does not serve yet, and every layer of it counts as having run."""
+    """It does not serve yet, and all that it runs counts as replays of graphs."""
     asked = resolved(checked(config), top_k=TOP_K)
     profile = load_profile(PROFILE)
     layers = sorted(profile.similarity)
@@ -41,8 +41,6 @@ def one_rank(config: SereConfig) -> SereRuntime:
         )
         for i, layer in enumerate(layers)
     ]
-    for stage in stages:
-        stage.ran = True
     cost = MoeCost.from_bandwidth(
         expert_ms=0.02,
         slot_ms=0.001,
@@ -52,4 +50,5 @@ def one_rank(config: SereConfig) -> SereRuntime:
     )
     binding = Binding("none", stages, control, counters, switch, "none")
     made = SereRuntime(asked, binding, profile, cost)
+    made.note_captured()
     return made
