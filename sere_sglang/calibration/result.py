@@ -21,6 +21,7 @@ from sere_sglang.calibration.stream import stream_energy
 from sere_sglang.calibration.text import CalibrationText
 from sere_sglang.profile import (
     FORMAT_VERSION,
+    LOADED_LAYERS,
     SURROGATES_VERSION,
     MoeModelInfo,
     ProfileMetadata,
@@ -57,7 +58,7 @@ def build_profile(
         top_k=model.top_k,
         hidden_size=model.hidden_size,
         method=spec.measures[0],
-        method_parameters=_parameters(job, text),
+        method_parameters=_parameters(job, text, model),
         data=text.name,
         num_tokens=text.num_tokens,
         tool_version=__version__,
@@ -95,7 +96,7 @@ def _of_layer(job: CalibrationJob, own: State) -> tuple[torch.Tensor, dict[str, 
     return by_measure[spec.measures[0]], table
 
 
-def _parameters(job: CalibrationJob, text: CalibrationText) -> dict[str, Any]:
+def _parameters(job: CalibrationJob, text: CalibrationText, model: MoeModelInfo) -> dict[str, Any]:
     parameters: dict[str, Any] = {
         "measures": list(job.spec.measures),
         "weighting": job.spec.weighting,
@@ -111,6 +112,8 @@ def _parameters(job: CalibrationJob, text: CalibrationText) -> dict[str, Any]:
         parameters["layer_by_layer"] = True
     if job.server_args:
         parameters["server_args"] = list(job.server_args)
+    if model.layers_are_loaded:
+        parameters[LOADED_LAYERS] = True
     return parameters
 
 

@@ -58,7 +58,7 @@ def collect(
     except WorkerDied:
         raise SereError(_worker_died(job)) from None
     model = MoeModelInfo.from_config(_hf_config(record), name=job.model, revision=record.revision)
-    return text, state, model
+    return text, state, model.with_loaded(layer_ids(state))
 
 
 def _server_args(job: CalibrationJob) -> Any:

@@ -14,6 +14,7 @@ from sere_sglang.profile.file import (
 from sere_sglang.profile.loss_shares import loss_shares
 from sere_sglang.profile.model_files import DEFAULT_FILE_NAME
 from sere_sglang.profile.model_info import (
+    LOADED_LAYERS,
     MoeModelInfo,
     check_has_scale,
     check_profile_fits,
@@ -25,6 +26,7 @@ __all__ = [
     "AUTO",
     "DEFAULT_FILE_NAME",
     "FORMAT_VERSION",
+    "LOADED_LAYERS",
     "SURROGATES_VERSION",
     "MoeModelInfo",
     "ProfileError",

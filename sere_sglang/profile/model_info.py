@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,16 @@ from sere_sglang.profile.file import SereProfile
 from sere_sglang.profile.model_files import model_folder, weights_fingerprint
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+)
+LOADED_LAYERS = "layers_of_the_loaded_model"
+"""Parameter of a profile whose layer ids its model's config does not tell."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class MoeModelInfo:
     """An MoE model's shape.
 
     name: a folder or a hub id, of which `revision` is meant. layer_ids: decoder layers that have
-    routed experts.
+    routed experts. layers_are_loaded: they are the loaded model's, and its config says otherwise.
     """
 
     name: str
@@ -34,6 +44,7 @@ class MoeModelInfo:
     top_k: int
     hidden_size: int
     revision: str | None = None
+    layers_are_loaded: bool = False
 
     @classmethod
     def from_config(
@@ -67,6 +78,14 @@ class MoeModelInfo:
             revision=revision,
         )
 
+    def with_loaded(self, layer_ids: Iterable[int]) -> MoeModelInfo:
+        """The same with the MoE layers of the loaded model, which know better than what is read of
+        a config."""
+        loaded = tuple(sorted(layer_ids))
+        if loaded == self.layer_ids:
+            return self
+        return dataclasses.replace(self, layer_ids=loaded, layers_are_loaded=True)
+
     @classmethod
     def from_folder(cls, folder: str | Path) -> MoeModelInfo:
         """From ``folder/config.json``."""
@@ -93,8 +112,14 @@ class MoeModelInfo:
 
 
 def check_profile_fits(profile: SereProfile, model: MoeModelInfo, path: Path) -> None:
-    """Raise `ProfileError`, with both sides, unless `profile` was made for this model's shape."""
+    """Raise `ProfileError`, with both sides, unless `profile` was made for this model's shape.
+
+    Where calibration had the layer ids from the loaded model, they are compared with that once it
+    has loaded (`runtime.bind`).
+    """
     meta = profile.metadata
+    if meta.method_parameters.get(LOADED_LAYERS):
+        model = model.with_loaded(profile.similarity)
     sides = [
         ("experts", profile.num_experts, model.num_experts),
         ("MoE layers", sorted(profile.similarity), list(model.layer_ids)),
@@ -146,8 +171,17 @@ def _is_moe_layer(config: Mapping[str, Any], layer: int) -> bool:
     """Each family's own rule; a model that states none has experts in every layer."""
     if layer in (config.get("mlp_only_layers") or []):
         return False
-    if layer < (config.get("first_k_dense_replace") or 0):
+    for listed, is_moe in _LISTED:
+        stated = config.get(listed)
+        if isinstance(stated, (list, tuple, str)) and len(stated) > layer:
+            return is_moe(stated[layer])
+    if layer < (config.get("first_k_dense_replace") or config.get("num_dense_layers") or 0):
         return False
+    start, end = config.get("moe_layer_start_index"), config.get("moe_layer_end_index")
+    if isinstance(start, int):  # ERNIE
+        last = end if isinstance(end, int) and end >= 0 else layer
+        every = config.get("moe_layer_interval") or 1
+        return start <= layer <= last and (layer + 1) % every == 0
     frequency = config.get("moe_layer_freq") or 1
     if isinstance(frequency, list):
         return bool(frequency[layer])
@@ -158,3 +192,11 @@ def _is_moe_layer(config: Mapping[str, Any], layer: int) -> bool:
     if "interleave_moe_layer_step" in config:
         return (layer + 1) % config["interleave_moe_layer_step"] == 0
     return (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
+
+
+_LISTED: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+    ("mlp_layer_types", lambda kind: kind != "dense"),
+    ("hybrid_override_pattern", lambda kind: kind == "E"),
+    ("is_moe_layer", bool),
+)
+"""Keys that say it layer by layer."""

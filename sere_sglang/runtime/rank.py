@@ -188,8 +188,8 @@ class SereRuntime:
         self.binding.forget_runs()
 
     def note_captured(self, size: int | None = None) -> None:
-        """CUDA graphs have been captured: one of decoding, of `size` requests, which must hold every
-        layer; or those of prefill, which hold none."""
+        """CUDA graphs have been captured: one of decoding, of `size` requests, which must hold
+        every layer; or those of prefill, which hold none."""
         if size is not None:
             self.binding.check_all_ran(f" in the CUDA graph of batch size {size}")
         self._captured = True
