@@ -3,7 +3,7 @@
 The last moment at which a runner can be chosen before what depends on it is; no weight has loaded.
 Where the user left the runner to SGLang and it would take one that routes inside its kernel, the
 best one that takes standard top-k is declared in its place. What a user chose is refused, with that
-one as advice.
+one as advice. A calibration gets one that gives every row to every expert.
 """
 
 from __future__ import annotations
@@ -14,8 +14,14 @@ from typing import Any
 
 from sere_sglang import config
 from sere_sglang.errors import SereError
+from sere_sglang.patches.calibration import collector_of
 from sere_sglang.patches.seam import resolve
-from sere_sglang.runtime.runner_choice import instead, layer_runner, standard_runner
+from sere_sglang.runtime.runner_choice import (
+    calibration_runner,
+    instead,
+    layer_runner,
+    standard_runner,
+)
 from sere_sglang.runtime.runners import RUNNERS, require_known
 
 logger = logging.getLogger(__name__)
@@ -29,12 +35,13 @@ def register() -> None:
 
 
 def _choose(record: Any, previous: Callable[[Any], None]) -> None:
-    if config.config_of(record).enabled and _on_gpu(record):
-        _take_standard(record)
+    calibrates = collector_of(record) is not None
+    if (calibrates or config.config_of(record).enabled) and _on_gpu(record):
+        _take_another(record, calibrates=calibrates)
     previous(record)
 
 
-def _take_standard(record: Any) -> None:
+def _take_another(record: Any, *, calibrates: bool) -> None:
     view = resolve(f"{_OVERRIDES}.resolved_view")(record)
     # What the step itself would first make of the quantization.
     declared = resolve(f"{_OVERRIDES}._moe_runner_backend_quant_constraints")(view)
@@ -42,14 +49,19 @@ def _take_standard(record: Any) -> None:
     quantization, sm, architecture = quantization_of(view), _sm(), _architecture(view)
     if _asked(record) != "auto" or view.moe_a2a_backend != "none":
         return
-    other = instead(chosen, quantization, sm, architecture)
+    other = (
+        calibration_runner(chosen, quantization, sm)
+        if calibrates
+        else instead(chosen, quantization, sm, architecture)
+    )
     if other is None:
         return
     resolve(f"{_OVERRIDES}.declare_resolution")(record, "sere-sglang", moe_runner_backend=other)
     logger.info(
-        "SERE: --moe-runner-backend %s, as %s, which SGLang chose, routes inside its kernel",
+        "SERE: --moe-runner-backend %s, as %s, which SGLang chose, %s",
         other,
         layer_runner(chosen, quantization, sm),
+        "cannot give every row to every expert" if calibrates else "routes inside its kernel",
     )
 
 

@@ -23,6 +23,7 @@ from sere_sglang.runtime.moe_layers import (
     require_standard_format,
     routers_of,
 )
+from sere_sglang.runtime.runners import require_any_ids
 
 
 class LayerExperts:
@@ -97,6 +98,7 @@ class Collector:
         self._modules = layers
         for layer_id in sorted(layers):
             require_standard_format(routers[layer_id], name, asked="--model")
+            require_any_ids(layers[layer_id])
             experts = LayerExperts(layers[layer_id])
             self.layers[layer_id] = LayerCollector(
                 experts, self.spec, layers=len(layers), at_once=len(layers)

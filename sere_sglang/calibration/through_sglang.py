@@ -87,8 +87,24 @@ def _server_args(job: CalibrationJob) -> Any:
         flags += ["--device=cpu", "--attention-backend=torch_native"]
         flags += [f"--max-total-tokens={max(4 * job.length, 2048)}"]
     record = prepare_server_args([*flags, *job.server_args])
+    _require_experts_in_place(record)
     calibration.attach(record, functools.partial(Collector, job.spec))
     return record
+
+
+def _require_experts_in_place(record: Any) -> None:
+    """Raise `SereError` for what puts experts elsewhere, or twice: they are asked by their ids."""
+    moved = {
+        "--enable-eplb": record.enable_eplb,
+        "--ep-num-redundant-experts": record.ep_num_redundant_experts,
+        "--init-expert-location": record.init_expert_location != "trivial",
+    }
+    given = [flag for flag, is_given in moved.items() if is_given]
+    if given:
+        raise SereError(
+            f"--model: a calibration asks each expert at its own place; drop {', '.join(given)}, "
+            "which a server may have all the same"
+        )
 
 
 def _tokenizer(record: Any) -> Any:

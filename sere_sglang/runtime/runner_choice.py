@@ -55,3 +55,13 @@ def instead(resolved: str, quantization: str | None, sm: int, architecture: str 
     if known is None or known.ids != "inside":
         return None
     return standard_runner(quantization, sm, architecture)
+
+
+def calibration_runner(resolved: str, quantization: str | None, sm: int) -> str | None:
+    """What to calibrate on in place of `resolved`: a runner that takes any ids in any shape, as
+    each expert is given every row; None where that is one already."""
+    chosen = layer_runner(resolved, quantization, sm)
+    known = RUNNERS.get(chosen)
+    if chosen == "auto" or (known is not None and known.ids == "repeated"):
+        return None
+    return "marlin" if quantization in (*_NVFP4, "mxfp4") else "triton"

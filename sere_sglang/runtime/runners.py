@@ -162,6 +162,20 @@ def require_known(runner: str, dispatcher: str, *, allow_untested: bool, instead
             )
 
 
+def require_any_ids(layer: Any) -> None:
+    """Raise `SereError` for a ``FusedMoE`` on a GPU whose runner does not take the ids of a
+    calibration: every row once for each expert, one slot a row."""
+    if any(p.device.type == "cpu" for p in layer.parameters()):
+        return
+    runner, dispatcher = runner_of(layer), dispatcher_name()
+    if needs_distinct(runner, dispatcher):
+        raise SereError(
+            f"--model: a calibration gives every row to every expert, which --moe-runner-backend "
+            f"{runner} with --moe-a2a-backend {dispatcher} is not made for; choose '-- "
+            "--moe-runner-backend triton', or marlin for weights of 4 bits, and no all-to-all"
+        )
+
+
 def runner_of(layer: Any) -> str:
     """What computes a ``FusedMoE``, by its name in `RUNNERS`."""
     method = layer.quant_method

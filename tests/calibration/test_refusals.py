@@ -23,6 +23,7 @@ from sere_sglang.calibration import collector as worker
 from sere_sglang.calibration.collection import CollectionSpec
 from sere_sglang.calibration.decoder import BlockExperts
 from sere_sglang.calibration.job import read_text
+from sere_sglang.calibration.through_sglang import _require_experts_in_place
 from sere_sglang.errors import SereError
 from sere_sglang.profile import SereProfile, load_profile
 from tests.calibration.layer_jobs import a_job, same_everywhere, write_float32
@@ -228,3 +229,18 @@ def test_a_tokenizer_without_files_is_told_so(folder: Path, tmp_path: Path) -> N
     job = a_job(folder / "qwen3_moe", tmp_path / "p.out")
     with pytest.raises(SereError, match="its tokenizer makes nothing of text"):
         read_text(job, SimpleNamespace(encode=lambda _: []))
+
+
+@pytest.mark.parametrize(
+    ("flag", "given"),
+    [
+        ("--enable-eplb", {"enable_eplb": True}),
+        ("--ep-num-redundant-experts", {"ep_num_redundant_experts": 2}),
+        ("--init-expert-location", {"init_expert_location": "moved.json"}),
+    ],
+)
+def test_experts_that_are_not_in_their_places(flag: str, given: dict[str, Any]) -> None:
+    trivial = {"ep_num_redundant_experts": 0, "init_expert_location": "trivial"}
+    record = SimpleNamespace(**{"enable_eplb": False, **trivial, **given})
+    with pytest.raises(SereError, match=f"at its own place; drop {flag}, which a server may have"):
+        _require_experts_in_place(record)

@@ -14,7 +14,7 @@ from sglang.srt.server_args import ServerArgs
 from sere_sglang import config
 from sere_sglang.errors import SereError
 from sere_sglang.options import SereConfig
-from sere_sglang.patches import moe_runner
+from sere_sglang.patches import calibration, moe_runner
 from tools import runner_page
 from tools.runner_models import MODELS, QUANTIZATIONS
 
@@ -27,7 +27,13 @@ def _registered() -> None:
 
 
 def _resolved(
-    folder: Path, model: str, weights: str, asked: SereConfig = SERE, **flags: Any
+    folder: Path,
+    model: str,
+    weights: str,
+    asked: SereConfig = SERE,
+    *,
+    calibrates: bool = False,
+    **flags: Any,
 ) -> Any:
     stated = QUANTIZATIONS[weights]
     given = {**MODELS[model][0], **({"quantization_config": stated} if stated else {})}
@@ -39,6 +45,8 @@ def _resolved(
         **{"device": "cuda", **flags},
     )
     config.attach(record, asked)
+    if calibrates:
+        calibration.attach(record, lambda: None)
     record.resolve_once()
     return record
 
@@ -106,3 +114,22 @@ def test_the_cpu_engine_has_no_runner(tmp_path: Path) -> None:
     record = _resolved(tmp_path, "Qwen3-MoE", "bf16", device="cpu")
     assert resolved_view(record).moe_runner_backend == "auto"
     assert not _refusal(record)
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "sm", "runner"),
+    [
+        ("Qwen3-MoE", "bf16", 90, "auto"),  # triton
+        ("Qwen3-MoE", "bf16", 100, "triton"),
+        ("DeepSeek-V3", "fp8", 100, "triton"),
+        ("Qwen3-MoE", "nvfp4", 100, "marlin"),
+        ("Qwen3-MoE", "nvfp4", 120, "marlin"),
+        ("gpt-oss", "mxfp4", 90, "marlin"),
+    ],
+)
+def test_a_calibration_gets_a_runner_that_takes_any_ids(
+    tmp_path: Path, model: str, weights: str, sm: int, runner: str
+) -> None:
+    with runner_page.platform(sm):
+        record = _resolved(tmp_path, model, weights, SereConfig(), calibrates=True)
+    assert resolved_view(record).moe_runner_backend == runner

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sglang.srt.arg_groups.choices import MOE_RUNNER_BACKEND_CHOICES
 from sglang.srt.layers.moe import utils
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
@@ -18,6 +19,7 @@ from sere_sglang.runtime.runners import (
     DISPATCHERS,
     RUNNERS,
     needs_distinct,
+    require_any_ids,
     require_known,
     runner_of,
 )
@@ -85,3 +87,21 @@ def test_a_layers_runner_is_its_methods() -> None:
     assert runner_of(layer) == "marlin"
     layer.quant_method.backend = None  # calls a kernel itself
     assert runner_of(layer) == "Method"
+
+
+def test_calibration_asks_only_runners_that_take_any_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    def layer(name: str, device: str = "meta") -> Any:
+        backend = MoeRunnerBackend(name)
+        method = SimpleNamespace(get_moe_runner_backend=lambda _layer: backend)
+        weights = torch.empty(1, device=device)
+        return SimpleNamespace(quant_method=method, parameters=lambda: iter([weights]))
+
+    for name in ("triton", "marlin", "cutlass"):
+        require_any_ids(layer(name))
+    for name in ("deep_gemm", "flashinfer_trtllm_routed", "hpc_ops"):
+        with pytest.raises(SereError, match=f"--moe-runner-backend {name} with .*backend none"):
+            require_any_ids(layer(name))
+        require_any_ids(layer(name, device="cpu"))  # the CPU engine has a runner of its own
+    monkeypatch.setattr(utils, "get_moe_a2a_backend", lambda: MoeA2ABackend.DEEPEP)
+    with pytest.raises(SereError, match="--moe-a2a-backend deepep"):
+        require_any_ids(layer("triton"))
