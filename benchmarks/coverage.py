@@ -27,12 +27,15 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks._common import result_path, write_result
+from benchmarks.serving.adapter import write_adapter
 from benchmarks.serving.experiment import IMPORTS_CHECKOUT, TWO_RANKS, heldout_prompts
 from sere_sglang.measure.server import CPU_ENGINE, CPU_FLAGS, NotServing, Server, serve
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "demo_model"
 TOKENS, TIE = 24, 0.15  # nats between the two best tokens, below which either may come
+ADAPTER = "ADAPTER"
+"""In a flag: the folder of `benchmarks.serving.adapter`'s LoRA adapter."""
 STATIC, HARDEST = ("--moe-backend=sere", "--sere-policy=static"), ("--sere-primary-k=1",)
 
 
@@ -70,6 +73,20 @@ CONFIGURATIONS = (
     Configuration("penalties", sampling={"frequency_penalty": 0.5, "presence_penalty": 0.2}),
     Configuration("deterministic inference", ("--enable-deterministic-inference",)),
     Configuration("two-batch overlap", ("--enable-two-batch-overlap",)),
+    Configuration(
+        "LoRA, half of the requests with an adapter",
+        ("--enable-lora", f"--lora-paths=demo={ADAPTER}", "--lora-backend=torch_native"),
+        asks={"lora_path": ["demo", None, "demo", None]},
+    ),
+    Configuration(
+        "PD disaggregation, a decode server whose KV transfer SGLang fakes",
+        ("--disaggregation-mode=decode", "--disaggregation-transfer-backend=fake"),
+        asks={"bootstrap_host": "2.2.2.2", "bootstrap_room": [1, 2, 3, 4]},
+    ),
+    Configuration(
+        "PD disaggregation, a prefill server with Mooncake over TCP",
+        ("--disaggregation-mode=prefill", "--disaggregation-transfer-backend=mooncake_tcp"),
+    ),
 )
 
 
@@ -108,6 +125,9 @@ def run(configuration: Configuration, prompts: list[str]) -> dict[str, Any]:
     ours = tuple(flag for flag in configuration.flags if flag.startswith("--sere"))
     flags = tuple(flag for flag in configuration.flags if flag not in ours)
     with tempfile.TemporaryDirectory() as folder:
+        if any(ADAPTER in flag for flag in flags):
+            adapter = str(write_adapter(MODEL, Path(folder, "adapter")))
+            flags = tuple(flag.replace(ADAPTER, adapter) for flag in flags)
         try:
             with _server(configuration, flags, Path(folder, "plain.log")) as plain:
                 wanted = _answers(plain, prompts, configuration)

@@ -181,7 +181,9 @@ def _composition_of_all_groups(batch: Any, tokens: int) -> BatchComposition:
         mode = "mixed"
     elif batch.spec_info is not None:
         mode = "verify"
-    per_request = getattr(batch.spec_info, "num_tokens_per_req", 1) if mode == "verify" else 1
+    per_request = 1
+    if mode == "verify":  # a group without requests has -1
+        per_request = max(1, getattr(batch.spec_info, "num_tokens_per_req", 1))
     return BatchComposition(
         mode=mode,
         decode_tokens=tokens if mode == "decode" else 0,

@@ -32,6 +32,14 @@ UNSUPPORTED = {
 }
 """Field that is set -> why SERE is refused."""
 
+_PARTS = "whose rows a MoE layer then sees has not been followed"
+ONE_ALONE = {
+    "attn_cp_size": _PARTS,
+    "moe_dp_size": _PARTS,
+    "dwdp_size": _PARTS,
+}
+"""Field that may not be above 1 -> why."""
+
 
 _FUSED_FRONT = ("KimiK3ForConditionalGeneration", "KimiK3LinearForCausalLM")
 """Architectures that choose experts in one kernel with the GEMM before it, unless they are told not
@@ -47,6 +55,16 @@ def require_supported(record: Any, architectures: Sequence[str] = ()) -> None:
             raise SereError(
                 f"--moe-backend sere: with {flag_of(name)} {reason}; drop one of the two"
             )
+    for name, reason in ONE_ALONE.items():
+        if getattr(flags, name) > 1:
+            raise SereError(
+                f"--moe-backend sere: with {flag_of(name)} above 1 {reason}; drop one of the two"
+            )
+    if envs.SGLANG_ENABLE_CUDA_GRAPH_DEDUP.get():
+        raise SereError(
+            "--moe-backend sere: SGLANG_ENABLE_CUDA_GRAPH_DEDUP compares kernels of CUDA graphs "
+            "without what ours are launched with, and could take two for one; set it to 0"
+        )
     mode = envs.SGLANG_RAGGED_VERIFY_MODE.get()
     if mode != "static":
         raise SereError(

@@ -109,7 +109,10 @@ def bind_model(
     layers = moe_layers(model)
     routers = routers_of(model)
     if not layers:
-        raise SereError(f"--moe-backend sere: {name} has no MoE layers; drop the flag")
+        raise SereError(
+            f"--moe-backend sere: {name} has no MoE layers here; drop the flag, or, where a "
+            "pipeline stage has none, choose another --pp-size"
+        )
     unrouted = sorted(set(layers) - set(routers))
     if unrouted:
         raise SereError(

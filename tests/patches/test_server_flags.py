@@ -10,7 +10,12 @@ from sglang.srt.server_args import ServerArgs
 
 from sere_sglang.errors import SereError
 from sere_sglang.patches import server_flags
-from sere_sglang.patches.server_flags import _FUSED_FRONT, UNSUPPORTED, require_supported
+from sere_sglang.patches.server_flags import (
+    _FUSED_FRONT,
+    ONE_ALONE,
+    UNSUPPORTED,
+    require_supported,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,11 +25,11 @@ def _record_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _record(**given: Any) -> SimpleNamespace:
-    return SimpleNamespace(**(dict.fromkeys(UNSUPPORTED) | given))
+    return SimpleNamespace(**(dict.fromkeys(UNSUPPORTED) | dict.fromkeys(ONE_ALONE, 1) | given))
 
 
 def test_sglang_has_these_fields() -> None:
-    assert set(UNSUPPORTED) <= set(ServerArgs.__struct_fields__)
+    assert {*UNSUPPORTED, *ONE_ALONE} <= set(ServerArgs.__struct_fields__)
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -32,6 +37,20 @@ def test_each_is_refused_by_name(name: str) -> None:
     flag = "--" + name.replace("_", "-")
     with pytest.raises(SereError, match=f"--moe-backend sere: with {flag} .*; drop one of the two"):
         require_supported(_record(**{name: "x"}))
+
+
+@pytest.mark.parametrize("name", ONE_ALONE)
+def test_parts_that_were_not_followed_are_refused(name: str) -> None:
+    with pytest.raises(SereError, match="--" + name.replace("_", "-") + " above 1"):
+        require_supported(_record(**{name: 2}))
+
+
+def test_graphs_that_are_compared_without_our_launches_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SGLANG_ENABLE_CUDA_GRAPH_DEDUP", "1")
+    with pytest.raises(SereError, match="SGLANG_ENABLE_CUDA_GRAPH_DEDUP"):
+        require_supported(_record())
 
 
 def test_others_are_not() -> None:
