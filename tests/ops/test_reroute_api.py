@@ -219,6 +219,20 @@ def test_what_cannot_serve_the_device_is_no_failure(
         reroute(IDS, SIMILARITY, primary_k=1, impl="cpu")
 
 
+def test_a_gpu_without_nvcc_is_told_what_it_serves_without(
+    fresh_choice: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load(name: str, _device_type: str) -> None:
+        if name == "cuda":
+            raise dispatch.UnavailableError("cuda needs nvcc")
+
+    monkeypatch.setattr(dispatch, "load_impl", load)
+    with caplog.at_level("WARNING"):
+        assert select_impl("cuda", strict=True) == "triton"
+    assert "uses implementation 'triton' (cuda needs nvcc)" in caplog.text
+    assert "with nvcc on PATH it is CUDA kernels, fused with top-k" in caplog.text
+
+
 def test_cuda_is_refused_for_cpu_tensors() -> None:
     assert "cuda" not in available_impls("cpu")
     with pytest.raises(RuntimeError, match="impl 'cuda': "):

@@ -67,6 +67,13 @@ def test_coverage_is_what_the_runs_saw() -> None:
     )
 
 
+def test_the_audits_tests_are_there() -> None:
+    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", (ROOT / "docs" / "gpu-audit.md").read_text())
+    assert len(named) > 25
+    missing = [f"{f}::{n}" for f, n in named if f"def {n}(" not in (ROOT / f).read_text()]
+    assert not missing
+
+
 def test_troubleshooting_has_fixes() -> None:
     """A message that says what to do, or a section that does."""
     messages = list(troubleshooting._messages())

@@ -94,6 +94,17 @@ def test_gathered_rows_look_alike_to_every_group(
     assert got == expected
 
 
+def test_a_group_without_requests_says_nothing_of_drafts() -> None:
+    batch = _batch(
+        "IDLE",
+        0,
+        global_num_tokens_cpu=[8, 0],
+        is_extend_in_batch=False,
+        spec_info=SimpleNamespace(num_tokens_per_req=-1),
+    )
+    assert _of(batch, GATHERED, groups=2).running >= 0
+
+
 def test_a_slice_counts_what_this_rank_routes() -> None:
     assert _of(_batch("DECODE", 9), SLICE, attn_tp=4).decode_tokens == 3
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sere_sglang.errors import SereError
 from sere_sglang.profile import (
     LOADED_LAYERS,
     MoeModelInfo,
@@ -46,6 +47,19 @@ def _info(**config: Any) -> MoeModelInfo:
 )
 def test_each_family_says_it_its_own_way(config: dict[str, Any], layers: tuple[int, ...]) -> None:
     assert _info(**config).layer_ids == layers
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_experts": [64, 64]},  # ERNIE-VL: text and vision
+        {"num_experts_per_tok": None, "moe_topk": [2] * LAYERS},  # HunYuan
+        {"num_experts": None, "num_experts_per_tok": None, "ffn_config": {"moe_top_k": 4}},  # DBRX
+    ],
+)
+def test_what_a_config_does_not_say_is_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(SereError, match="is a dense model"):
+        _info(**config)
 
 
 def test_a_profile_with_the_loaded_models_layers_is_taken_at_its_word() -> None:

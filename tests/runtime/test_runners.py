@@ -14,6 +14,9 @@ from sglang.srt.layers.moe import utils
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
 
 from sere_sglang.errors import SereError
+from sere_sglang.options import SereConfig
+from sere_sglang.profile import ProfileMetadata, SereProfile
+from sere_sglang.runtime.bind import bind_model
 from sere_sglang.runtime.moe_layers import require_weights_on_output
 from sere_sglang.runtime.runners import (
     DISPATCHERS,
@@ -105,3 +108,9 @@ def test_calibration_asks_only_runners_that_take_any_ids(monkeypatch: pytest.Mon
     monkeypatch.setattr(utils, "get_moe_a2a_backend", lambda: MoeA2ABackend.DEEPEP)
     with pytest.raises(SereError, match="--moe-a2a-backend deepep"):
         require_any_ids(layer("triton"))
+
+
+def test_a_pipeline_stage_without_experts_is_refused_with_the_flag() -> None:
+    profile = SereProfile(ProfileMetadata(), {0: torch.eye(4)})
+    with pytest.raises(SereError, match=r"Identity has no MoE layers here; .* another --pp-size"):
+        bind_model(torch.nn.Identity(), profile, SereConfig(), device="cpu")
