@@ -92,4 +92,5 @@ async def _streams(
             if count and index:
                 arrived[int(index[1])].append((time.perf_counter(), int(count[1])))
                 first = line if index[1] == b"0" else first
-    return arrived, json.loads(first.removeprefix(b"data: "))["text"] if first else ""
+    # Without a tokenizer a server answers with ids alone.
+    return arrived, json.loads(first.removeprefix(b"data: ")).get("text", "") if first else ""

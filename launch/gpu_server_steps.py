@@ -1,0 +1,235 @@
+"""The steps of launch/gpu_server.py: each starts the servers that it needs and says what it saw."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gzip
+import json
+import random
+import re
+import statistics
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving.experiment import IMPORTS_CHECKOUT
+from sere_sglang.measure.routing import ADAPTIVE, OFF, static
+from sere_sglang.measure.server import NotServing, Server, serve
+from sere_sglang.measure.turns import decode_speeds
+
+DUMMY = ("--load-format=dummy", "--skip-tokenizer-init")
+SERE = ("--moe-backend=sere", "--sere-primary-k=1")
+TIE = 0.05  # nats between the two best tokens, below which either may come
+NOISE = 3.0  # times as far apart as exact routing is: still the kernels' rounding
+
+
+class Machine:
+    """Where servers run, and in which sizes. dry: on the CPU engine."""
+
+    def __init__(self, *, dry: bool) -> None:
+        self.dry = dry
+        self.device = "cpu" if dry else "cuda"
+        self.batches = (1, 4) if dry else (1, 2, 4, 8, 16, 32, 64, 128)
+        self.alike, self.tokens, self.rounds = (4, 8, 1) if dry else (64, 32, 6)
+        self.speed_tokens = 24 if dry else 192
+        # The first is what the others are compared with.
+        self.runners = ("auto",) if dry else ("triton", "flashinfer_cutlass", "deep_gemm")
+
+    @contextlib.contextmanager
+    def server(self, model: Path, *flags: str) -> Iterator[Server]:
+        given = dict(IMPORTS_CHECKOUT)
+        with tempfile.TemporaryDirectory() as logs:
+            log = Path(logs, "server.log")
+            with serve(model, log, *DUMMY, *flags, device=self.device, env=given) as server:
+                yield server
+
+    def prompts(self, model: Path, count: int, *, alike: bool = False) -> list[list[int]]:
+        vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+        made = random.Random(0)
+        rows = [[made.randrange(10, vocabulary) for _ in range(24)] for _ in range(count)]
+        return [rows[0]] * count if alike else rows
+
+    def answers(self, server: Server, prompts: list[list[int]]) -> list[Any]:
+        sampling = {"temperature": 0, "max_new_tokens": self.tokens, "ignore_eos": True}
+        body = {"input_ids": prompts, "sampling_params": sampling}
+        return server.post("/generate", {**body, "return_logprob": True, "top_logprobs_num": 2})
+
+
+def exact(at: Machine, model: Path) -> dict[str, Any]:
+    """SERE switched off gives plain SGLang's tokens; switched on, every layer loads fewer experts,
+    on every rank alike."""
+    prompts = at.prompts(model, 4)
+    with at.server(model) as plain:
+        wanted = at.answers(plain, prompts)
+    with at.server(model, *SERE) as server:
+        server.set_sere(enabled=False)
+        differs = _difference(wanted, at.answers(server, prompts))
+        server.set_sere(enabled=True, min_batch=1, reset_counters=True)
+        at.answers(server, at.prompts(model, at.alike))
+        states = [state["sere"] for state in server.get("/server_info")["internal_states"]]
+    seen = [list(state["counters"].values()) for state in states]
+    silent = [i for i, row in enumerate(seen[0]) if row["active_after"] >= row["active_before"]]
+    return {
+        "passed": not differs and not silent and not any(state["failed"] for state in states),
+        "off": differs or "plain SGLang's tokens",
+        "layers that re-route nothing": silent,
+        "ranks alike": all(rows == seen[0] for rows in seen),
+    }
+
+
+def runners(at: Machine, model: Path) -> dict[str, Any]:
+    """Rows made alike, so that all slots meet on S experts: each runner as far from the first as it
+    is under exact routing."""
+    found: dict[str, Any] = {}
+    kept: dict[str, dict[str, list[float]]] = {}
+    for runner in at.runners:
+        try:
+            with at.server(model, *SERE, f"--moe-runner-backend={runner}") as server:
+                kept[runner] = {}
+                for name, changes in (("off", {"enabled": False}), ("S=1", {"enabled": True})):
+                    server.set_sere(**changes, min_batch=1)
+                    answers = at.answers(server, at.prompts(model, at.alike, alike=True))
+                    kept[runner][name] = _first_logprobs(answers)
+        except (NotServing, OSError, urllib.error.URLError) as error:
+            found[runner] = {"not here": last_words(error)}
+            continue
+        base = kept[next(iter(kept))]
+        apart = {name: _apart(base[name], kept[runner][name]) for name in ("off", "S=1")}
+        found[runner] = apart | {"passed": apart["S=1"] <= NOISE * apart["off"] + 0.02}
+    judged = [each for each in found.values() if "passed" in each]
+    return {"passed": bool(judged) and all(each["passed"] for each in judged), "runners": found}
+
+
+def with_flags(at: Machine, model: Path, *, flags: tuple[str, ...]) -> dict[str, Any]:
+    """The same server with and without SERE under flags that change how forwards run."""
+    try:
+        with at.server(model, *flags) as plain:
+            wanted = at.answers(plain, at.prompts(model, 2))
+    except (NotServing, OSError, urllib.error.URLError) as error:
+        return {"passed": True, "not here": f"plain SGLang: {last_words(error)}"}
+    with at.server(model, *SERE, *flags) as server:
+        server.set_sere(enabled=False)
+        differs = _difference(wanted, at.answers(server, at.prompts(model, 2)))
+        server.set_sere(enabled=True, min_batch=1, reset_counters=True)
+        at.answers(server, at.prompts(model, 4))
+        rows = list(server.sere()["counters"].values())
+    reroutes = all(row["active_after"] < row["active_before"] for row in rows)
+    return {"passed": not differs and reroutes, "off": differs or "plain SGLang's tokens"}
+
+
+def launches(at: Machine, model: Path) -> dict[str, Any]:
+    """What torch's profiler sees in four forwards: our launches, and the copies and waits of both
+    servers, of which SERE may add one copy a forward."""
+    counts = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, flags in (("plain", ()), ("sere", SERE)):
+            with at.server(model, *flags) as server:
+                if flags:
+                    server.set_sere(enabled=True, min_batch=1)
+                at.answers(server, at.prompts(model, 4))  # warm
+                where = Path(folder, name)
+                kinds = ["CPU"] if at.dry else ["CPU", "GPU"]
+                _post(
+                    server, "/start_profile", output_dir=str(where), num_steps=4, activities=kinds
+                )
+                at.answers(server, at.prompts(model, 4))
+                counts[name] = _traced(where)
+    ours = {name: n for name, n in counts["sere"].items() if re.search("sere|reroute", name)}
+    waits = {
+        name: {kind: n for kind, n in seen.items() if re.search("Synchronize|Memcpy", kind)}
+        for name, seen in counts.items()
+    }
+    return {"passed": bool(ours), "ours": ours, "copies and waits": waits}
+
+
+def tpot(at: Machine, model: Path, *, batch: int) -> dict[str, Any]:
+    """Milliseconds per token off, at S=1 to 3 and adaptive, rounds in turns."""
+    routings = [OFF, static(1), static(2), static(3), ADAPTIVE]
+    with at.server(model, *SERE, "--sere-policy=static") as server:
+        speeds = decode_speeds(
+            {"sere": server},
+            routings,
+            at.prompts(model, batch),
+            rounds=at.rounds,
+            tokens=at.speed_tokens,
+            advance=lambda: None,
+        )
+    rows = {
+        routing.name: {
+            "tpot_p50_ms": round(speed.gap_ms(50), 3),
+            "tpot_p99_ms": round(speed.gap_ms(99), 3),
+            "over_off": speed.over(speeds[OFF]) if at.rounds >= 6 else None,
+        }
+        for routing, speed in speeds.items()
+    }
+    return {"passed": True, "rows": rows}
+
+
+def steps(at: Machine) -> dict[str, Callable[[Machine, Path], dict[str, Any]]]:
+    """In the order in which they are worth having."""
+    compiled = ("--enable-torch-compile", "--torch-compile-max-bs=4")
+    return {
+        "exact": exact,
+        "runners": runners,
+        "compile": functools.partial(with_flags, flags=compiled),
+        "speculation": functools.partial(with_flags, flags=("--speculative-algorithm=NGRAM",)),
+        "launches": launches,
+        **{f"tpot {n}": functools.partial(tpot, batch=n) for n in at.batches},
+    }
+
+
+def _difference(wanted: list[Any], got: list[Any]) -> str:
+    """The first token that differs where plain SGLang's two best are no tie; empty if none does."""
+    for number, (want, have) in enumerate(zip(wanted, got, strict=True)):
+        ids = [[e[1] for e in a["meta_info"]["output_token_logprobs"]] for a in (want, have)]
+        tops = want["meta_info"]["output_top_logprobs"]
+        for place, (a, b) in enumerate(zip(*ids, strict=False)):
+            if a != b:
+                best = sorted((entry[0] for entry in tops[place]), reverse=True)
+                if best[0] - best[1] >= TIE:
+                    return f"token {place} of answer {number} is {b}, not {a}"
+                break
+    return ""
+
+
+def _first_logprobs(answers: list[Any]) -> list[float]:
+    """Of the decoded tokens that all answers were asked for, up to where they part."""
+    return [e[0] for a in answers for e in a["meta_info"]["output_token_logprobs"][1:3]]
+
+
+def _apart(one: list[float], other: list[float]) -> float:
+    return statistics.fmean(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def _post(server: Server, path: str, **body: Any) -> None:
+    """To a route that answers with a line of text."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(server.url + path, json.dumps(body).encode(), headers)
+    urllib.request.urlopen(request, timeout=120).close()
+
+
+def _traced(folder: Path) -> Counter[str]:
+    """Name -> events of a finished profile, which SGLang writes when its steps are over."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for path in folder.rglob("*.trace.json.gz"):
+            with contextlib.suppress(OSError, EOFError, ValueError):  # not whole yet
+                events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+                return Counter(e["name"] for e in events if e.get("ph") == "X")
+        time.sleep(0.5)
+    raise OSError(f"no profile in {folder}")
+
+
+def last_words(error: Exception) -> str:
+    """The exception in a server's log, or the error itself."""
+    if isinstance(error, NotServing):
+        lines = [x.strip() for x in str(error).splitlines() if x.strip()]
+        errors = [x for x in lines if x.split(":")[0].endswith(("Error", "Exception", "error"))]
+        return (errors or lines)[-1][:200]
+    return f"{type(error).__name__}: {error}"[:200]
