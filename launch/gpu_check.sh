@@ -3,6 +3,9 @@
 # triton and pytest. No network; nothing is installed into that Python.
 #   bash launch/gpu_check.sh            builds, tests, checks, measures; at most 9 minutes
 #   bash launch/gpu_check.sh --quick    fewer sizes
+#   bash launch/gpu_check.sh --server   instead: proves a real SGLang server, in an environment that has
+#                                       SGLang 0.5.23; steps of at most 10 minutes, 30 in all, each kept
+#                                       (launch/gpu_server.py says which; further arguments go to it)
 # Writes op.json, rules.json, layer.json and gpu_check.log to ${OUT:-benchmarks/results/<hardware>}. Wheels in
 # .whl/ (bash launch/gpu_wheels.sh, where there is a network) are used from a throwaway folder:
 # without tvm-ffi there are no CUDA kernels, without SGLang the layer benchmark uses a GEMM of its own.
@@ -164,5 +167,11 @@ elif [ -z "${OUT:-}" ]; then
 fi
 export OUT
 mkdir -p "$OUT" || exit 1
+if [ "${1:-}" = --server ]; then
+  dry=()
+  if [ "$gpu" != yes ]; then dry=(--dry-run); fi
+  "$PYTHON" -m launch.gpu_server ${dry[@]+"${dry[@]}"} "${@:2}" 2>&1 | tee "$OUT/gpu_server.log"
+  exit "${PIPESTATUS[0]}"
+fi
 main 2>&1 | tee "$OUT/gpu_check.log"
 exit "${PIPESTATUS[0]}"

@@ -42,11 +42,10 @@ NOT_RUN = (
     ("EPLB, redundant experts", "read", "logical ids are re-routed before they are placed"),
     ("EAGLE, MTP", "read", "the draft model is left alone, verify batches are re-routed"),
     (
-        "LoRA",
+        "DeepEP layouts, EPLB's placement of experts",
         "read",
-        "as any model; the experimental path with packed ids is refused at start",
+        "re-routing comes before both, on logical ids",
     ),
-    ("PD disaggregation", "read", "a decode server re-routes; a prefill server has nothing to"),
     ("AMD", "read", "the Triton kernels"),
 )
 
