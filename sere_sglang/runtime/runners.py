@@ -155,11 +155,18 @@ def require_known(runner: str, dispatcher: str, *, allow_untested: bool, instead
         ("--moe-a2a-backend", dispatcher, DISPATCHERS.get(dispatcher), "none"),
     )
     for flag, name, part, other in names:
-        if part is None or part.ids == "unknown":
+        if part is not None and part.ids != "unknown":
+            continue
+        untested = flag_of("sere_allow_untested")
+        if not name.islower():  # a quantization method that calls kernels of its own
             raise SereError(
-                f"--moe-backend sere: what {flag} {name} makes of re-routed rows is not known; use "
-                f"{flag} {other}, or try it with {flag_of('sere_allow_untested')}"
+                f"--moe-backend sere: what SGLang's {name} makes of re-routed rows is not known; "
+                f"serve without --moe-backend sere, or try it with {untested}"
             )
+        raise SereError(
+            f"--moe-backend sere: what {flag} {name} makes of re-routed rows is not known; use "
+            f"{flag} {other}, or try it with {untested}"
+        )
 
 
 def require_any_ids(layer: Any) -> None:

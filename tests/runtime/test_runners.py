@@ -76,6 +76,8 @@ def test_what_is_not_known_is_refused_by_name() -> None:
         require("deep_gemm", "pplx")
     with pytest.raises(SereError, match="--moe-runner-backend of_tomorrow"):
         require("of_tomorrow", "none")
+    with pytest.raises(SereError, match=r"SGLang's GGUFMoEMethod .* serve without"):
+        require("GGUFMoEMethod", "none")
     require("of_tomorrow", "pplx", allow=True)
 
 
