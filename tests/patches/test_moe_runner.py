@@ -46,9 +46,13 @@ def _resolved(
     )
     config.attach(record, asked)
     if calibrates:
-        calibration.attach(record, lambda: None)
+        calibration.attach(record, _collector)
     record.resolve_once()
     return record
+
+
+def _collector() -> Any:
+    """Never made: no worker starts."""
 
 
 def _refusal(record: Any, *, allow: bool = False) -> str:
