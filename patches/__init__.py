@@ -73,6 +73,16 @@ PATCHES = (
         hooks=("sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",),
     ),
     Patch(
+        "shadow",
+        "--sere-shadow: a sampled request gets its likeliest tokens, and is scored again once it "
+        "has finished.",
+        "plugins may see what requests get",
+        hooks=(
+            "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+            "sglang.srt.managers.tokenizer_manager.TokenizerManager._handle_batch_output",
+        ),
+    ),
+    Patch(
         "http_server",
         "The route's body is typed as numbers only; ours takes an object and says what is wrong.",
         "/set_internal_state takes objects",
@@ -252,6 +262,7 @@ PROCESS_STATE = {
     "sere_sglang.patches.engine._confirming": "the launcher waits for schedulers to report SERE",
     "sere_sglang.patches.http_server._tasks": "changes on their way to the schedulers",
     "sere_sglang.patches.request_quality._rules": "what requests of this launcher may ask for",
+    "sere_sglang.patches.shadow._shadow": "what is compared with exact routing, in the launcher",
     "sere_sglang.patches.calibration._collector": "of this worker, while it calibrates",
     "sere_sglang.patches.doctor._answer": "of this worker, to doctor's question",
     "sere_sglang.patches.cpu_engine._library": "torch's registration of the sgl_kernel stand-in",

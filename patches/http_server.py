@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from sere_sglang.errors import SereError, cut, shown
-from sere_sglang.patches import guard
+from sere_sglang.patches import guard, shadow
 from sere_sglang.patches.number_keys import PREFIX, STOP, flatten
 from sere_sglang.patches.seam import SeamError, resolve
 from sere_sglang.schedule.settings import Settings
@@ -62,12 +62,16 @@ def _endpoint() -> Any:
                 states = await manager.get_internal_state()
                 for state in states:
                     check(asked, state["sere"])
+                if asked.get("shadow"):
+                    shadow.require_supported(manager.server_args)
                 numbers |= flatten(asked)
         except SereError as error:
             return JSONResponse({"error": {"message": str(error), "code": 400}}, status_code=400)
         answer = await manager.set_internal_state(request_type(server_args=numbers))
-        if asked is not None and asked.get("enabled") is True and all(answer):
-            guard.launcher_starts_again()
+        if asked is not None and all(answer):
+            shadow.follow(asked)
+            if asked.get("enabled") is True:
+                guard.launcher_starts_again()
         return answer
 
     # The module's annotations are strings, which FastAPI would look up among its globals.

@@ -17,6 +17,7 @@ from sere_sglang.errors import SereError
 from sere_sglang.patches.number_keys import PREFIX, STOP, unflatten
 from sere_sglang.patches.seam import hook, resolve
 from sere_sglang.runtime import rank, shown
+from sere_sglang.schedule.shadow import taken_from
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +64,15 @@ def _set_state(original: Callable[..., Any], controller: Any, recv_req: Any) -> 
     output = resolve(_OUTPUT)
     try:
         changes, rest = unflatten(recv_req.server_args)
-        failed = changes.pop(STOP, False)
+        failed, report = changes.pop(STOP, False), taken_from(changes)
         apply = active.prepared(changes)
     except SereError as error:
         logger.warning("/set_internal_state refused: sere: %s", error)
         return output(updated=False)
     if failed:
         active.stop("a hook in the HTTP process, whose log says more")
+    if report is not None:
+        active.note_shadow(report)
     # Everything or nothing: ours only after SGLang has taken the rest. The request itself stays
     # whole: under pipeline parallelism it goes on to the next stage, which needs ours as well.
     without_ours = copy.copy(recv_req)

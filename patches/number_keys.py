@@ -14,18 +14,21 @@ from typing import Any
 from sere_sglang.errors import SereError, shown
 from sere_sglang.options import LIVE
 from sere_sglang.schedule.settings import COMMANDS, Settings
+from sere_sglang.schedule.shadow import REPORT
 
 PREFIX = "sere."
 STOP = "stop"
-"""A command from the HTTP process itself, which nobody else may send: re-routing ends."""
+"""A command from the HTTP process itself, which nobody else may send: re-routing ends. Nor may
+anybody else send the numbers of a `schedule.shadow.REPORT`."""
 
 _WIDEST = 1 << 64  # of what arrives; Python's whole numbers have no end
 _NONE = -1  # of the settings that may be null; they are positive otherwise
 _NULLABLE = {name for name, option in LIVE.items() if option.nullable}
 _BOOLEAN = {"enabled", *COMMANDS, STOP} | {n for n, option in LIVE.items() if option.base is bool}
-_WHOLE = {name for name, option in LIVE.items() if option.base is int}
+_WHOLE = {n for n, option in LIVE.items() if option.base is int}
+_WHOLE |= {name for name, whole in REPORT.items() if whole}
 _WORDS = {name for name, option in LIVE.items() if option.base is str}
-_KNOWN = frozenset(f.name for f in dataclasses.fields(Settings)) | {*COMMANDS, STOP}
+_KNOWN = frozenset(f.name for f in dataclasses.fields(Settings)) | {*COMMANDS, STOP, *REPORT}
 
 
 def flatten(changes: Mapping[str, Any]) -> dict[str, float]:

@@ -82,16 +82,18 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
     asked = config.config_of(record)
     if not (fresh and asked.enabled):
         return
-    from sglang.srt.arg_groups.overrides import model_config_of
+    from sglang.srt.arg_groups.overrides import model_config_of, resolved_view
 
     from sere_sglang.cpu import isa as cpu_isa
     from sere_sglang.cpu.large_pages import ask_allocator_for_large_pages
-    from sere_sglang.patches import engine, moe_rows, moe_runner, server_flags
+    from sere_sglang.patches import engine, moe_rows, moe_runner, server_flags, shadow
     from sere_sglang.preflight import prepare
 
     def restrict(asked: SereConfig) -> SereConfig:
         server_flags.require_supported(record, hf_config.get("architectures") or ())
         moe_runner.require_known_runner(record, allow_untested=bool(asked.sere_allow_untested))
+        if asked.sere_shadow:
+            shadow.require_supported(resolved_view(record))
         return moe_rows.restrict(record, asked)
 
     with engine.reported(record):

@@ -26,6 +26,11 @@ def checked(asked: SereConfig) -> SereConfig:
             raise SereError(f"{option.flag} {_spelt(getattr(asked, option.name))}: {reason}")
         _check_rule(option, asked)
     _check_policy(asked)
+    if asked.sere_max_kl is not None and not asked.sere_shadow:
+        raise SereError(
+            f"--sere-max-kl {asked.sere_max_kl:g} needs requests to judge by: add --sere-shadow "
+            "RATE, the share of them that is scored again"
+        )
     allowed = quality_rules(asked)
     if allowed.default not in allowed.allowed:
         raise SereError(

@@ -24,6 +24,7 @@ MOST_ROWS = (1 << 31) - 1  # of a batch, and no bound that anybody meets
 _SHARE = Meta(ge=0.0, le=1.0)
 _COUNT = Meta(ge=1, le=MOST_ROWS)
 _MILLISECONDS = Meta(ge=0.01, le=1e6)
+_KL = Meta(ge=1e-6, le=100.0)
 Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]
 
 
@@ -304,6 +305,25 @@ class SereConfig:
         "it makes of re-routed rows is not known.",
         default=False,
         default_reads="refused by name at start",
+    )
+    sere_shadow: float | None = _option(
+        "Share of the requests that may be re-routed which are scored again by exact routing once "
+        "they have finished, when the server is idle or 10 s have passed: what users lost is "
+        "sglang:sere_shadow_kl, in nats per token. Each costs its log-probabilities and a prefill.",
+        _SHARE,
+        default=0.0,
+        metavar="RATE",
+        default_reads="none",
+        live=True,
+    )
+    sere_max_kl: float | None = _option(
+        "Brake: once sglang:sere_shadow_kl is surely above this, the server goes exact, until an "
+        "operator sends enabled true. Needs --sere-shadow.",
+        _KL,
+        metavar="KL",
+        default_reads="no brake",
+        live=True,
+        nullable=True,
     )
     sere_on_error: str | None = _option(
         "When SERE cannot be had (no profile, wrong model, unsupported format): stop at start, or "

@@ -13,6 +13,7 @@ from sere_sglang.names import RULES, policy_names
 from sere_sglang.runtime.counters import Window
 from sere_sglang.schedule.point import OperatingPoint
 from sere_sglang.schedule.settings import Settings
+from sere_sglang.schedule.shadow import ShadowReport
 
 PREFIX = "sglang:sere_"
 # fmt: off
@@ -60,6 +61,16 @@ class SereMetrics:
             "Mean of what rules beside similarity dropped, of a row's squared weight.",
             "layer",
         )
+        self._shadow_kl = gauge(
+            "shadow_kl", "KL(exact || served) of finished requests, at least; nats per token."
+        )
+        self._shadow_low = gauge("shadow_kl_low", "Lower end of its interval; the brake's figure.")
+        self._max_kl = gauge("max_kl", "Where the brake goes exact; 0 without one.")
+        self._braked = gauge("braked", "1 when the brake has switched re-routing off.")
+        self._shadow_tokens = gauge("shadow_tokens", "Tokens compared since the start.")
+        self._shadow_requests = gauge(
+            "shadow_requests", "Requests compared, failed or dropped since the start.", "outcome"
+        )
         self._forwards = Counter(
             PREFIX + "forwards_total",
             "Forwards of the target model.",
@@ -84,9 +95,23 @@ class SereMetrics:
             buckets=_STEP_BUCKETS,
         )
         self.set_failed(False)
+        self.set_braked(False)
 
     def set_failed(self, failed: bool) -> None:
         self._failed.labels(**self._labels).set(failed)
+
+    def set_braked(self, braked: bool) -> None:
+        self._braked.labels(**self._labels).set(braked)
+
+    def set_shadow(self, report: ShadowReport, braked: bool) -> None:
+        self._shadow_kl.labels(**self._labels).set(report.kl)
+        self._shadow_low.labels(**self._labels).set(report.low)
+        self._shadow_tokens.labels(**self._labels).set(report.tokens)
+        for outcome in ("requests", "failed", "dropped"):
+            name = "compared" if outcome == "requests" else outcome
+            labels = {**self._labels, "outcome": name}
+            self._shadow_requests.labels(**labels).set(getattr(report, outcome))
+        self.set_braked(braked)
 
     def count_forward(self, mode: str, rows: int, rerouted: bool) -> None:
         self._forwards.labels(**self._labels, mode=mode, rerouted=str(rerouted).lower()).inc()
@@ -104,6 +129,7 @@ class SereMetrics:
             chosen = settings.enabled and name == settings.rule
             self._rule.labels(**self._labels, rule=name).set(chosen)
         self._target.labels(**self._labels).set((settings.tpot_slo_ms or 0.0) / 1000)
+        self._max_kl.labels(**self._labels).set(settings.max_kl or 0.0)
 
     def set_point(self, point: OperatingPoint, budget: float, predicted_ms: float | None) -> None:
         self._primary_k.labels(**self._labels).set(point.mean_primary_k)

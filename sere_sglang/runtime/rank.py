@@ -16,6 +16,7 @@ from sere_sglang.names import SIMILARITY, RowClass
 from sere_sglang.options import SereConfig
 from sere_sglang.profile import SereProfile
 from sere_sglang.runtime.bind import Binding
+from sere_sglang.runtime.brake import Brake
 from sere_sglang.runtime.control import ClassTable
 from sere_sglang.runtime.counters import CounterReader
 from sere_sglang.runtime.health import Health
@@ -30,6 +31,7 @@ from sere_sglang.schedule.policy import Policy, PolicyContext, choose
 from sere_sglang.schedule.registry import make_policy
 from sere_sglang.schedule.request_quality import row_classes
 from sere_sglang.schedule.settings import Settings
+from sere_sglang.schedule.shadow import ShadowReport
 from sere_sglang.schedule.trace import TraceWriter
 
 if TYPE_CHECKING:
@@ -97,6 +99,7 @@ class SereRuntime:
         self.point: OperatingPoint = OFF
         self.last: BatchComposition | None = None
         self.health = Health()
+        self.brake = Brake()
         self.measuring = Measuring(
             CounterReader(binding.counters, binding.loss_unit),
             self.policy,
@@ -243,6 +246,19 @@ class SereRuntime:
         """On every rank, between two steps."""
         self.feedback = feedback
 
+    def note_shadow(self, report: ShadowReport) -> None:
+        """On every rank between the same two steps: what re-routing did to users' requests."""
+        if self.brake.pulls(report, self.settings):
+            self.settings = dataclasses.replace(self.settings, enabled=False)
+            if self.service.measures:
+                logger.warning(
+                    "SERE brakes, serving goes on with exact routing: %s; release it with "
+                    '/set_internal_state {"server_args": {"sere": {"enabled": true}}}',
+                    self.brake.pulled,
+                )
+        if self.service.metrics is not None:
+            self.service.metrics.set_shadow(report, self.brake.pulled is not None)
+
     def settings_with(self, changes: Mapping[str, Any]) -> Settings:
         """The settings after `changes`, validated; raises `SereError` and changes nothing."""
         return self.settings.updated(
@@ -262,6 +278,8 @@ class SereRuntime:
 
         def apply() -> None:
             self.settings = settings
+            if changes.get("enabled") is True:
+                self._release_brake()
             self.measuring.window = None  # of the settings before
             if policy is not None:
                 self._take_policy(policy)
@@ -292,6 +310,11 @@ class SereRuntime:
         self.policy = policy
         self.feedback = first_feedback(self.context.cost)
         self.measuring.follow(policy)
+
+    def _release_brake(self) -> None:
+        self.brake.release()
+        if self.service.metrics is not None:
+            self.service.metrics.set_braked(False)
 
     def _start_again(self) -> None:
         self.health.start_again()

@@ -49,6 +49,10 @@ def essential_state(active: SereRuntime) -> dict[str, Any]:
         **dataclasses.asdict(active.settings),
         "top_k": active.top_k,
         "failed": active.health.failed or active.health.trouble,
+        "braked": active.brake.pulled,
+        "shadow_report": None
+        if active.brake.report is None
+        else dataclasses.asdict(active.brake.report),
         "operating_point": active.point.describe(),
         "composition": None,
         "feedback": dataclasses.asdict(NO_FEEDBACK),

@@ -35,6 +35,8 @@ class Settings:
     fast_primary_k: int
     fast_threshold: float
     surrogates: bool
+    shadow: float
+    max_kl: float | None
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Settings:
@@ -80,6 +82,8 @@ class Settings:
             raise SereError("rule budget under policy static needs max_experts, how many it loads")
         if self.tpot_slo_ms is None and self.policy == "slo":
             raise SereError("policy slo needs tpot_slo_ms, its target in milliseconds")
+        if self.max_kl is not None and not self.shadow:
+            raise SereError("max_kl needs shadow, the share of requests that are scored again")
 
 
 def _require(name: str, reason: str | None, values: Mapping[str, Any]) -> None:

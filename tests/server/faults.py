@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 _FOLDER = "SERE_TEST_FAULTS"
+COMPARE = "Shadow._compare"
+"""No hook, but what fails behind one."""
 
 
 def install(folder: Path) -> dict[str, str]:
@@ -27,6 +29,7 @@ def install(folder: Path) -> dict[str, str]:
 def register() -> None:
     """In every process of the server."""
     from sere_sglang.patches.guard import HOOKS, Guarded
+    from sere_sglang.patches.shadow import Shadow
 
     folder, invoke = Path(os.environ[_FOLDER]), Guarded.invoke
     order = folder / "raise.json"
@@ -44,6 +47,16 @@ def register() -> None:
         raise RuntimeError("on purpose")
 
     Guarded.invoke = faulty  # type: ignore[method-assign]
+    compare = Shadow._compare
+
+    async def failing(self: Shadow, one: Any) -> Any:
+        asked = json.loads(order.read_text()) if order.exists() else {}
+        if asked.get("hook") == COMPARE:
+            (folder / "fired").touch()
+            raise RuntimeError("on purpose")
+        return await compare(self, one)
+
+    Shadow._compare = failing  # type: ignore[method-assign]
 
 
 def _rank(asked: int | None) -> int | None:

@@ -47,7 +47,7 @@ def model(checkpoint: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module")
 def server(model: Path, faults: Faults) -> Iterator[Server]:
     flags = ("--moe-backend=sere", "--sere-primary-k=1", "--enable-metrics",
-             "--decode-log-interval=2")  # fmt: skip
+             "--decode-log-interval=2", "--sere-shadow=1")  # fmt: skip
     log = faults.folder / "server.log"
     with serve(model, log, *flags, env=install(faults.folder)) as server:
         yield server
