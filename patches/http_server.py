@@ -69,7 +69,7 @@ def _endpoint() -> Any:
             return JSONResponse({"error": {"message": str(error), "code": 400}}, status_code=400)
         answer = await manager.set_internal_state(request_type(server_args=numbers))
         if asked is not None and all(answer):
-            shadow.follow(asked)
+            await shadow.follow(asked)
             if asked.get("enabled") is True:
                 guard.launcher_starts_again()
         return answer

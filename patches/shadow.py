@@ -95,27 +95,24 @@ def start(manager: Any, rate: float, rules: QualityRules) -> None:
     is until `follow` brings one."""
     global _shadow
     _shadow = Shadow(manager, rules)
-    if rate:
-        follow({"shadow": rate})
+    _set_rate(_shadow, rate)
 
 
-def follow(changes: dict[str, Any]) -> None:
+async def follow(changes: dict[str, Any]) -> None:
     """After live settings have changed: what was compared before does not count for them."""
     if _shadow is None or changes.keys() <= {"reset_counters"}:
         return
-    _shadow.settings_changed()
-    if "shadow" in changes:
-        _shadow.rate = changes["shadow"]
-        if _shadow.rate:
-            _install()
+    _set_rate(_shadow, changes.get("shadow", _shadow.rate))
+    if _shadow.installed:
+        await _shadow.settings_changed()
 
 
-def _install() -> None:
-    assert _shadow is not None
-    if not _shadow.installed:
+def _set_rate(shadow: Shadow, rate: float) -> None:
+    shadow.rate = rate
+    if rate and not shadow.installed:
         hook(f"{_MANAGER}._create_tokenized_object", _sample, HookType.AFTER, needs=["obj"])
         hook(f"{_MANAGER}._handle_batch_output", _collect, HookType.BEFORE, needs=["recv_obj"])
-        _shadow.installed = True
+        shadow.installed = True
 
 
 def _sample(tokenized: Any, _manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -145,10 +142,12 @@ class Shadow:
         self._worker: asyncio.Task[None] | None = None
         self._warned = False
 
-    def settings_changed(self) -> None:
+    async def settings_changed(self) -> None:
+        """Requests that began under other settings are compared no more."""
         self._under += 1
         self._window.clear()
         self._waiting.clear()
+        await self._report()
 
     def sample(self, tokenized: Any, obj: Any) -> None:
         """Follow this request, or not."""
@@ -224,10 +223,7 @@ class Shadow:
                     self._window.add(divergence)
             except Exception as error:
                 self._failed(error)
-            try:
-                await self._report()
-            except Exception as error:
-                self._failed(error)
+            await self._report()
 
     def _failed(self, error: Exception) -> None:
         self._counts["failed"] += 1
@@ -275,6 +271,8 @@ class Shadow:
 
     async def _report(self) -> None:
         numbers = flatten(self._window.report(self._counts).as_numbers())
-        await self.manager.set_internal_state(
-            resolve(f"{_IO}.SetInternalStateReq")(server_args=numbers)
-        )
+        request = resolve(f"{_IO}.SetInternalStateReq")(server_args=numbers)
+        try:
+            await self.manager.set_internal_state(request)
+        except Exception as error:
+            self._failed(error)

@@ -180,6 +180,14 @@ class SereConfig:
         metavar="LOSS",
         live=True,
     )
+    sere_tuned: bool | None = _option(
+        "adaptive: take the quality budget of each batch size from the profile, where 'sere-sglang "
+        "tune' has written them for the rule in force.",
+        switch=True,
+        default=lambda asked, _: asked.sere_quality_budget is None,
+        default_reads="on; off with --sere-quality-budget",
+        live=True,
+    )
     sere_min_gain: float | None = _option(
         "adaptive and slo: leave a batch alone when the predicted gain in step time is smaller.",
         _SHARE,

@@ -53,12 +53,18 @@ def _view(now: dict[str, Any], before: dict[str, Any]) -> Group:
     head.add_row(f"policy [bold]{now['policy']}[/]", f"at [bold]{at}[/]",
                  f"{batch.get('mode', 'nothing yet')}, {rows} rows, "
                  f"{batch.get('waiting', 0)} waiting")  # fmt: skip
-    budget = now["feedback"]["budget"]
+    budget = now["budget"]
     head.add_row(
         f"budget {now['quality_budget'] if budget is None else budget:.3f}",
         f"step {_ms(now['step_ms'])} (expected {_ms(now['predicted_step_ms'])})",
         "" if now["tpot_slo_ms"] is None else f"target {_ms(now['tpot_slo_ms'])}",
     )
+    report = now.get("shadow_report")
+    if report and report["window_tokens"]:
+        sure = f" ({report['low']:.4f}-{report['high']:.4f})" if report["high"] >= 0 else ""
+        head.add_row(f"shadow KL {report['kl']:.4f}{sure}", f"{report['window_tokens']} tokens")
+    if now.get("braked"):
+        head.add_row(f"[bold red]braked, exact[/]: {escape(now['braked'])}")
     if now.get("failed"):
         head.add_row(f"[bold red]failed, exact[/]: {escape(now['failed'])}")
     table = Table()

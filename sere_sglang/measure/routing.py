@@ -72,7 +72,8 @@ def routing_of(name: str, flag: str = "--points") -> Routing:
         return Routing(name, settings | {"threshold": float(found[2] or 0.0)})
     if found := re.fullmatch(rf"(adaptive|auto)(?:@({_NUMBER}))?", name):
         settings = dict((ADAPTIVE if found[1] == "adaptive" else AUTO).settings or {})
-        return Routing(name, settings | ({"quality_budget": float(found[2])} if found[2] else {}))
+        named = {"quality_budget": float(found[2]), "tuned": False} if found[2] else {}
+        return Routing(name, settings | named)
     if found := re.fullmatch(r"(piggyback|topk)=(\d+)", name):
         return Routing(name, static_settings(int(found[2])) | {"rule": found[1]})
     if found := re.fullmatch(r"budget=(\d+)", name):

@@ -9,6 +9,7 @@ refuses a newer major version. Format 1.0 had no checksum.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -24,10 +25,13 @@ from safetensors.torch import save
 from sere_sglang.errors import ProfileError, cut, shown
 from sere_sglang.profile import tables as known_tables
 from sere_sglang.profile.container import Container, open_container, sealed
+from sere_sglang.profile.tuning import Tuning, read_tuning
 
 FORMAT_VERSION = "1.1"
 SURROGATES_VERSION = "1.2"
 """Of a profile with surrogates; one without is written as before."""
+TUNED_VERSION = "1.3"
+"""Of a profile that was tuned, likewise."""
 _UNSEALED = "1.0"  # the last format without a checksum
 _VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(\w+)")
@@ -55,6 +59,7 @@ class ProfileMetadata:
     num_tokens: int = 0
     tool_version: str = ""
     date: str = ""
+    tuning: Mapping[str, Any] = field(default_factory=dict)
     format_version: str = FORMAT_VERSION
 
 
@@ -65,6 +70,11 @@ class SereProfile:
     metadata: ProfileMetadata
     similarity: dict[int, torch.Tensor]
     tables: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def tuning(self) -> Tuning:
+        """Checked when the profile was loaded."""
+        return read_tuning("profile", self.metadata.tuning)
 
     @property
     def num_experts(self) -> int:
@@ -77,6 +87,7 @@ def load_profile(path: str | os.PathLike[str]) -> SereProfile:
     found = open_container(path)
     _check_origin(path, found)
     metadata = _read_metadata(path, found.metadata)
+    read_tuning(path, metadata.tuning)
     similarity: dict[int, torch.Tensor] = {}
     tables: dict[int, dict[str, torch.Tensor]] = {}
     for name, stored in sorted(found.tensors.items()):
@@ -107,6 +118,7 @@ def save_profile(profile: SereProfile, path: str | os.PathLike[str]) -> None:
     metadata = {
         name: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
         for name, value in fields.items()
+        if name != "tuning" or value  # one without it is written as before
     }
     payload = sealed(save(dict(sorted(tensors.items())), metadata))
     target = Path(path)
@@ -140,7 +152,7 @@ def _check_origin(path: Any, found: Container) -> None:
     if int(match[1]) > int(FORMAT_VERSION.split(".")[0]):
         raise ProfileError(
             f"{path}: profile format {version} is newer than this sere-sglang reads "
-            f"({SURROGATES_VERSION}); upgrade sere-sglang"
+            f"({TUNED_VERSION}); upgrade sere-sglang"
         )
     if found.seal == "absent" and version != _UNSEALED:
         raise ProfileError(

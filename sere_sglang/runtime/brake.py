@@ -29,4 +29,4 @@ class Brake:
         return True
 
     def release(self) -> None:
-        self.report = self.pulled = None
+        self.pulled = None

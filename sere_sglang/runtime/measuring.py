@@ -95,7 +95,7 @@ class Measuring:
         composition: BatchComposition,
         point: OperatingPoint,
         settings: Settings,
-        feedback: Feedback,
+        budget: float,
         predicted_ms: Callable[[], float | None],
     ) -> None:
         """The point in force, when it has changed and now and then."""
@@ -104,7 +104,6 @@ class Measuring:
         if not (changed and composition.is_decode_like):
             return
         self._reported = point
-        budget = settings.quality_budget if feedback.budget is None else feedback.budget
         metrics.set_point(point, budget, predicted_ms())
         metrics.set_policy(settings)
 

@@ -22,6 +22,7 @@ from sere_sglang.runtime.counters import CounterReader
 from sere_sglang.runtime.health import Health
 from sere_sglang.runtime.measuring import Measuring
 from sere_sglang.runtime.rule_stage import RuleForward
+from sere_sglang.schedule.adaptive import budget_of
 from sere_sglang.schedule.composition import BatchComposition, Mode, MoeRows
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.expectation import expect, statistics_of
@@ -92,7 +93,7 @@ class SereRuntime:
             self.settings.require_rule(binding.unavailable)
         except SereError as error:
             raise SereError(f"--sere-rule {self.settings.rule}: {error}") from None
-        self.context = PolicyContext(expect(statistics_of(profile)), cost)
+        self.context = PolicyContext(expect(statistics_of(profile)), cost, profile.tuning)
         self.context.expectation.of(self.settings.rule)  # now, not in the first decode step
         self.policy = make_policy(self.settings.policy, self.context)
         self.feedback = first_feedback(cost)
@@ -298,6 +299,13 @@ class SereRuntime:
     def top_k(self) -> int:
         return self.binding.stages[0].top_k
 
+    def budget(self) -> float:
+        """Expected loss that the last batch might cost."""
+        if self.feedback.budget is not None:
+            return self.feedback.budget
+        rows = 1 if self.last is None else self.last.num_tokens
+        return budget_of(self.context.tuning, self.settings, rows)
+
     def predicted_ms(self) -> float | None:
         """Step time that the model behind the decisions expects of the last decode batch."""
         if self.last is None or not self.last.is_decode_like:
@@ -344,7 +352,7 @@ class SereRuntime:
         if window is not None:
             metrics.set_window(window)
         self.measuring.report(
-            metrics, last, self.point, self.settings, self.feedback, self.predicted_ms
+            metrics, last, self.point, self.settings, self.budget(), self.predicted_ms
         )
 
 

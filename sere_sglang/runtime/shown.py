@@ -25,6 +25,10 @@ def constants(active: SereRuntime) -> dict[str, Any]:
             for stage in binding.stages
             if stage.rules is not None and stage.rules.surrogates is not None
         },
+        "tuning": {
+            rule: [{"batch": batch, "budget": budget} for batch, budget in rows]
+            for rule, rows in context.tuning.rows.items()
+        },
         "quality": active.quality_rules.default,
         "allowed_quality": list(active.quality_rules.allowed),
     }
@@ -36,6 +40,7 @@ def state(active: SereRuntime) -> dict[str, Any]:
         **essential_state(active),
         "composition": None if active.last is None else dataclasses.asdict(active.last),
         "feedback": dataclasses.asdict(active.feedback),
+        "budget": active.budget(),
         "step_ms": active.measuring.clock.step_ms,
         "predicted_step_ms": active.predicted_ms(),
         "unavailable_rules": dict(active.binding.unavailable),
@@ -56,6 +61,7 @@ def essential_state(active: SereRuntime) -> dict[str, Any]:
         "operating_point": active.point.describe(),
         "composition": None,
         "feedback": dataclasses.asdict(NO_FEEDBACK),
+        "budget": None,
         "step_ms": None,
         "predicted_step_ms": None,
         "unavailable_rules": {},

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sere_sglang.profile.tuning import UNTUNED, Tuning
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost, StepModel
 from sere_sglang.schedule.expectation import Expectation
@@ -26,23 +27,35 @@ class Prediction:
     step_ms: np.ndarray
 
 
+def budget_of(tuning: Tuning, settings: Settings, batch: int) -> float:
+    """Loss that a decode batch of `batch` rows may cost: the tuned one, where there is one and it
+    is wanted, else that of the settings. ``slo`` moves its own."""
+    if settings.tuned and settings.policy == "adaptive":
+        tuned = tuning.budget(settings.rule, batch)
+        if tuned is not None:
+            return tuned
+    return settings.quality_budget
+
+
 class AdaptivePolicy:
     """Pure: the same composition, settings and feedback give the same point on every rank."""
 
-    def __init__(self, expectation: Expectation, cost: MoeCost) -> None:
+    def __init__(self, expectation: Expectation, cost: MoeCost, tuning: Tuning = UNTUNED) -> None:
         self.expectation = expectation
         self.cost = cost
+        self.tuning = tuning
         self._ladders: dict[str, Ladders] = {}
         self._cache: dict[tuple[object, ...], OperatingPoint] = {}
 
     def decide(
         self, composition: BatchComposition, settings: Settings, feedback: Feedback
     ) -> OperatingPoint:
+        budget = budget_of(self.tuning, settings, composition.num_tokens)
         key = (
             composition.num_tokens,
             composition.exact_rows,
             settings.rule,
-            settings.quality_budget,
+            budget,
             settings.min_gain,
             feedback.step,
         )
@@ -50,7 +63,7 @@ class AdaptivePolicy:
         if known is None:
             if len(self._cache) >= _MAX_CACHED:
                 self._cache.clear()
-            known = self._cache[key] = self._decide(composition, settings, feedback)
+            known = self._cache[key] = self._decide(composition, settings, budget, feedback)
         return known
 
     def ladders(self, rule: str) -> Ladders:
@@ -88,12 +101,12 @@ class AdaptivePolicy:
         return rungs
 
     def _decide(
-        self, composition: BatchComposition, settings: Settings, feedback: Feedback
+        self, composition: BatchComposition, settings: Settings, budget: float, feedback: Feedback
     ) -> OperatingPoint:
-        if settings.quality_budget <= 0.0:
+        if budget <= 0.0:
             return OFF  # exact, even where a profile calls two experts twins
         seen = self.predict(composition, settings.rule, feedback.step)
-        within = int(np.searchsorted(seen.loss, settings.quality_budget, side="right"))
+        within = int(np.searchsorted(seen.loss, budget, side="right"))
         exact, fastest = float(seen.step_ms[0]), float(seen.step_ms[within - 1])
         if fastest * (1.0 + settings.min_gain) > exact:
             return OFF

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from sere_sglang.profile.tuning import UNTUNED, Tuning
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.expectation import Expectation
@@ -60,10 +61,12 @@ class Controlled(Protocol):
 
 @dataclass(frozen=True)
 class PolicyContext:
-    """What a policy may build on: the profile's expectation and the cost of this model."""
+    """What a policy may build on: the profile's expectation, the cost of this model, and what the
+    profile was tuned to."""
 
     expectation: Expectation
     cost: MoeCost
+    tuning: Tuning = UNTUNED
 
 
 PolicyFactory = Callable[[PolicyContext], Policy]

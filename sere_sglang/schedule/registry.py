@@ -12,7 +12,7 @@ from sere_sglang.schedule.slo import SloPolicy
 
 _FACTORIES: Mapping[str, PolicyFactory] = {
     "static": lambda _context: StaticPolicy(),
-    "adaptive": lambda context: AdaptivePolicy(context.expectation, context.cost),
+    "adaptive": lambda context: AdaptivePolicy(context.expectation, context.cost, context.tuning),
     "slo": lambda context: SloPolicy(context.expectation, context.cost),
 }
 

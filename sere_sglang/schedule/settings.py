@@ -25,6 +25,7 @@ class Settings:
     rule: str
     policy: str
     quality_budget: float
+    tuned: bool
     min_gain: float
     tpot_slo_ms: float | None
     primary_k: int
@@ -57,6 +58,8 @@ class Settings:
             if key not in known:
                 every = ", ".join(sorted(known | set(COMMANDS)))
                 raise SereError(f"unknown key {shown(key)}; known: {every}")
+        if "quality_budget" in changes:  # who names a budget means that one
+            changes.setdefault("tuned", False)
         if changes.get("rule") == AUTO:
             changes["rule"] = BEST_RULE
         new = dataclasses.replace(self, **changes)
