@@ -26,7 +26,8 @@ HELPERS = {"_unreadable", "_no_profile", "misshapen", "refused", "refuse"}
 
 AREAS = (
     ("Flags of the server", ("config", "preflight", "names", "options",
-                             "patches/server", "patches/engine", "patches/moe_rows", "cpu/isa",
+                             "patches/server", "patches/engine", "patches/shadow",
+                             "patches/moe_rows", "cpu/isa",
                              "schedule/registry"),
      "The message names the flag: change its value, or drop it."),
     ("Live settings and requests", ("schedule/settings", "schedule/request_quality",

@@ -63,7 +63,7 @@ def walk_texts(
     from there."""
     weigher = Weigher(served.sere, num_experts)
     for batch in grid.batches:
-        chosen = _in_batches(texts, max(batch, grid.sequences), batch)
+        chosen = in_batches(texts, max(batch, grid.sequences), batch)
         exact = None
         for point in grid.points:
             key = grid.key("text", batch, point)
@@ -72,7 +72,7 @@ def walk_texts(
                 if exact is None:
                     use(served.servers, OFF)
                     exact = forced_in_batches(served.sere, chosen, batch)
-                row = _text_row(served, point, chosen, batch, exact, weigher)
+                row = text_row(served, point, chosen, batch, exact, weigher)
                 cells.add(key, row)
             rows.append({"point": point.name, "batch": batch, **row})
             advance(f"batch {batch}, {point.name}")
@@ -108,8 +108,9 @@ def ask_questions(
             advance(f"batch {batch}, {point.name}")
 
 
-def _in_batches(texts: list[Text], sequences: int, batch: int) -> list[Text]:
-    """Whole batches, shuffled, and cut so that their distributions fit in memory."""
+def in_batches(texts: list[Text], sequences: int, batch: int) -> list[Text]:
+    """Whole batches of at least so many, shuffled, and cut so that their distributions fit in
+    memory."""
     count = -(-sequences // batch) * batch
     steps = 1 + int(np.clip(_FORCED_ROWS // count, 8, 32))
     chosen = [text.cut(steps) for text in as_many(texts, count)]
@@ -117,7 +118,7 @@ def _in_batches(texts: list[Text], sequences: int, batch: int) -> list[Text]:
     return chosen
 
 
-def _text_row(
+def text_row(
     served: Served,
     point: Routing,
     texts: list[Text],
@@ -125,6 +126,7 @@ def _text_row(
     exact: np.ndarray,
     weigher: Weigher,
 ) -> dict[str, Any]:
+    """One cell: `texts` walked at `point`, against `exact` (`forced_in_batches` with OFF)."""
     use(served.servers, point).set_sere(reset_counters=True)
     seen = forced_in_batches(served.sere, texts, batch)
     decode_steps = len(texts) // batch * (seen.shape[1] - 1)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import typer
 from typer.core import TyperGroup
 
-from sere_sglang.cli import bench, calibrate, doctor, evaluate, inspect, simulate, top
+from sere_sglang.cli import bench, calibrate, doctor, evaluate, inspect, simulate, top, tune
 from sere_sglang.errors import USER_ERROR, SereError, exit_on_error
 from sere_sglang.options import OPTIONS
 
@@ -64,6 +64,7 @@ app.command("inspect")(inspect.command)
 app.command("doctor")(doctor.command)
 app.command("bench")(bench.command)
 app.command("evaluate")(evaluate.command)
+app.command("tune")(tune.command)
 app.command("simulate")(simulate.command)
 app.command("top")(top.command)
 

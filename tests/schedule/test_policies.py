@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import hypothesis
@@ -9,8 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sere_sglang.config import live_settings
+from sere_sglang.config_check import resolved
 from sere_sglang.errors import SereError
 from sere_sglang.names import policy_names
+from sere_sglang.options import SereConfig
+from sere_sglang.profile.tuning import Tuning
 from sere_sglang.schedule.adaptive import AdaptivePolicy
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost, StepModel
@@ -68,6 +73,34 @@ def test_a_larger_budget_never_makes_a_batch_slower() -> None:
             times.append(_active(point, rows))
         assert times == sorted(times, reverse=True)
         assert times[-1] < times[0]
+
+
+def test_adaptive_takes_what_the_profile_was_tuned_to() -> None:
+    tuning = Tuning({SIMILARITY: ((8, 0.01), (32, 0.2))})
+    policy = make_policy("adaptive", PolicyContext(expectation(), COST, tuning))
+    now = settings(quality_budget=0.05, tuned=True)
+    for rows, budget in ((4, 0.01), (8, 0.01), (32, 0.2), (500, 0.2)):
+        untuned = dataclasses.replace(now, tuned=False, quality_budget=budget)
+        tuned_point = policy.decide(decode(rows), now, NO_FEEDBACK)
+        assert tuned_point == ADAPTIVE.decide(decode(rows), untuned, NO_FEEDBACK)
+    between = expectation().effect(16, policy.decide(decode(16), now, NO_FEEDBACK))[1]
+    assert 0.01 < between <= 0.105
+    back = dataclasses.replace(now, tuned=False)
+    assert policy.decide(decode(32), back, NO_FEEDBACK) == ADAPTIVE.decide(
+        decode(32), back, NO_FEEDBACK
+    )
+    slo = make_policy("slo", PolicyContext(expectation(), COST, tuning))
+    on_target = dataclasses.replace(now, policy="slo", tpot_slo_ms=1.0)
+    assert slo.decide(decode(32), on_target, Feedback(budget=0.0)) == OFF, "slo moves its own"
+
+
+def test_who_names_a_budget_means_that_one() -> None:
+    now = settings(tuned=True)
+    assert not now.updated({"quality_budget": 0.1}, top_k=TOP_K).tuned
+    assert now.updated({"quality_budget": 0.1, "tuned": True}, top_k=TOP_K).tuned
+    assert now.updated({"primary_k": 1}, top_k=TOP_K).tuned
+    asked = SereConfig(moe_backend="sere", sere_quality_budget=0.05)
+    assert live_settings(resolved(asked, top_k=TOP_K)).tuned is False
 
 
 def test_off_when_there_is_nothing_to_gain() -> None:
