@@ -22,6 +22,7 @@ REFINED = 2
 """Further candidates that are tried between the last two."""
 
 _FACTOR, _FEWEST = 3, 8
+_STEPS_BACK = 3  # where little text had made the last candidates look better than they are
 Measure = Callable[[float, int], Trial]
 """Of a candidate, on so many samples."""
 
@@ -40,6 +41,13 @@ class Target:
 
     def holds(self, trial: Trial) -> bool:
         return trial.value <= self.value if self.stay == "below" else trial.value >= self.value
+
+    def safer(self, candidates: Sequence[float], than: Sequence[Trial]) -> list[float]:
+        """Candidates further from the wrong side than all of those, the nearest first."""
+        known = [trial.candidate for trial in than]
+        if self.stay == "below":
+            return sorted((c for c in candidates if c < min(known)), reverse=True)
+        return sorted(c for c in candidates if c > max(known))
 
     def best(self, trials: Sequence[Trial]) -> Trial | None:
         """Of those that hold; None where none does."""
@@ -66,7 +74,7 @@ def rounds_of(candidates: int, samples: int) -> list[tuple[int, int]]:
 def halve(
     candidates: Sequence[float], samples: int, target: Target, measure: Measure
 ) -> tuple[Trial | None, list[Trial]]:
-    """The best candidate, and everything that was measured, best known last.
+    """The best candidate on all samples, None where none holds, and everything that was measured.
 
     Between the last two candidates around the target further ones are tried, where it should be
     met if the logarithms of value and candidate lie on a line.
@@ -85,7 +93,12 @@ def halve(
             break
         final.append(measure(between, samples))
         seen.append(final[-1])
-    return target.best(final) or target.best(seen), seen
+    for safer in target.safer(candidates, final)[:_STEPS_BACK]:
+        if target.best(final) is not None:
+            break
+        final.append(measure(safer, samples))
+        seen.append(final[-1])
+    return target.best(final), seen
 
 
 def _between(trials: Sequence[Trial], target: Target) -> float | None:
