@@ -108,7 +108,7 @@ def command(
     )
     if costs.step is not None:
         costs = dataclasses.replace(costs, step=step)
-    simulator = Simulator(expectation, costs, step, noise=0.02, seed=seed)
+    simulator = Simulator(expectation, costs, step, tuning=loaded.tuning, noise=0.02, seed=seed)
     traffic = Traffic(rate, peak, period, tokens, max_running, prefill_ms=2.0, seed=seed)
     runs: list[Run] = []
     for name, settings in policies.items():

@@ -20,7 +20,10 @@ class Weigher:
         shapes = served["cost"]["shapes"]
         expert = {int(i): s["expert_bytes"] for s in shapes for i in s["layers"]}
         whole = served["surrogate_bytes"]
-        self._surrogate = {i: whole.get(str(i), 0) / num_experts / b for i, b in expert.items()}
+        # A cost file may not know what an expert weighs.
+        self._surrogate = {
+            i: whole.get(str(i), 0) / num_experts / max(b, 1) for i, b in expert.items()
+        }
 
     def counts_exactly(self) -> None:
         """From now on, of exact routing."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sere_sglang.profile.tuning import UNTUNED, Tuning
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost, StepModel
 from sere_sglang.schedule.expectation import Expectation
@@ -74,11 +75,12 @@ class Simulator:
         cost: MoeCost,
         step: StepModel,
         *,
+        tuning: Tuning = UNTUNED,
         noise: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.expectation, self.cost, self.step = expectation, cost, step
-        self._context = PolicyContext(expectation, cost)
+        self._context = PolicyContext(expectation, cost, tuning)
         self._noise = noise
         self._seed = seed
 
