@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sere_sglang.errors import SereError
+from sere_sglang.errors import SereError, cut
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,6 +100,12 @@ def _print_provenance(console: Console, profile: SereProfile, path: Path) -> Non
         "made by": f"sere-sglang {meta.tool_version} on {meta.date}",
         "fingerprints": f"config {meta.fingerprint or '-'}, weights {meta.weights or '-'}",
     }
+    tuned = [
+        f"{cut(rule)}: " + ", ".join(f"{budget:g} at batch {batch}" for batch, budget in rows)
+        for rule, rows in profile.tuning.rows.items()
+    ]
+    if tuned:
+        lines["tuned"] = "; ".join(tuned)
     for name, value in lines.items():
         console.print(f"[bold]{name:13}[/bold]{value}", highlight=False, soft_wrap=True)
 
