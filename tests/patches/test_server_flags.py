@@ -9,7 +9,7 @@ import pytest
 from sglang.srt.server_args import ServerArgs
 
 from sere_sglang.errors import SereError
-from sere_sglang.patches import server_flags
+from sere_sglang.patches import server_flags, shadow
 from sere_sglang.patches.server_flags import (
     _FUSED_FRONT,
     ONE_ALONE,
@@ -78,3 +78,20 @@ def test_a_router_inside_another_kernel_is_refused(monkeypatch: pytest.MonkeyPat
         require_supported(_record(), _FUSED_FRONT)
     monkeypatch.setenv("SGLANG_K3_FUSED_FRONT", "0")
     require_supported(_record(), _FUSED_FRONT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm"),
+        ({"disaggregation_mode": "decode"}, "--disaggregation-mode"),
+        ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num"),
+    ],
+)
+def test_where_requests_cannot_be_scored_again(changes: dict[str, Any], flag: str) -> None:
+    fields = {"speculative_algorithm": None, "disaggregation_mode": "null"}
+    fields |= {"tokenizer_worker_num": 1}
+    assert set(fields) <= set(ServerArgs.__struct_fields__)
+    shadow.require_supported(SimpleNamespace(**fields))
+    with pytest.raises(SereError, match=f"--sere-shadow: with {flag} .*; drop one of the two"):
+        shadow.require_supported(SimpleNamespace(**fields | changes))

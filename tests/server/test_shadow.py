@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -103,6 +104,17 @@ def test_what_cannot_be_compared_is_left_alone(server: Server) -> None:
     assert _compared(server) == before + 3
 
 
+def test_through_the_openai_api_and_streamed(server: Server) -> None:
+    server.set_sere(**HARSH | {"max_kl": None})
+    before = _compared(server)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    asked: dict[str, Any] = {"model": "m", "prompt": PROMPTS[3], "max_tokens": 8, "temperature": 0}
+    whole = client.completions.create(**asked)
+    parts = [part.choices[0].text for part in client.completions.create(**asked, stream=True)]
+    assert "".join(parts) == whole.choices[0].text and whole.choices[0].logprobs is None
+    _until(lambda: _compared(server) == before + 2)
+
+
 def test_a_comparison_that_fails_hurts_nobody(server: Server, faults: Faults) -> None:
     server.set_sere(**HARSH | {"max_kl": None})
     rerouted = _tokens(_generate(server, temperature=0))
@@ -127,6 +139,8 @@ def test_it_can_be_switched_off(server: Server) -> None:
     assert "max_kl needs shadow" in refusal.value.read().decode()
     time.sleep(0.5)
     assert _compared(server) == before
+    server.set_sere(shadow=1.0)
+    _after(server, len(PROMPTS))
 
 
 def _generate(server: Server, prompts: list[str] = PROMPTS, **sampling: Any) -> list[Any]:
