@@ -34,7 +34,7 @@ def server(
     cost = write_cost(model, folder / "cost.json", step=StepModel())
     flags = ("--moe-backend=sere", f"--sere-profile={profile}", f"--sere-cost={cost}",
              FORCING_FLAG, "--sere-min-gain=0")  # fmt: skip
-    with serve(model, folder / "log", *flags) as server:
+    with serve(model, folder / "log", *flags, whole_batches=False) as server:
         yield server
 
 
