@@ -89,7 +89,7 @@ def test_a_router_inside_another_kernel_is_refused(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_where_requests_cannot_be_scored_again(changes: dict[str, Any], flag: str) -> None:
-    fields = {"speculative_algorithm": None, "disaggregation_mode": "null"}
+    fields: dict[str, Any] = {"speculative_algorithm": None, "disaggregation_mode": "null"}
     fields |= {"tokenizer_worker_num": 1}
     assert set(fields) <= set(ServerArgs.__struct_fields__)
     shadow.require_supported(SimpleNamespace(**fields))
