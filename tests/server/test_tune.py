@@ -74,12 +74,12 @@ def test_tune_writes_a_table_and_goes_on_where_it_was(server: Server, tmp_path: 
 
     def tune(*more: str) -> dict[str, Any]:
         command = ["tune", f"--url={server.url}", f"--out={tmp_path}", f"--profile-out={out}"]
-        done = CliRunner().invoke(app, [*command, "--batch=4,8", "--sequences=8", *more])
+        done = CliRunner().invoke(app, [*command, "--sequences=4", *more])
         assert done.exit_code == 0, done.output
         assert "default 0.02: KL" in done.output and "wrote the table into" in done.output
         return json.loads((tmp_path / "tune.json").read_text())
 
-    found = tune("--budget-kl=0.01", "--rounds=2")
+    found = tune("--budget-kl=0.01", "--rounds=1", "--batch=4,8")
     cells = (tmp_path / "cells.jsonl").read_text()
     written = load_profile(out)
     rows = written.metadata.tuning["rules"]["similarity"]["rows"]
@@ -97,13 +97,13 @@ def test_tune_writes_a_table_and_goes_on_where_it_was(server: Server, tmp_path: 
     first = out.read_bytes()
     lines = cells.splitlines(keepends=True)
     (tmp_path / "cells.jsonl").write_text("".join(lines[:-3]) + lines[-3][:40])
-    again = tune("--budget-kl=0.01", "--rounds=0")
+    again = tune("--budget-kl=0.01", "--rounds=0", "--batch=4,8")
     assert [r["kl"] for b in again["batches"] for r in b["rows"]] == pytest.approx(
         [r["kl"] for b in found["batches"] for r in b["rows"]], rel=0.05, abs=1e-5
     )
     assert load_profile(out).tuning == _read(first, tmp_path).tuning
 
-    faster = tune("--target-speedup=1.05", "--rounds=0")
+    faster = tune("--target-speedup=1.05", "--rounds=0", "--batch=8")
     for each in faster["batches"]:
         assert not each["holds"] or each["chosen"]["speedup"] >= 1.05
     after = server.sere()
