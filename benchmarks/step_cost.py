@@ -23,7 +23,8 @@ from sere_sglang.profile import load_profile
 from sere_sglang.runtime.bind import Binding
 from sere_sglang.runtime.control import ControlBlock
 from sere_sglang.runtime.counters import FIELDS
-from sere_sglang.runtime.rank import SereRuntime, Service
+from sere_sglang.runtime.rank import SereRuntime
+from sere_sglang.runtime.service import Service
 from sere_sglang.runtime.stage import RerouteStage, Switch
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost

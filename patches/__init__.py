@@ -254,8 +254,8 @@ PINNED = {
 """Every attribute that we put on an object of SGLang's."""
 
 PROCESS_STATE = {
-    "sere_sglang.runtime.rank._asked": "what this scheduler process was asked for",
-    "sere_sglang.runtime.rank._current": "the runtime of this scheduler process",
+    "sere_sglang.runtime.process._asked": "what this scheduler process was asked for",
+    "sere_sglang.runtime.process._current": "the runtime of this scheduler process",
     "sere_sglang.patches.topk._selecting": "whose top-k SGLang's router is computing right now",
     "sere_sglang.patches.guard.HOOKS": "every hook that this process has installed",
     "sere_sglang.patches.guard._launcher": "what failed in the launcher",

@@ -13,7 +13,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang.patches.seam import hook
-from sere_sglang.runtime import rank
+from sere_sglang.runtime import process
 
 _RUNNERS = "sglang.srt.model_executor.runner"
 
@@ -33,7 +33,7 @@ def install() -> None:
 
 
 def _capture_prefill(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
-    active = rank.current()
+    active = process.current()
     if active is None or runner.model_runner.is_draft_worker:
         return original(runner, *args, **kwargs)
     with active.binding.launching(False):
@@ -45,7 +45,7 @@ def _capture_prefill(original: Callable[..., Any], runner: Any, *args: Any, **kw
 def _capture_decode(
     original: Callable[..., Any], runner: Any, size: int, *args: Any, **kwargs: Any
 ) -> Any:
-    active = rank.current()
+    active = process.current()
     if active is None or runner.model_runner.is_draft_worker:
         return original(runner, size, *args, **kwargs)
     active.binding.forget_runs()

@@ -11,7 +11,7 @@ import logging
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang.patches.guard import Guarded
-from sere_sglang.runtime import rank
+from sere_sglang.runtime import process
 from sere_sglang.runtime.shown import log_line
 
 _LOGGER = "sglang.srt.managers.scheduler_components.metrics_reporter"
@@ -25,7 +25,7 @@ def install() -> None:
 
 
 def _add(record: logging.LogRecord) -> bool:
-    active = rank.current()
+    active = process.current()
     if active is not None and isinstance(record.msg, str) and record.msg.startswith("Decode batch"):
         record.msg = f"{record.msg.rstrip(', ')}, {log_line(active)}"
     return True

@@ -12,7 +12,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang.patches.seam import hook
-from sere_sglang.runtime import rank
+from sere_sglang.runtime import process
 
 _TARGET = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
 _ATTRIBUTE = "_sere_noted"
@@ -33,7 +33,7 @@ def install() -> None:
 
 
 def _note(result: Any, _cls: type, *args: Any, **kwargs: Any) -> None:
-    active = rank.current()
+    active = process.current()
     if active is None:
         return
     batch = kwargs["batch"] if "batch" in kwargs else args[0]

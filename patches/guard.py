@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
-from sere_sglang.runtime import rank
+from sere_sglang.runtime import process
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Guarded:
         return original(*args, **kwargs)
 
     def _is_left_out(self) -> bool:
-        active = rank.current()
+        active = process.current()
         if active is None or self.runs == "always":
             return False
         if self.runs == "until it fails":
@@ -102,7 +102,7 @@ class Guarded:
         return active.health.failed is not None
 
     def _fail(self, error: Exception) -> None:
-        active = rank.current()
+        active = process.current()
         if active is None:
             _launcher.fail(self.name, error)
             return
@@ -159,5 +159,5 @@ def launcher_starts_again() -> None:
 
 
 def _is_serving() -> bool:
-    active = rank.current()
+    active = process.current()
     return _launcher.stop is not None if active is None else active.is_serving

@@ -16,7 +16,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sere_sglang.errors import SereError
 from sere_sglang.patches.number_keys import PREFIX, STOP, unflatten
 from sere_sglang.patches.seam import hook, resolve
-from sere_sglang.runtime import rank, shown
+from sere_sglang.runtime import process, shown
 from sere_sglang.schedule.shadow import taken_from
 
 logger = logging.getLogger(__name__)
@@ -45,19 +45,19 @@ def install() -> None:
 
 
 def _add_state(result: Any, *_args: Any) -> None:
-    active = rank.current()
+    active = process.current()
     if active is not None:
         result.internal_state["sere"] = shown.state(active)
 
 
 def _add_essential_state(result: Any, *_args: Any) -> None:
-    active = rank.current()
+    active = process.current()
     if active is not None:
         result.internal_state["sere"] = shown.essential_state(active)
 
 
 def _set_state(original: Callable[..., Any], controller: Any, recv_req: Any) -> Any:
-    active = rank.current()
+    active = process.current()
     ours = [key for key in recv_req.server_args if key.startswith(PREFIX)]
     if not ours or active is None:
         return original(controller, recv_req)

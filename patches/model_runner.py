@@ -18,10 +18,11 @@ from sere_sglang.patches import moe_rows
 from sere_sglang.patches.forward_batch import noted
 from sere_sglang.patches.seam import hook
 from sere_sglang.profile import load_profile
-from sere_sglang.runtime import rank
+from sere_sglang.runtime import process
 from sere_sglang.runtime.bind import Binding, bind_model
 from sere_sglang.runtime.moe_layers import moe_layers
 from sere_sglang.runtime.probe import moe_cost
+from sere_sglang.runtime.rank import SereRuntime
 from sere_sglang.schedule.composition import BatchComposition, Mode, MoeRows
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.cost_file import load_cost
@@ -49,7 +50,7 @@ def install() -> None:
 
 
 def _bind(_result: Any, runner: Any) -> None:
-    asked = rank.asked()
+    asked = process.asked()
     if asked is None or runner.is_draft_worker:
         return
     rows = moe_rows.moe_rows()
@@ -58,7 +59,7 @@ def _bind(_result: Any, runner: Any) -> None:
     profile = load_profile(str(asked.sere_profile))
     binding = bind_model(runner.model, profile, asked, device=runner.device)
     cost = _cost(runner, binding, asked.sere_cost).covering(profile.similarity)
-    rank.start(rank.SereRuntime(asked, binding, profile, cost, rows))
+    process.start(SereRuntime(asked, binding, profile, cost, rows))
 
 
 def _cost(runner: Any, binding: Binding, file: str | None) -> MoeCost:
@@ -90,7 +91,7 @@ def time_layers(runner: Any, top_k: Mapping[int, int]) -> MoeCost:
 def _forward(
     original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    active = rank.current()
+    active = process.current()
     if active is None or runner.is_draft_worker:
         return original(runner, forward_batch, *args, **kwargs)
     if active.health.failed is not None:
@@ -121,7 +122,7 @@ def _forward_exact(
     original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Captured graphs keep launching the kernels: the control block has to say that it is off."""
-    active = rank.current()
+    active = process.current()
     if active is not None and not runner.is_draft_worker:
         active.exact_forward()
     return original(runner, forward_batch, *args, **kwargs)

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang.patches.seam import hook
-from sere_sglang.runtime import rank
+from sere_sglang.runtime import process
+from sere_sglang.runtime.rank import SereRuntime
 from sere_sglang.schedule.feedback import Failure, Feedback
 
 _RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
@@ -41,7 +42,7 @@ def install() -> None:
     )
 
 
-def note_of(active: rank.SereRuntime) -> Callable[[str], None] | None:
+def note_of(active: SereRuntime) -> Callable[[str], None] | None:
     """How this rank tells the others that it failed; None when there are no others."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
@@ -50,7 +51,7 @@ def note_of(active: rank.SereRuntime) -> Callable[[str], None] | None:
 
 
 def _send(result: list[Any] | None, *_args: Any) -> list[Any] | None:
-    active = rank.current()
+    active = process.current()
     if active is None or result is None or not _receives_requests():
         return result
     found: list[Any] = []
@@ -65,7 +66,7 @@ def _send(result: list[Any] | None, *_args: Any) -> list[Any] | None:
 
 
 def _send_trouble(result: list[Any] | None, *_args: Any) -> list[Any] | None:
-    active = rank.current()
+    active = process.current()
     if (
         active is None
         or active.health.trouble is None
@@ -79,7 +80,7 @@ def _send_trouble(result: list[Any] | None, *_args: Any) -> list[Any] | None:
 def _receive(
     scheduler: Any, recv_reqs: list[Any], *args: Any, **kwargs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    active = rank.current()
+    active = process.current()
     # Under pipeline parallelism SGLang hands the same list on to the next stage: leave it alone.
     others = [request for request in recv_reqs if not isinstance(request, _OURS)]
     if active is not None and len(others) < len(recv_reqs):
@@ -95,7 +96,7 @@ def _receive_failure(
     scheduler: Any, recv_reqs: list[Any], *args: Any, **kwargs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """SGLang itself does not know our objects."""
-    active = rank.current()
+    active = process.current()
     for request in recv_reqs:
         if isinstance(request, Failure) and active is not None:
             active.stop(request.reason)
@@ -110,7 +111,7 @@ def _receives_requests() -> bool:
     return parallel.pp_rank == parallel.tp_rank == 0
 
 
-def _told(active: rank.SereRuntime) -> str | None:
+def _told(active: SereRuntime) -> str | None:
     """What another rank has noted."""
     store, key = _store(), _key(active)
     return store.get(key).decode() if store.check([key]) else None
@@ -120,5 +121,5 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def _key(active: rank.SereRuntime) -> str:
+def _key(active: SereRuntime) -> str:
     return f"sere_failure_{active.health.attempt}"

@@ -57,10 +57,10 @@ def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any)
         surrogates,
         topk,
     )
-    from sere_sglang.runtime import rank
+    from sere_sglang.runtime import process
 
     register_moe_runner_backend_name("sere")
-    rank.ask(asked)
+    process.ask(asked)
     if server_args.device == "cpu":
         cpu_moe.install()
     if server_args.device == "cpu" or asked.rule != SIMILARITY:
@@ -78,10 +78,11 @@ def _after_init(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
     from sglang.srt.runtime_context import get_parallel
 
     from sere_sglang.patches import rank_decision
-    from sere_sglang.runtime import rank
+    from sere_sglang.runtime import process
+    from sere_sglang.runtime.service import Service
     from sere_sglang.schedule.trace import start_trace
 
-    active, parallel = rank.current(), get_parallel()
+    active, parallel = process.current(), get_parallel()
     if active is None:
         return
     metrics = None
@@ -97,7 +98,7 @@ def _after_init(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> N
 
     trace = active.config.sere_trace
     active.serve(
-        rank.Service(
+        Service(
             queue=queue,
             measures=parallel.tp_rank == parallel.pp_rank == 0,
             metrics=metrics,
@@ -119,8 +120,8 @@ def _report(result: dict[str, Any], scheduler: Any) -> None:
     if doctor.is_asked(scheduler.server_args):
         doctor.report(result)
     elif config.config_of(scheduler.server_args).enabled:
-        from sere_sglang.runtime import rank, shown
+        from sere_sglang.runtime import process, shown
 
-        active = rank.current()
+        active = process.current()
         if active is not None:  # else the launcher says that this rank does not run SERE
             result["sere"] = shown.constants(active)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from sere_sglang.runtime.counters import CounterReader
 from sere_sglang.runtime.health import Health
 from sere_sglang.runtime.measuring import Measuring
 from sere_sglang.runtime.rule_stage import RuleForward
+from sere_sglang.runtime.service import Service
 from sere_sglang.schedule.adaptive import budget_of
 from sere_sglang.schedule.composition import BatchComposition, Mode, MoeRows
 from sere_sglang.schedule.cost import MoeCost
@@ -33,36 +33,8 @@ from sere_sglang.schedule.registry import make_policy
 from sere_sglang.schedule.request_quality import row_classes
 from sere_sglang.schedule.settings import Settings
 from sere_sglang.schedule.shadow import ShadowReport
-from sere_sglang.schedule.trace import TraceWriter
-
-if TYPE_CHECKING:
-    from sere_sglang.runtime.metrics import SereMetrics
 
 logger = logging.getLogger(__name__)
-
-_asked: SereConfig | None = None
-_current: SereRuntime | None = None
-
-
-@dataclass(frozen=True)
-class Service:
-    """What a rank is to the server around it.
-
-    queue: its running and waiting requests.
-    measures: this is the rank that receives requests.
-    metrics: where it reports, if it does.
-    trace: where every forward is written, if that was asked for.
-    warms_up: the first forward belongs to the start: what fails in it stops the server.
-    tells: tells the rank that receives requests of trouble; None when there is one rank.
-    """
-
-    queue: Callable[[], tuple[int, int]] = lambda: (0, 0)
-    measures: bool = False
-    metrics: SereMetrics | None = None
-    trace: TraceWriter | None = None
-    warms_up: bool = False
-    tells: Callable[[str], None] | None = None
-
 
 _STARTING = Service(warms_up=True)
 
@@ -354,25 +326,3 @@ class SereRuntime:
         self.measuring.report(
             metrics, last, self.point, self.settings, self.budget(), self.predicted_ms
         )
-
-
-def ask(config: SereConfig) -> None:
-    """This process is to run SERE, once its model is there."""
-    global _asked
-    _asked = config
-
-
-def asked() -> SereConfig | None:
-    """What was asked of this process; None when it does not run SERE."""
-    return _asked
-
-
-def start(runtime: SereRuntime) -> None:
-    """From now on this process's."""
-    global _current
-    _current = runtime
-
-
-def current() -> SereRuntime | None:
-    """This process's runtime; None while its model loads, and when it does not run SERE."""
-    return _current

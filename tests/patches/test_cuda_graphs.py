@@ -16,8 +16,9 @@ from sere_sglang.errors import SereError
 from sere_sglang.options import SereConfig
 from sere_sglang.patches import cuda_graphs
 from sere_sglang.patches.seam import check_parameters
-from sere_sglang.runtime import rank
-from sere_sglang.runtime.rank import SereRuntime, Service
+from sere_sglang.runtime import process
+from sere_sglang.runtime.rank import SereRuntime
+from sere_sglang.runtime.service import Service
 from sere_sglang.schedule.composition import BatchComposition
 from tests.runtime.one_rank import TOP_K, one_rank
 
@@ -30,7 +31,7 @@ TARGET, DRAFT = (
 def active(monkeypatch: pytest.MonkeyPatch) -> Iterator[SereRuntime]:
     made = one_rank(SereConfig(moe_backend="sere"))
     made._captured = False
-    monkeypatch.setattr(rank, "_current", made)
+    monkeypatch.setattr(process, "_current", made)
     yield made
 
 

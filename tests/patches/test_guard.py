@@ -13,9 +13,9 @@ from sere_sglang.errors import SereError
 from sere_sglang.options import SereConfig
 from sere_sglang.patches.guard import HOOKS, Guarded
 from sere_sglang.patches.number_keys import unflatten
-from sere_sglang.runtime import rank as runtime
-from sere_sglang.runtime import shown
-from sere_sglang.runtime.rank import SereRuntime, Service
+from sere_sglang.runtime import process, shown
+from sere_sglang.runtime.rank import SereRuntime
+from sere_sglang.runtime.service import Service
 from sere_sglang.schedule.composition import BatchComposition
 from tests.runtime.one_rank import one_rank
 
@@ -24,7 +24,7 @@ from tests.runtime.one_rank import one_rank
 def active(monkeypatch: pytest.MonkeyPatch) -> Iterator[SereRuntime]:
     """The runtime of a scheduler that serves, its layers being there without a model."""
     made = one_rank(SereConfig(moe_backend="sere"))
-    monkeypatch.setattr(runtime, "_current", made)
+    monkeypatch.setattr(process, "_current", made)
     made.serve(Service())
     made.end_forward()  # of a warm-up, in which every layer ran
     known = len(HOOKS)

@@ -19,7 +19,8 @@ import torch.multiprocessing as mp
 
 from sere_sglang.options import SereConfig
 from sere_sglang.runtime.clock import StepClock
-from sere_sglang.runtime.rank import SereRuntime, Service
+from sere_sglang.runtime.rank import SereRuntime
+from sere_sglang.runtime.service import Service
 from sere_sglang.schedule.composition import BatchComposition, MoeRows
 from sere_sglang.schedule.trace import TraceWriter
 from tests.runtime.one_rank import one_rank

@@ -31,6 +31,8 @@ NOT_WHILE_SERVING = {
     "Engine._launch_subprocesses (after)",
     "DataParallelController.get_init_info (after)",
     "topk.fused_topk (around)",
+    "PrefillCudaGraphRunner.capture (around)",
+    "DecodeCudaGraphRunner.capture_one_shape (around)",
 }
 
 
