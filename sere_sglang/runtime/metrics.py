@@ -95,7 +95,7 @@ class SereMetrics:
             buckets=_STEP_BUCKETS,
         )
         self.set_failed(False)
-        self.set_braked(False)
+        self.set_shadow(ShadowReport(), braked=False)
 
     def set_failed(self, failed: bool) -> None:
         self._failed.labels(**self._labels).set(failed)
