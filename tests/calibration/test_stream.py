@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from sglang.srt.layers.layer_boundary.residual.add_norm import PLAIN_ADD
+from sglang.srt.layers.layer_boundary.residual.stream import DeclaredSum, ResidualStream
 
+from sere_sglang.calibration.collector import _stream_parts
 from sere_sglang.calibration.stream import StreamEnergy, stream_energy
 
 
@@ -39,3 +44,21 @@ def test_goes_on_where_it_was() -> None:
     assert second.sums == first.sums
     second.restore({})  # a partial file of before there was one
     assert second.sums == first.sums
+
+
+def test_is_what_sglangs_decoder_layers_leave_behind() -> None:
+    output, residual = torch.ones(3, 8), torch.full((3, 8), 2.0)
+
+    def added(inputs: tuple[object, ...], result: object) -> torch.Tensor:
+        return torch.stack(_stream_parts(inputs, result)).sum(0)
+
+    assert torch.equal(added((), (output, residual)), output + residual)
+    assert torch.equal(added((), (output, None)), output)
+    assert torch.equal(added((), output), output)
+    stream = ResidualStream(residual)
+    batch = SimpleNamespace(residual_stream=stream)
+    stream.record(output, PLAIN_ADD)
+    assert torch.equal(added((batch,), output), output + residual)
+    stream.pending = None
+    stream.record(output, PLAIN_ADD, declared_sum=DeclaredSum(None))
+    assert _stream_parts((batch,), output) == [], "ranks still owe each other a sum"

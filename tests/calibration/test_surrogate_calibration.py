@@ -62,6 +62,7 @@ def test_a_profile_with_surrogates(profile: Path, model: Path) -> None:
         assert tables["surrogate_ranks"].tolist() == [4, 8, 16, 32, 64]
         assert tables["surrogate_explained"].shape == (8, EXPERTS)
         assert tables["surrogate_bias"].shape == (EXPERTS, HIDDEN)
+        assert tables["stream_energy"].shape == (1,) and tables["stream_energy"] > 0
         assert tables["surrogate_in"].shape == tables["surrogate_out"].shape
         assert tables["surrogate_in"].dtype == torch.bfloat16
         assert tables["surrogate_in"].shape[1] <= 8, layer
