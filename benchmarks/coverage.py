@@ -28,6 +28,7 @@ from rich.console import Console
 
 from benchmarks._common import result_path, write_result
 from benchmarks.serving.adapter import write_adapter
+from benchmarks.serving.compared_answers import first_difference, last_words
 from benchmarks.serving.experiment import IMPORTS_CHECKOUT, TWO_RANKS, heldout_prompts
 from sere_sglang.measure.server import CPU_ENGINE, CPU_FLAGS, NotServing, Server, serve
 
@@ -132,7 +133,7 @@ def run(configuration: Configuration, prompts: list[str]) -> dict[str, Any]:
             with _server(configuration, flags, Path(folder, "plain.log")) as plain:
                 wanted = _answers(plain, prompts, configuration)
         except (NotServing, urllib.error.URLError, OSError, ValueError) as error:
-            return {**about, "result": "not here", "why": f"plain SGLang: {_last_words(error)}"}
+            return {**about, "result": "not here", "why": f"plain SGLang: {last_words(error)}"}
         try:
             with _server(
                 configuration, (*flags, *STATIC, *(ours or HARDEST)), Path(folder, "sere.log")
@@ -142,9 +143,9 @@ def run(configuration: Configuration, prompts: list[str]) -> dict[str, Any]:
             told = [x for x in error.log.read_text().splitlines() if "sere-sglang: error:" in x]
             if told:
                 return {**about, "result": "refused", "why": told[0].split("error: ", 1)[1]}
-            return {**about, "result": "failed", "why": _last_words(error)}
+            return {**about, "result": "failed", "why": last_words(error)}
         except (urllib.error.URLError, OSError, ValueError) as error:
-            return {**about, "result": "failed", "why": _last_words(error)}
+            return {**about, "result": "failed", "why": last_words(error)}
 
 
 @contextlib.contextmanager
@@ -163,7 +164,7 @@ def _judged(
     sere: Server, prompts: list[str], configuration: Configuration, wanted: list[Any]
 ) -> dict[str, str]:
     sere.set_sere(enabled=False, reset_counters=True)
-    differs = _difference(wanted, _answers(sere, prompts, configuration))
+    differs = first_difference(wanted, _answers(sere, prompts, configuration), TIE)
     if differs:
         return {"result": "failed", "why": f"SERE off is not plain SGLang: {differs}"}
     sere.set_sere(enabled=True, min_batch=1, reset_counters=True)
@@ -193,34 +194,6 @@ def _answers(server: Server, prompts: list[str], configuration: Configuration) -
         **configuration.asks,
     }
     return server.post("/generate", body)
-
-
-def _difference(wanted: list[Any], got: list[Any]) -> str:
-    """The first token that differs where plain SGLang's two best are no tie; empty if none does."""
-    if len(wanted) != len(got):
-        return f"{len(got)} answers where it gives {len(wanted)}"
-    for number, (want, have) in enumerate(zip(wanted, got, strict=True)):
-        ids = [
-            [entry[1] for entry in a["meta_info"]["output_token_logprobs"]] for a in (want, have)
-        ]
-        tops = want["meta_info"]["output_top_logprobs"]
-        for place, (a, b) in enumerate(zip(*ids, strict=False)):
-            if a == b:
-                continue
-            best = sorted((entry[0] for entry in tops[place] if entry[0] is not None), reverse=True)
-            if len(best) > 1 and best[0] - best[1] < TIE:
-                break
-            return f"token {place} of answer {number} is {b}, not {a}"
-    return ""
-
-
-def _last_words(error: Exception) -> str:
-    """The exception in a server's log, or the error itself."""
-    if isinstance(error, NotServing):
-        lines = [x.strip() for x in error.log.read_text(errors="replace").splitlines() if x.strip()]
-        errors = [x for x in lines if x.split(":")[0].endswith(("Error", "Exception", "error"))]
-        return (errors or lines or [error.what])[-1][:200]
-    return f"{type(error).__name__}: {error}"[:200]
 
 
 def _former() -> list[dict[str, Any]]:

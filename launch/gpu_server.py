@@ -28,8 +28,9 @@ from typing import Any
 import torch
 
 from benchmarks._common import result_path
+from benchmarks.serving.compared_answers import last_words
 from launch.gpu_server_models import MODELS, TINY, layers_that_fit, write_model
-from launch.gpu_server_steps import Machine, last_words, steps
+from launch.gpu_server_steps import Machine, steps
 from sere_sglang.measure.cells import Cells
 
 

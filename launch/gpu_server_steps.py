@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.serving.compared_answers import first_difference, last_words
 from benchmarks.serving.experiment import IMPORTS_CHECKOUT
 from sere_sglang.measure.routing import ADAPTIVE, OFF, static
 from sere_sglang.measure.server import NotServing, Server, serve
@@ -68,7 +69,7 @@ def exact(at: Machine, model: Path) -> dict[str, Any]:
         wanted = at.answers(plain, prompts)
     with at.server(model, *SERE) as server:
         server.set_sere(enabled=False)
-        differs = _difference(wanted, at.answers(server, prompts))
+        differs = first_difference(wanted, at.answers(server, prompts), TIE)
         server.set_sere(enabled=True, min_batch=1, reset_counters=True)
         at.answers(server, at.prompts(model, at.alike))
         state = server.sere()
@@ -113,7 +114,7 @@ def with_flags(at: Machine, model: Path, *, flags: tuple[str, ...]) -> dict[str,
         return {"passed": True, "not here": f"plain SGLang: {last_words(error)}"}
     with at.server(model, *SERE, *flags) as server:
         server.set_sere(enabled=False)
-        differs = _difference(wanted, at.answers(server, at.prompts(model, 2)))
+        differs = first_difference(wanted, at.answers(server, at.prompts(model, 2)), TIE)
         server.set_sere(enabled=True, min_batch=1, reset_counters=True)
         at.answers(server, at.prompts(model, 4))
         rows = list(server.sere()["counters"].values())
@@ -182,20 +183,6 @@ def steps(at: Machine) -> dict[str, Callable[[Machine, Path], dict[str, Any]]]:
     }
 
 
-def _difference(wanted: list[Any], got: list[Any]) -> str:
-    """The first token that differs where plain SGLang's two best are no tie; empty if none does."""
-    for number, (want, have) in enumerate(zip(wanted, got, strict=True)):
-        ids = [[e[1] for e in a["meta_info"]["output_token_logprobs"]] for a in (want, have)]
-        tops = want["meta_info"]["output_top_logprobs"]
-        for place, (a, b) in enumerate(zip(*ids, strict=False)):
-            if a != b:
-                best = sorted((entry[0] for entry in tops[place]), reverse=True)
-                if best[0] - best[1] >= TIE:
-                    return f"token {place} of answer {number} is {b}, not {a}"
-                break
-    return ""
-
-
 def _first_logprobs(answers: list[Any]) -> list[float]:
     """Of the decoded tokens that all answers were asked for, up to where they part."""
     return [e[0] for a in answers for e in a["meta_info"]["output_token_logprobs"][1:3]]
@@ -222,12 +209,3 @@ def _traced(folder: Path) -> Counter[str]:
                 return Counter(e["name"] for e in events if e.get("ph") == "X")
         time.sleep(0.5)
     raise OSError(f"no profile in {folder}")
-
-
-def last_words(error: Exception) -> str:
-    """The exception in a server's log, or the error itself."""
-    if isinstance(error, NotServing):
-        lines = [x.strip() for x in str(error).splitlines() if x.strip()]
-        errors = [x for x in lines if x.split(":")[0].endswith(("Error", "Exception", "error"))]
-        return (errors or lines)[-1][:200]
-    return f"{type(error).__name__}: {error}"[:200]

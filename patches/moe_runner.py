@@ -43,12 +43,12 @@ def _choose(record: Any, previous: Callable[[Any], None]) -> None:
 
 def _take_another(record: Any, *, calibrates: bool) -> None:
     view = resolve(f"{_OVERRIDES}.resolved_view")(record)
+    if _asked(record) != "auto" or view.moe_a2a_backend != "none":
+        return
     # What the step itself would first make of the quantization.
     declared = resolve(f"{_OVERRIDES}._moe_runner_backend_quant_constraints")(view)
     chosen = declared.get("moe_runner_backend", view.moe_runner_backend)
     quantization, sm, architecture = quantization_of(view), _sm(), _architecture(view)
-    if _asked(record) != "auto" or view.moe_a2a_backend != "none":
-        return
     other = (
         calibration_runner(chosen, quantization, sm)
         if calibrates

@@ -103,6 +103,8 @@ class Collector:
             self.layers[layer_id] = LayerCollector(
                 experts, self.spec, layers=len(layers), at_once=len(layers)
             )
+        if self.spec.surrogates is None:
+            return
         for layer_id, block in decoder_layers(model, layers).items():
             see = functools.partial(self._see_stream, layer_id)
             block.register_forward_hook(see, with_kwargs=True)
@@ -131,15 +133,13 @@ class Collector:
         """Behind a decoder layer."""
         if not self.armed or not self.num_valid or self.error is not None:
             return
-        width = self.layers[layer_id].experts.hidden_size
-        parts = _stream_parts((*inputs, *named.values()), output)
-        if any(p.dim() != 2 or p.shape[1] != width or len(p) < self.num_valid for p in parts):
-            return  # sharded rows, or a block of another kind
+        collector, rows = self.layers[layer_id], self.num_valid
+        size = collector.experts.hidden_size
         try:
-            for part in parts[1:]:
-                parts[0] = parts[0][: self.num_valid].float() + part[: self.num_valid]
-            if parts:
-                self.layers[layer_id].add_stream(parts[0][: self.num_valid])
+            parts = _stream_parts((*inputs, *named.values()), output)
+            # Others are sharded rows, or a block of another kind.
+            if parts and all(p.dim() == 2 and p.shape[1] == size and len(p) >= rows for p in parts):
+                collector.add_stream(torch.stack([p[:rows].float() for p in parts]).sum(0))
         except Exception as error:
             self.error = error
 

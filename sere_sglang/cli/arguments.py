@@ -16,6 +16,14 @@ ApiKey = Annotated[str | None, typer.Option(help="Of the server at --url.")]
 ServedModel = Annotated[
     str | None, typer.Option(help="Model folder or hub id; a server of it is started.")
 ]
+WalkedText = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text to walk, best your own traffic: .txt, .jsonl or .parquet (default: "
+        "built-in text, which calibration may have seen).",
+        show_default=False,
+    ),
+]
 Column = Annotated[str, typer.Option(help="Text column of .jsonl and .parquet.")]
 ServerArgs = Annotated[
     list[str] | None,

@@ -13,6 +13,7 @@ from sere_sglang.cli.arguments import (
     Device,
     ServedModel,
     ServerArgs,
+    WalkedText,
     make_folder,
     numbers,
 )
@@ -33,14 +34,7 @@ def command(
             "are put back. With --text it needs --enable-custom-logit-processor."
         ),
     ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text to walk, best your own traffic: .txt, .jsonl or .parquet (default: "
-            "built-in text, which calibration may have seen).",
-            show_default=False,
-        ),
-    ] = None,
+    text: WalkedText = None,
     column: Column = "text",
     jsonl: Annotated[
         Path | None,

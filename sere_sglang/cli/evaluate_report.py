@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from sere_sglang.cli.report_page import report_page
 from sere_sglang.cli.svg_chart import Mark, chart
 
 if TYPE_CHECKING:
@@ -98,29 +99,11 @@ def page(payload: dict[str, Any]) -> str:
     if not payload["finished"]:
         facts["unfinished"] = "stopped before its end; the same command goes on"
     facts |= {f"without {name}": reason for name, reason in payload["left_out"].items()}
-    told = "\n".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>"
-        for name, value in facts.items()
-    )
     how = _HOW_TEXT if payload["kind"] == "text" else _HOW_QUESTIONS
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>sere-sglang evaluate: {escape(payload["model"])}
-</title><style>
-body {{ font: 14px sans-serif; margin: 2em auto; max-width: 1180px; color: #222; }}
-table {{ border-collapse: collapse; margin: 1em 0; }}
-th, td {{ padding: 3px 10px; border-bottom: 1px solid #ddd; text-align: left; }}
-.figures td {{ font-variant-numeric: tabular-nums; }}
-svg {{ max-width: 49%; }}
-</style></head><body>
-<h1>What re-routing costs</h1>
-<table>{told}</table>
-<p>{escape(how)}</p>
-{_pictures(payload)}
-<table class="figures"><tr>{heads}</tr>
-{body}
-</table>
-</body></html>
-"""
+    title = f"sere-sglang evaluate: {payload['model']}"
+    table = f'<table class="figures"><tr>{heads}</tr>\n{body}\n</table>'
+    page_body = f"<p>{escape(how)}</p>\n{_pictures(payload)}\n{table}"
+    return report_page(title, "What re-routing costs", facts, page_body)
 
 
 def _columns(payload: dict[str, Any]) -> dict[str, Callable[[Row], str]]:

@@ -13,6 +13,7 @@ from sere_sglang.cli.arguments import (
     Device,
     ServedModel,
     ServerArgs,
+    WalkedText,
     make_folder,
     numbers,
 )
@@ -57,14 +58,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text to walk, best your own traffic: .txt, .jsonl or .parquet (default: "
-            "built-in text, which calibration may have seen).",
-            show_default=False,
-        ),
-    ] = None,
+    text: WalkedText = None,
     column: Column = "text",
     batch: Annotated[
         str, typer.Option(metavar="N,N,...", help="Decode batch sizes of the table, 1 to 256.")

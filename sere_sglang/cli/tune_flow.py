@@ -21,7 +21,7 @@ from sere_sglang.cli.counted import counted
 from sere_sglang.cli.evaluate_run import digest
 from sere_sglang.cli.served import Asked, Served, one_line_errors, served
 from sere_sglang.cli.tune_report import line, page
-from sere_sglang.cli.tune_search import CANDIDATES, Search
+from sere_sglang.cli.tune_search import CANDIDATES, Measured, Search
 from sere_sglang.errors import SereError
 from sere_sglang.measure.cells import Cells
 from sere_sglang.measure.halving import REFINED, Target, rounds_of
@@ -76,8 +76,12 @@ class Tune:
                 _require_writable(self.profile_out or profile)
                 name, texts = texts_of(file, column, server.tokenizer(), self.sequences)
                 about |= {**server.about, "rule": rule, "text": name}
+                measured = self._measured(server, texts)
                 advance = stack.enter_context(counted(self.console, self._turns))
-                found = [self._at(server, rule, batch, texts, advance) for batch in self.batches]
+                found = [
+                    self._at(server, rule, batch, texts, measured, advance)
+                    for batch in self.batches
+                ]
         except KeyboardInterrupt:
             self._say("stopped; the same command goes on from here")
             raise typer.Exit(130) from None
@@ -98,20 +102,22 @@ class Tune:
             raise SereError(f"--rule {rule}: {reason}; choose another, or start the server with it")
         return rule
 
+    def _measured(self, server: Served, texts: list[Text]) -> Measured:
+        """Once for all batch sizes."""
+        profile = load_profile(server.about["profile"])
+        about = {key: server.about[key] for key in ("model", "sglang", "server")}
+        about["text"] = digest([one.continuation_ids for one in texts])
+        # What a budget does hangs on the profile, not on what it was tuned to before.
+        about["profile"] = digest(_untuned(profile.metadata))
+        weigher = Weigher(server.sere, profile.num_experts)
+        return Measured(weigher, Cells(self.out / "cells.jsonl"), about)
+
     def _at(
-        self, server: Served, rule: str, batch: int, texts: list[Text],
+        self, server: Served, rule: str, batch: int, texts: list[Text], measured: Measured,
         advance: Callable[[str], None],
     ) -> dict[str, Any]:  # fmt: skip
         """One batch size: every cell, the chosen one, and the server's default budget beside it."""
-        profile = load_profile(server.about["profile"])
-        text = digest([one.continuation_ids for one in texts])
-        about = {key: server.about[key] for key in ("model", "sglang", "server")}
-        # What a budget does hangs on the profile, not on what it was tuned to before.
-        about |= {"text": text, "profile": digest(_untuned(profile.metadata))}
-        search = Search(
-            server, rule, batch, self.target, texts, Weigher(server.sere, profile.num_experts),
-            Cells(self.out / "cells.jsonl"), about, advance,
-        )  # fmt: skip
+        search = Search(server, rule, batch, self.target, texts, measured, advance)
         search.run(self.sequences)
         default = search.cell(server.base["quality_budget"], self.sequences)
         chosen = search.chosen

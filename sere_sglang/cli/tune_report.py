@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from sere_sglang.cli.report_page import report_page
 from sere_sglang.cli.svg_chart import Mark, chart
 
 _HOW = (
@@ -36,7 +37,7 @@ def _speed(each: dict[str, Any], name: str) -> str:
 
 
 def page(payload: dict[str, Any]) -> str:
-    """The whole report as HTML; opens without a network."""
+    """The whole report as HTML."""
     facts = {
         "model": payload["model"],
         "rule": payload["rule"],
@@ -47,27 +48,11 @@ def page(payload: dict[str, Any]) -> str:
         "date": payload["date"],
         "command": payload["command"],
     }
-    told = "\n".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>"
-        for name, value in facts.items()
-    )
     lines = "\n".join(f"<li>{escape(line(each))}</li>" for each in payload["batches"])
     pictures = "\n".join(_picture(each) for each in payload["batches"])
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>sere-sglang tune: {escape(payload["model"])}
-</title><style>
-body {{ font: 14px sans-serif; margin: 2em auto; max-width: 1180px; color: #222; }}
-table {{ border-collapse: collapse; margin: 1em 0; }}
-th, td {{ padding: 3px 10px; border-bottom: 1px solid #ddd; text-align: left; }}
-svg {{ max-width: 49%; }}
-</style></head><body>
-<h1>What each batch size may spend</h1>
-<table>{told}</table>
-<ul>{lines}</ul>
-<p>{escape(_HOW)}</p>
-{pictures}
-</body></html>
-"""
+    title = f"sere-sglang tune: {payload['model']}"
+    body = f"<ul>{lines}</ul>\n<p>{escape(_HOW)}</p>\n{pictures}"
+    return report_page(title, "What each batch size may spend", facts, body)
 
 
 def _picture(each: dict[str, Any]) -> str:

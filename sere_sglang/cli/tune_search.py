@@ -55,6 +55,16 @@ class Expected:
         return whole / less if less > 0 else 1.0
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the searches of all batch sizes share. cells: kept between runs, under keys that hold
+    `about`."""
+
+    weigher: Weigher
+    cells: Cells
+    about: dict[str, Any]
+
+
 @dataclass
 class Search:
     """At one batch size. rows: every cell, as `text_row` has it, with ``budget``, ``samples`` and
@@ -65,9 +75,7 @@ class Search:
     batch: int
     target: Target
     texts: list[Text]
-    weigher: Weigher
-    cells: Cells
-    about: dict[str, Any]
+    measured: Measured
     advance: Callable[[str], None]
     rows: list[dict[str, Any]] = field(default_factory=list)
     chosen: dict[str, Any] | None = None
@@ -88,15 +96,15 @@ class Search:
         """Measured, or taken from an interrupted run."""
         texts = in_batches(self.texts, max(samples, self.batch), self.batch)
         key = {"kind": "tune", "rule": self.rule, "batch": self.batch, "budget": budget}
-        key |= {"sequences": len(texts), **self.about}
-        found = self.cells.get(key)
+        key |= {"sequences": len(texts), **self.measured.about}
+        found = self.measured.cells.get(key)
         if found is None:
             expected, exact, active = self._exact_of(texts)
             found = text_row(
-                self.served, self.point(budget), texts, self.batch, exact, self.weigher
+                self.served, self.point(budget), texts, self.batch, exact, self.measured.weigher
             )
             found["speedup"] = expected.speedup(self.batch, active, found["bytes_share"])
-            self.cells.add(key, found)
+            self.measured.cells.add(key, found)
         self.advance(f"batch {self.batch}, budget {budget:g}")
         return {"budget": budget, "samples": samples, "batch": self.batch, **found}
 
@@ -124,9 +132,9 @@ class Search:
         if self._expected is None:
             prompts = [text.prompt_ids for text in as_many(self.texts, self.batch)]
             self._expected = Expected.of(self.served, prompts)
-            self.weigher.counts_exactly()
+            self.measured.weigher.counts_exactly()
             forced_in_batches(self.served.sere, texts[: self.batch], self.batch)
-            self._active = self.weigher.active()
+            self._active = self.measured.weigher.active()
         if self._exact is None or len(self._exact) != len(texts):
             use(self.served.servers, OFF)
             self._exact = forced_in_batches(self.served.sere, texts, self.batch)

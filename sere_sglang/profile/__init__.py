@@ -11,7 +11,6 @@ from sere_sglang.profile.file import (
     load_profile,
     save_profile,
 )
-from sere_sglang.profile.loss_shares import loss_shares
 from sere_sglang.profile.model_files import DEFAULT_FILE_NAME
 from sere_sglang.profile.model_info import (
     LOADED_LAYERS,
@@ -37,7 +36,6 @@ __all__ = [
     "default_place",
     "find_profile",
     "load_profile",
-    "loss_shares",
     "save_profile",
     "surrogates_command",
 ]

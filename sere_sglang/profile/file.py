@@ -25,6 +25,7 @@ from safetensors.torch import save
 from sere_sglang.errors import ProfileError, cut, shown
 from sere_sglang.profile import tables as known_tables
 from sere_sglang.profile.container import Container, open_container, sealed
+from sere_sglang.profile.loss_shares import loss_shares
 from sere_sglang.profile.tuning import Tuning, read_tuning
 
 FORMAT_VERSION = "1.1"
@@ -75,6 +76,11 @@ class SereProfile:
     def tuning(self) -> Tuning:
         """Checked when the profile was loaded."""
         return read_tuning("profile", self.metadata.tuning)
+
+    @functools.cached_property
+    def loss_shares(self) -> dict[int, float]:
+        """Layer -> what a loss budget of ``energy`` is multiplied by there."""
+        return loss_shares({layer: self.tables.get(layer, {}) for layer in self.similarity})
 
     @property
     def num_experts(self) -> int:

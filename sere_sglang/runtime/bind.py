@@ -14,7 +14,7 @@ from sere_sglang.names import SIMILARITY
 from sere_sglang.ops import COUNTER_FIELDS, LayerTable, select_impl
 from sere_sglang.ops.fused import uses_cuda
 from sere_sglang.options import SereConfig
-from sere_sglang.profile import SereProfile, loss_shares
+from sere_sglang.profile import SereProfile
 from sere_sglang.runtime.bind_rules import LayerRules, layer_rules, ranges, unavailable_rules
 from sere_sglang.runtime.control import ControlBlock
 from sere_sglang.runtime.counters import FIELDS
@@ -133,11 +133,8 @@ def bind_model(
     unavailable = unavailable_rules(target.type, config.rule, configs)
     rules: dict[int, LayerRules] = {}
     if target.type == "cpu" or config.rule not in {SIMILARITY, *unavailable}:
-        shares = loss_shares(profile.tables)
-        rules = {
-            i: layer_rules(layers[i], configs[i], profile, target, shares.get(i, 1.0))
-            for i in configs
-        }
+        shares = profile.loss_shares
+        rules = {i: layer_rules(layers[i], configs[i], profile, target, shares[i]) for i in configs}
     control = ControlBlock(
         target,
         sorted(layers),

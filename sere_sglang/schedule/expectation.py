@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sere_sglang.names import RULES, SIMILARITY
-from sere_sglang.profile import SereProfile, loss_shares
+from sere_sglang.profile import SereProfile
 from sere_sglang.schedule.lookup import COMPUTED, present, representatives, row_of, spread
 from sere_sglang.schedule.point import OperatingPoint
 from sere_sglang.schedule.rule_tables import rule_tables
@@ -141,7 +141,6 @@ def points_of(rule: str, top_k: int, experts: int) -> tuple[OperatingPoint, ...]
 def statistics_of(profile: SereProfile) -> dict[int, LayerStatistics]:
     """Per MoE layer. A profile without popularity counts is read as uniform routing."""
     layers = {}
-    shares = loss_shares(profile.tables)
     for layer, similarity in profile.similarity.items():
         table = profile.tables.get(layer, {})
         counts, weights = table.get("popularity_by_rank"), table.get("weight_by_rank")
@@ -157,7 +156,7 @@ def statistics_of(profile: SereProfile) -> dict[int, LayerStatistics]:
             similarity.double().numpy(),
             by_rank,
             energy / max(energy.sum(), 1e-30),
-            shares.get(layer, 1.0),
+            profile.loss_shares[layer],
         )
     return layers
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sere_sglang.profile import loss_shares
+from sere_sglang.profile.loss_shares import loss_shares
 
 Tables = dict[int, dict[str, torch.Tensor]]
 
