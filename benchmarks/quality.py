@@ -37,11 +37,11 @@ from sere_sglang.profile import MoeModelInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = (4, 8, 16, 32, 64)
-LOSSES = (0.1, 0.07, 0.05, 0.035, 0.025, 0.016, 0.01, 0.006, 0.003, 0.0015)
+LOSSES = (0.4, 0.2, 0.1, 0.06, 0.035, 0.02, 0.012, 0.006, 0.003, 0.0015)
 EXPERTS = (0.2, 0.3, 0.45, 0.6, 0.75, 0.9)  # of those that exact routing loads
 SCALED, FIRST = "similarity, scaled", "similarity"
 AUTO = "energy, surrogates"
-_RULES = (FIRST, SCALED, "piggyback", "budget", "energy", AUTO)
+_RULES = (FIRST, "piggyback", "budget", "energy", AUTO)
 
 
 def main() -> None:
@@ -88,8 +88,8 @@ def main() -> None:
                                 {**about, "seed": seed, "point": server.sere()["operating_point"],
                                  **weigh.shares(), **costs, "_kl": _by_text(kl, own, len(texts))}
                             )  # fmt: skip
+                        path = _write(asked.model.name, rows, asked.rules)
                         bar.advance(task)
-                    path = _write(asked.model.name, rows, asked.rules)
     _print(_compare(rows, asked.rules), asked.rules)
     print(f"wrote {path}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,6 +38,7 @@ from tests.server.checkpoints import (
     TOP_K,
     moe_layer_ids,
 )
+from tests.server.harness import Forked
 
 DEMO = Path(__file__).parents[2] / "demo_model"
 
@@ -129,15 +131,20 @@ def test_similarities_are_those_of_the_whole_models_experts(folder: Path, name: 
 
 
 def test_the_demo_model_agrees_with_its_calibration_through_sglang(tmp_path: Path) -> None:
-    """On the tokens that the shipped profile was made of."""
-    theirs = load_profile(DEMO / "sere_profile.safetensors")
+    """A trained model, whose routers are sure of what they choose."""
+    command = [sys.executable, "-m", "sere_sglang.cli.main", "calibrate", f"--model={DEMO}"]
+    command += [f"--data={DEMO}/data/calibration.txt", "--tokens=4096", "--device=cpu"]
+    command += [f"--out={tmp_path}/theirs.safetensors"]
+    through_sglang = Forked.start(command, {"PYTHONWARNINGS": "ignore"}, tmp_path / "log")
+    assert through_sglang.wait(timeout=1200) == 0, (tmp_path / "log").read_text()
+    theirs = load_profile(tmp_path / "theirs.safetensors")
     told = theirs.metadata
     job = CalibrationJob(
         model=str(DEMO),
-        out=tmp_path / "p.safetensors",
+        out=tmp_path / "ours.safetensors",
         spec=CollectionSpec(),
         data=(DEMO / "data" / "calibration.txt",),
-        num_tokens=told.num_tokens,
+        num_tokens=4096,
         length=told.method_parameters["length"],
         seed=told.method_parameters["seed"],
         device="cpu",
@@ -146,12 +153,11 @@ def test_the_demo_model_agrees_with_its_calibration_through_sglang(tmp_path: Pat
     ours = calibrate(job)
     assert ours.similarity.keys() == theirs.similarity.keys()
     for layer, matrix in ours.similarity.items():
-        assert (matrix - theirs.similarity[layer]).abs().max() < 2e-3, layer
+        assert (matrix - theirs.similarity[layer]).abs().max() < 5e-3, layer
         counts = ours.tables[layer]["popularity"], theirs.tables[layer]["popularity"]
         moved = (counts[0] - counts[1]).abs().sum() / counts[1].sum()
         assert moved < 5e-3  # bfloat16: two nearly equal router logits change places
-    # The shipped one has surrogates, which this test does not fit again.
-    same = {"model", "data", "tool_version", "date", "method_parameters", "format_version"}
+    same = {"model", "data", "date", "method_parameters"}
     for field in {f.name for f in dataclasses.fields(told)} - same:
         assert getattr(ours.metadata, field) == getattr(told, field), field
     digest = ours.metadata.method_parameters["text_digest"]
