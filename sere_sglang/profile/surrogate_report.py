@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,13 +51,14 @@ class SurrogateReport:
 def surrogate_reports(profile: SereProfile) -> list[SurrogateReport]:
     """Of every layer that has surrogates."""
     return [
-        _of_layer(layer, tables)
+        layer_report(layer, tables)
         for layer, tables in profile.tables.items()
         if "surrogate_bias" in tables
     ]
 
 
-def _of_layer(layer: int, tables: dict[str, torch.Tensor]) -> SurrogateReport:
+def layer_report(layer: int, tables: Mapping[str, torch.Tensor]) -> SurrogateReport:
+    """tables: of a layer with surrogates, as in a profile."""
     out, bias = tables.get("surrogate_out"), tables["surrogate_bias"]
     experts, hidden = bias.shape
     rank = 0 if out is None else out.shape[1]
