@@ -2,9 +2,9 @@
 
     python -m benchmarks.calibration_text            the demo model, about a quarter of an hour
 
-Profiles of the whole calibration text, of a quarter and of a sixteenth of it, and of its first four
-domains alone, each judged like `benchmarks.quality` at one batch size: on all held-out texts, and
-on those of the three domains that the last one has not seen. Beside them: energy without
+Profiles of the whole calibration text, of a quarter and of a sixteenth of it, and of its first
+four domains alone, each judged like `benchmarks.quality` at one batch size: on all held-out texts,
+and on those of the three domains that the last one has not seen. Beside them: energy without
 surrogates, and SERE's rule. Writes ``calibration_text.json``.
 """
 
