@@ -233,7 +233,7 @@ def _check_out(out: Path | None) -> None:
     if out.is_dir():
         raise SereError(f"--out {out} is a folder; name the file to write")
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise SereError(f"--out {out}: {out.parent} is no folder to write in; choose another")
+        raise SereError(f"--out {out}: {out.parent} cannot be written in; choose another folder")
 
 
 def _say(what: str) -> None:
