@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import functools
 import json
 import os
 import re
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sere_sglang.errors import SereError
 from sere_sglang.measure.machine import cpu_info
 
 RESULTS_DIR = Path(__file__).resolve().parent / "results"
@@ -77,16 +74,6 @@ def result_path(name: str, out_dir: Path | None = None) -> Path:
     if out_dir is None:
         out_dir = Path(os.environ.get("OUT") or RESULTS_DIR / hardware_slug())
     return out_dir / f"{name}.json"
-
-
-@contextlib.contextmanager
-def exit_on_error() -> Iterator[None]:
-    """A `SereError` is one line on stderr and exit status 2."""
-    try:
-        yield
-    except SereError as error:
-        print(f"sere-sglang: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
 
 
 def interleaved_median(

@@ -30,6 +30,7 @@ from benchmarks._common import result_path, write_result
 from benchmarks.serving.adapter import write_adapter
 from benchmarks.serving.compared_answers import first_difference, last_words
 from benchmarks.serving.experiment import IMPORTS_CHECKOUT, TWO_RANKS, heldout_prompts
+from sere_sglang.errors import PREFIX
 from sere_sglang.measure.server import CPU_ENGINE, CPU_FLAGS, NotServing, Server, serve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,7 +141,7 @@ def run(configuration: Configuration, prompts: list[str]) -> dict[str, Any]:
             ) as sere:
                 return {**about, **_judged(sere, prompts, configuration, wanted)}
         except NotServing as error:
-            told = [x for x in error.log.read_text().splitlines() if "sere-sglang: error:" in x]
+            told = [x for x in error.log.read_text().splitlines() if PREFIX in x]
             if told:
                 return {**about, "result": "refused", "why": told[0].split("error: ", 1)[1]}
             return {**about, "result": "failed", "why": last_words(error)}

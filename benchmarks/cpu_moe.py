@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from benchmarks._common import exit_on_error, interleaved_median, write_result
+from benchmarks._common import interleaved_median, write_result
 from benchmarks._cpu_floor import HEADER, SIZES, floor_rows, line
 from sere_sglang.cpu import isa as cpu_isa
 from sere_sglang.cpu.isa import ISAS
 from sere_sglang.cpu.moe import fused_moe, native_module
+from sere_sglang.errors import exit_on_error
 
 SHAPES = ((32, 4, 256, 96), (48, 6, 256, 64), (64, 8, 1024, 512), (128, 8, 512, 256))
 TABLES = ("native", "active", "floor")

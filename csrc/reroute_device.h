@@ -1,5 +1,5 @@
 // What the kernels ask of the machine. nvcc compiles these to single instructions; every other
-// compiler gets the emulator (reroute_emulation.h), which runs the same kernel source on the CPU,
+// compiler gets the emulator (tests/ops/native), which runs the same kernel source on the CPU,
 // so that the tests exercise it without a GPU. Warp operations need all 32 lanes.
 #pragma once
 

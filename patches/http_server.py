@@ -146,7 +146,7 @@ def _number(key: str, value: Any) -> float:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise SereError(f"{name} is no number that JSON knows; give a finite one")
+    raise SereError(f"{name} is not a number that JSON knows; give a finite one")
 
 
 def _not_an_object(asked: Any) -> str:

@@ -59,7 +59,7 @@ def _decoded(name: str, value: Any) -> Any:
         raise SereError(f"unknown key {shown(PREFIX + name)}")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not (-_WIDEST <= value <= _WIDEST):  # false for NaN too
-        raise SereError(f"{PREFIX}{name} is no number: {shown(value)}")
+        raise SereError(f"{PREFIX}{name} is not a number: {shown(value)}")
     if name in _BOOLEAN:
         return bool(_among(name, value, 2))
     if name in _WORDS:

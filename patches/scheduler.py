@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
 
@@ -12,8 +11,6 @@ from sere_sglang import config
 from sere_sglang.names import SIMILARITY
 from sere_sglang.patches import calibration, cpu_engine, doctor, weight_files
 from sere_sglang.patches.seam import declare
-
-logger = logging.getLogger(__name__)
 
 _MODULE = "sglang.srt.managers.scheduler"
 

@@ -13,7 +13,7 @@ from typing import Any
 from sglang.srt.environ import envs
 
 from sere_sglang.errors import SereError
-from sere_sglang.options import flag_of
+from sere_sglang.option import flag_of
 from sere_sglang.patches.seam import resolve
 
 _BY_BATCH = "the experts of a token would depend on the batch that it happens to be in"

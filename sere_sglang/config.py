@@ -11,7 +11,8 @@ import argparse
 from typing import Any
 
 from sere_sglang.names import QUALITIES
-from sere_sglang.options import OPTIONS, Option, SereConfig
+from sere_sglang.option import Option
+from sere_sglang.options import OPTIONS, SereConfig
 from sere_sglang.schedule.request_quality import QualityRules, parse_allowed
 from sere_sglang.schedule.settings import Settings
 

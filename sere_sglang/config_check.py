@@ -6,7 +6,8 @@ import dataclasses
 
 from sere_sglang.config import quality_rules
 from sere_sglang.errors import SereError, shown
-from sere_sglang.options import OPTIONS, PREFIX, Option, SereConfig
+from sere_sglang.option import PREFIX, Option
+from sere_sglang.options import OPTIONS, SereConfig
 
 
 def checked(asked: SereConfig) -> SereConfig:

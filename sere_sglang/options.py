@@ -9,133 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Any
 
-import msgspec
 from msgspec import Meta
 
 from sere_sglang.names import AUTO, BEST_RULE, QUALITIES, RULES, SIMILARITY, policy_names
-
-PREFIX = "sere_"
-MOST_ROWS = (1 << 31) - 1  # of a batch, and no bound that anybody meets
+from sere_sglang.option import MOST_ROWS, Option, option
 
 _SHARE = Meta(ge=0.0, le=1.0)
 _COUNT = Meta(ge=1, le=MOST_ROWS)
 _MILLISECONDS = Meta(ge=0.01, le=1e6)
 _KL = Meta(ge=1e-6, le=100.0)
-Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option. Its first sentence of help is what the README says of it.
-
-    base: bool, int, float or str. span: the range of a number. choices: of a str.
-    default: what unset stands for: a value, or how it follows from what was asked and the model's
-        top-k; None stays None. default_reads: the same for people, where the value does not say.
-    switch: a bool that the command line spells on and off.
-    live: an operator may change it while the server runs. nullable: null is a value then.
-    below_top_k: it must be smaller than the routed experts of a token.
-    rules: the rules that look at it, if not all.
-    """
-
-    name: str
-    help: str
-    base: type
-    span: Meta | None
-    choices: Choices
-    default: Any
-    default_reads: str | None
-    metavar: str | None
-    switch: bool
-    live: bool
-    nullable: bool
-    below_top_k: bool
-    rules: tuple[str, ...]
-
-    @property
-    def flag(self) -> str:
-        return flag_of(self.name)
-
-    @property
-    def setting(self) -> str:
-        """Its name among the live settings."""
-        return self.name.removeprefix(PREFIX)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.choices() if callable(self.choices) else self.choices
-
-    def fault(self, value: Any, top_k: int | None = None) -> str | None:
-        """What is wrong with `value`, or None. top_k: of the model, once that is known."""
-        if self.names:
-            wrong = not isinstance(value, str) or value not in self.names
-            return f"must be one of {', '.join(self.names)}" if wrong else None
-        span = self.span
-        if span is not None and self.below_top_k and top_k is not None:
-            span = Meta(ge=span.ge, le=top_k - 1)
-        return fault(value, self.base, span)
-
-    def default_of(self, asked: Any, top_k: int) -> Any:
-        """What this option is where `asked`, a `SereConfig`, leaves it unset."""
-        return self.default(asked, top_k) if callable(self.default) else self.default
-
-
-def fault(value: Any, base: type, span: Meta | None) -> str | None:
-    """What is wrong with `value` as a `base` within `span`, or None."""
-    try:
-        msgspec.convert(value, base if span is None else Annotated[base, span])
-    except (msgspec.ValidationError, UnicodeEncodeError):  # the latter of a name that no file has
-        pass
-    else:
-        return None
-    try:
-        msgspec.convert(value, base)
-    except (msgspec.ValidationError, UnicodeEncodeError) as error:
-        if "out of range" not in str(error):
-            return f"must be {_KINDS[base]}"
-    if span is None:
-        return f"must be {_KINDS[base]}"
-    low, high = span.ge, span.le
-    if base is float:
-        return f"must lie in [{low:g}, {high:g}]"
-    unbounded = high == MOST_ROWS and value < low
-    return f"must be at least {low}" if unbounded else f"must be in [{low}, {high}]"
-
-
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _option(
-    help: str,
-    span: Meta | None = None,
-    *,
-    choices: Choices = (),
-    default: Any = None,
-    default_reads: str | None = None,
-    metavar: str | None = None,
-    switch: bool = False,
-    live: bool = False,
-    nullable: bool = False,
-    below_top_k: bool = False,
-    rules: tuple[str, ...] = (),
-    unset: Any = None,
-) -> Any:
-    about = {key: value for key, value in locals().items() if key != "unset"}
-    return field(default=unset, metadata=about)
 
 
 @dataclass(frozen=True)
 class SereConfig:
     """What the operator asked for; None means "not given", resolved by `config_check.resolved`."""
 
-    moe_backend: str = _option(
+    moe_backend: str = option(
         "MoE backend, where sere switches re-routing on. It sends each token's low-ranked experts "
         "to similar experts that the batch already needs, so that decoding loads fewer; "
         "--moe-runner-backend keeps choosing the grouped GEMM under it.",
@@ -143,14 +35,14 @@ class SereConfig:
         unset="default",
         default="default",
     )
-    sere_profile: str | None = _option(
+    sere_profile: str | None = option(
         "Similarity profile of this model, written by 'sere-sglang calibrate'; auto calibrates "
         "first where there is none, once, then serves.",
         metavar="{PATH,auto}",
         default_reads="sere_profile.safetensors in the model folder or hub repository, else what "
         "calibrate wrote into this user's cache",
     )
-    sere_rule: str | None = _option(
+    sere_rule: str | None = option(
         "Which experts a batch loads, and what its tokens get instead of the others. similarity: "
         "SERE, the most similar one. piggyback: the token's own next-best that is loaded. topk: "
         "each token's best few only. budget: --sere-max-experts, by summed router score. energy: "
@@ -162,7 +54,7 @@ class SereConfig:
         default_reads=SIMILARITY,
         live=True,
     )
-    sere_policy: str | None = _option(
+    sere_policy: str | None = option(
         "How the degree of skipping is chosen for each forward. adaptive: the largest predicted "
         "gain whose expected loss fits --sere-quality-budget. slo: just enough of it to hold "
         "--sere-tpot-slo-ms. static: --sere-primary-k and --sere-threshold on every decode batch.",
@@ -171,7 +63,7 @@ class SereConfig:
         default_reads="adaptive; static or slo when only their flags are given",
         live=True,
     )
-    sere_quality_budget: float | None = _option(
+    sere_quality_budget: float | None = option(
         "adaptive, slo, and rule energy under static: expected loss that a batch may cost at most, "
         "as a share of the MoE layers' output energy. 0 is exact, 1 the worst that re-routing can "
         "do. Under rule energy it is what the kernel may drop.",
@@ -180,7 +72,7 @@ class SereConfig:
         metavar="LOSS",
         live=True,
     )
-    sere_tuned: bool | None = _option(
+    sere_tuned: bool | None = option(
         "adaptive: take the quality budget of each batch size from the profile, where 'sere-sglang "
         "tune' has written them for the rule in force.",
         switch=True,
@@ -188,21 +80,21 @@ class SereConfig:
         default_reads="on; off with --sere-quality-budget",
         live=True,
     )
-    sere_min_gain: float | None = _option(
+    sere_min_gain: float | None = option(
         "adaptive and slo: leave a batch alone when the predicted gain in step time is smaller.",
         _SHARE,
         default=0.03,
         metavar="GAIN",
         live=True,
     )
-    sere_tpot_slo_ms: float | None = _option(
+    sere_tpot_slo_ms: float | None = option(
         "slo: target for the time per output token, in milliseconds.",
         _MILLISECONDS,
         metavar="MS",
         live=True,
         nullable=True,
     )
-    sere_primary_k: int | None = _option(
+    sere_primary_k: int | None = option(
         "static: S, each token's S highest-weighted experts are primary and never re-routed (k0 "
         "of rules piggyback and topk). Smaller skips more.",
         _COUNT,
@@ -213,7 +105,7 @@ class SereConfig:
         below_top_k=True,
         rules=(SIMILARITY, "piggyback", "topk"),
     )
-    sere_threshold: float | None = _option(
+    sere_threshold: float | None = option(
         "static: rho, keep an expert when no primary expert of the batch is at least this similar "
         "to it. 0 re-routes every secondary expert, 1 none but exact twins.",
         _SHARE,
@@ -222,7 +114,7 @@ class SereConfig:
         live=True,
         rules=(SIMILARITY,),
     )
-    sere_max_experts: int | None = _option(
+    sere_max_experts: int | None = option(
         "static under rule budget: experts that a batch loads in each layer, more only if its "
         "tokens' best ones are more.",
         _COUNT,
@@ -231,7 +123,7 @@ class SereConfig:
         nullable=True,
         rules=("budget",),
     )
-    sere_min_batch: int | None = _option(
+    sere_min_batch: int | None = option(
         "Smallest decode batch, in tokens, that is re-routed.",
         _COUNT,
         # A batch of one or two has hardly any experts to stand in for others.
@@ -242,7 +134,7 @@ class SereConfig:
         metavar="N",
         live=True,
     )
-    sere_max_batch: int | None = _option(
+    sere_max_batch: int | None = option(
         "Largest decode batch, in tokens, that is re-routed.",
         _COUNT,
         default_reads="no limit",
@@ -250,19 +142,19 @@ class SereConfig:
         live=True,
         nullable=True,
     )
-    sere_quality: str | None = _option(
+    sere_quality: str | None = option(
         'What a request gets that does not ask. It asks with custom_params {"sere": "exact"}. '
         "exact: its experts are never re-routed. balanced: the policy's choice. fast: "
         "--sere-fast-primary-k.",
         choices=QUALITIES,
         default="balanced",
     )
-    sere_allow_quality: str | None = _option(
+    sere_allow_quality: str | None = option(
         "What requests may ask for, comma-separated; others are refused.",
         default=",".join(QUALITIES),
         metavar="LIST",
     )
-    sere_fast_primary_k: int | None = _option(
+    sere_fast_primary_k: int | None = option(
         "S of fast requests.",
         _COUNT,
         default=1,
@@ -270,7 +162,7 @@ class SereConfig:
         live=True,
         below_top_k=True,
     )
-    sere_fast_threshold: float | None = _option(
+    sere_fast_threshold: float | None = option(
         "rho of fast requests.",
         _SHARE,
         default=0.0,
@@ -278,14 +170,14 @@ class SereConfig:
         live=True,
         rules=(SIMILARITY,),
     )
-    sere_scale: bool | None = _option(
+    sere_scale: bool | None = option(
         "Also scale the weight of a slot that moves to another expert by the multiple of that "
         "expert's output that comes closest to its own; the profile needs 'calibrate --measure "
         "frobenius --measure residual'.",
         default_reads="weights stay as the router gave them",
         rules=(SIMILARITY,),
     )
-    sere_surrogates: bool | None = _option(
+    sere_surrogates: bool | None = option(
         "energy: give what a token loses a low-rank stand-in of its own expert, where the profile "
         "was calibrated with --surrogate-rank.",
         switch=True,
@@ -294,7 +186,7 @@ class SereConfig:
         live=True,
         rules=("energy",),
     )
-    sere_cost: str | None = _option(
+    sere_cost: str | None = option(
         "What this model's MoE layers cost, written by 'sere-sglang doctor --model MODEL --out "
         "FILE', instead of timing them at start: the same decisions on every machine. With a "
         '"step" in the file, adaptive decides by composition and settings alone, whatever steps '
@@ -302,19 +194,19 @@ class SereConfig:
         metavar="FILE",
         default_reads="time the layers at start, within 2 s on a CPU, 0.5 s on a GPU",
     )
-    sere_trace: str | None = _option(
+    sere_trace: str | None = option(
         "Write one JSON line per forward to this file: composition, operating point, step time. "
         "'sere-sglang simulate --trace' replays it; further ranks write FILE.rank1 and so on.",
         metavar="FILE",
         default_reads="no trace",
     )
-    sere_allow_untested: bool | None = _option(
+    sere_allow_untested: bool | None = option(
         "Serve on a MoE runner or all-to-all backend whose source could not be read, so that what "
         "it makes of re-routed rows is not known.",
         default=False,
         default_reads="refused by name at start",
     )
-    sere_shadow: float | None = _option(
+    sere_shadow: float | None = option(
         "Share of the requests that may be re-routed which are scored again by exact routing once "
         "they have finished, when the server is idle or 10 s have passed: what users lost is "
         "sglang:sere_shadow_kl, in nats per token. Each costs its log-probabilities and a prefill.",
@@ -324,7 +216,7 @@ class SereConfig:
         default_reads="none",
         live=True,
     )
-    sere_max_kl: float | None = _option(
+    sere_max_kl: float | None = option(
         "Brake: once sglang:sere_shadow_kl is surely above this, the server goes exact, until an "
         "operator sends enabled true. Needs --sere-shadow.",
         _KL,
@@ -333,7 +225,7 @@ class SereConfig:
         live=True,
         nullable=True,
     )
-    sere_on_error: str | None = _option(
+    sere_on_error: str | None = option(
         "When SERE cannot be had (no profile, wrong model, unsupported format): stop at start, or "
         "serve without it after a warning.",
         choices=("exit", "fallback"),
@@ -382,5 +274,5 @@ def _options() -> dict[str, Option]:
 OPTIONS = _options()
 """Field of `SereConfig` -> option, in the order that people read them in."""
 
-LIVE = {option.setting: option for option in OPTIONS.values() if option.live}
+LIVE = {each.setting: each for each in OPTIONS.values() if each.live}
 """Live setting -> option."""

@@ -10,7 +10,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from sere_sglang.config import default_reads
-from sere_sglang.options import OPTIONS, Option
+from sere_sglang.option import Option
+from sere_sglang.options import OPTIONS
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- flags: python -m tools.flag_table -->\n", "<!-- end of flags -->\n"

@@ -14,9 +14,9 @@ from sere_sglang.calibration.job import (
     Interrupted,
     Progress,
     check_job,
-    choose_device,
     default_out,
     existing_profile,
+    prepare_device,
     revision_of,
 )
 from sere_sglang.calibration.result import build_profile
@@ -46,7 +46,7 @@ def calibrate(
     Raises `SereError` for anything the user can fix, `Interrupted` when `stop` answers True.
     """
     check_job(job)
-    choose_device(job.device)
+    prepare_device(job.device)
     if job.layer_by_layer:
         from sere_sglang.calibration.layer_by_layer import collect
     else:

@@ -56,10 +56,6 @@ class CollectionSpec:
     surrogates: SurrogateSpec | None = None
 
     @property
-    def moment_measures(self) -> tuple[str, ...]:
-        return tuple(m for m in self.measures if m in MOMENT_MEASURES)
-
-    @property
     def cka_measures(self) -> tuple[str, ...]:
         return tuple(m for m in self.measures if m in CKA_MEASURES)
 

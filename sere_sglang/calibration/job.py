@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -98,7 +99,7 @@ def existing_profile(model: str, revision: str | None) -> Path | None:
 
 
 def _whole_model(model: str, revision: str | None) -> MoeModelInfo:
-    info = _read_model(str(downloaded(model, revision)))
+    info = about_model(lambda: MoeModelInfo.from_folder(downloaded(model, revision)))
     return dataclasses.replace(info, name=model, revision=revision)
 
 
@@ -128,13 +129,13 @@ def check_job(job: CalibrationJob) -> None:
     check_files(job.data)
     _check_out(job.out)
     if os.path.isdir(job.model):
-        model = _read_model(job.model)
+        model = about_model(lambda: MoeModelInfo.from_folder(job.model))
         if job.spec.surrogates is not None and model.hidden_size:
             shape = model.num_experts, model.hidden_size, len(model.layer_ids)
             evaluated_ranks(job.spec.surrogates, *shape)
 
 
-def choose_device(device: str) -> str:
+def prepare_device(device: str) -> str:
     """Resolve ``auto``; on a CPU, ask SGLang for its CPU engine before SGLang is imported.
 
     Raises `SereError` where ``SERE_CPU_ISA`` asks for what does not run here.
@@ -209,11 +210,26 @@ def _check_out(out: Path) -> None:
         raise SereError(f"--out {out}: {out.parent} is not writable; choose another place")
 
 
-def _read_model(folder: str) -> MoeModelInfo:
-    """Refuse a dense model before anything loads."""
+def about_model(read: Callable[[], MoeModelInfo]) -> MoeModelInfo:
+    """What `read` returns; its refusal of a dense model, worded for the server's flag, names
+    ``--model``."""
     try:
-        return MoeModelInfo.from_folder(folder)
+        return read()
     except SereError as error:
-        # Worded for the server's flag.
         text = str(error).replace("--moe-backend sere: ", "--model: ")
         raise SereError(text.split("; drop --moe-backend")[0]) from None
+
+
+@contextlib.contextmanager
+def readable(model: str) -> Iterator[None]:
+    """SGLang raises all sorts of errors for a model that it cannot read; here they are one."""
+    try:
+        yield
+    except SereError:
+        raise
+    except (OSError, ValueError) as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SereError(
+            f"--model {model}: SGLang cannot read it ({what}); give a model folder, or the id of a "
+            "model on the hub that this machine can reach"
+        ) from None

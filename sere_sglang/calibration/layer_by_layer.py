@@ -19,7 +19,7 @@ from sere_sglang.calibration.job import (
     Interrupted,
     Progress,
     about,
-    choose_device,
+    prepare_device,
     read_text,
     resumable,
     seconds_between_saves,
@@ -34,9 +34,9 @@ from sere_sglang.profile import MoeModelInfo
 def collect(
     job: CalibrationJob, progress: Progress, stop: Callable[[], bool]
 ) -> tuple[CalibrationText, State, MoeModelInfo]:
-    """Run the text through one layer after the other; as `engine.collect`."""
+    """Run the text through one layer after the other; as `through_sglang.collect`."""
     model = MoeModelInfo.from_folder(job.model)
-    decoder = Decoder(job.model, choose_device(job.device))
+    decoder = Decoder(job.model, prepare_device(job.device))
     progress(0, 0, "reading the text")
     text = read_text(job, _tokenizer(job.model))
     kept = resumable(job, text)

@@ -19,8 +19,9 @@ from sere_sglang.calibration.job import (
     Interrupted,
     Progress,
     about,
-    choose_device,
+    prepare_device,
     read_text,
+    readable,
     resumable,
     seconds_between_saves,
 )
@@ -36,15 +37,9 @@ def collect(
     """Start SGLang, run the text through it; the text, what was collected, the model's shape."""
     from sere_sglang.patches.calibration import WorkerDied
 
-    try:
+    with readable(job.model):
         record = _server_args(job)
         tokenizer = _tokenizer(record)
-    except (OSError, ValueError) as error:
-        what = str(error).splitlines()[0]
-        raise SereError(
-            f"--model {job.model}: SGLang cannot read it ({what}); give a model folder, or the id "
-            "of a model on the hub that this machine can reach"
-        ) from None
     progress(0, 0, "reading the text")
     text = read_text(job, tokenizer)
     kept = resumable(job, text)
@@ -83,7 +78,7 @@ def _server_args(job: CalibrationJob) -> Any:
         "--log-level=error",
         f"--random-seed={job.seed}",
     ]
-    if choose_device(job.device) == "cpu":
+    if prepare_device(job.device) == "cpu":
         flags += ["--device=cpu", "--attention-backend=torch_native"]
         flags += [f"--max-total-tokens={max(4 * job.length, 2048)}"]
     record = prepare_server_args([*flags, *job.server_args])

@@ -57,15 +57,15 @@ def run(model: str, out: Path | None, device: str, server_args: tuple[str, ...])
 
     Raises `SereError`, `Interrupted`.
     """
-    from sere_sglang.calibration.job import choose_device
+    from sere_sglang.calibration.job import about_model, prepare_device
     from sere_sglang.profile import MoeModelInfo
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # SGLang's imports warn in every process
     warnings.simplefilter("ignore")
     _check_out(out)
     if Path(model).is_dir():
-        _moe(lambda: MoeModelInfo.from_folder(model))  # before SGLang is even imported
-    device = choose_device(device)
+        about_model(lambda: MoeModelInfo.from_folder(model))  # before SGLang is even imported
+    device = prepare_device(device)
     _say("starting SGLang")
     info, cost = _time_layers(model, device, server_args)
     _say("measuring what the machine can do at most")
@@ -136,11 +136,13 @@ def speed_of(device: str, weight_bytes: int) -> Speed:
 def _time_layers(
     model: str, device: str, server_args: tuple[str, ...]
 ) -> tuple[MoeModelInfo, MoeCost]:
+    from sere_sglang.calibration.job import about_model, readable
     from sere_sglang.patches.calibration import WorkerDied, start_engine
     from sere_sglang.patches.doctor import ANSWER
 
-    record = _record(model, device, server_args)
-    info = _model_info(record, model)
+    with readable(model):
+        record = _record(model, device, server_args)
+        info = about_model(lambda: _model_info(record, model))
     _say("loading the model and timing its layers")
     with _interruptible():
         try:
@@ -174,10 +176,7 @@ def _record(model: str, device: str, server_args: tuple[str, ...]) -> Any:
     flags = [f"--model-path={model}", *_FLAGS]
     if device == "cpu":
         flags += ["--device=cpu", "--attention-backend=torch_native", "--max-total-tokens=2048"]
-    try:
-        record = prepare_server_args([*flags, *server_args])
-    except (OSError, ValueError) as error:
-        raise SereError(_unreadable(model, error)) from None
+    record = prepare_server_args([*flags, *server_args])
     doctor.ask(record)
     return record
 
@@ -187,27 +186,8 @@ def _model_info(record: Any, model: str) -> MoeModelInfo:
 
     from sere_sglang.profile import MoeModelInfo
 
-    def read() -> MoeModelInfo:
-        config = model_config_of(record).hf_config.to_dict()
-        return MoeModelInfo.from_config(config, name=model, revision=record.revision)
-
-    return _moe(read)
-
-
-def _moe(read: Callable[[], MoeModelInfo]) -> MoeModelInfo:
-    """What `read` returns; its refusal is worded for the server's flag."""
-    try:
-        return read()
-    except SereError as error:
-        text = str(error).replace("--moe-backend sere: ", "--model: ")
-        raise SereError(text.split("; drop --moe-backend")[0]) from None
-
-
-def _unreadable(model: str, error: Exception) -> str:
-    return (
-        f"--model {model}: SGLang cannot read it ({str(error).splitlines()[0]}); give a model "
-        "folder, or the id of a model on the hub that this machine can reach"
-    )
+    config = model_config_of(record).hf_config.to_dict()
+    return MoeModelInfo.from_config(config, name=model, revision=record.revision)
 
 
 @contextlib.contextmanager
@@ -253,7 +233,7 @@ def _check_out(out: Path | None) -> None:
     if out.is_dir():
         raise SereError(f"--out {out} is a folder; name the file to write")
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise SereError(f"--out {out}: {out.parent} is no folder to write in; choose another")
+        raise SereError(f"--out {out}: {out.parent} cannot be written in; choose another folder")
 
 
 def _say(what: str) -> None:

@@ -189,12 +189,12 @@ def one_line_errors(where: str) -> Iterator[None]:
 def _started(
     stack: contextlib.ExitStack, asked: Asked, logs: Path, rows: int, plain: bool
 ) -> dict[str, Server]:
-    from sere_sglang.calibration.job import choose_device, flag_value
+    from sere_sglang.calibration.job import flag_value, prepare_device
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # SGLang's imports warn in every process
     warnings.simplefilter("ignore")
     assert asked.model is not None
-    device = choose_device(asked.device)
+    device = prepare_device(asked.device)
     flags = list(_FLAGS)
     if device == "cpu":  # SGLang's CPU engine takes all memory for its cache otherwise
         flags.append(f"--max-total-tokens={16384 + 64 * rows}")

@@ -15,6 +15,7 @@ def interval(
     samples: Sequence[float] | np.ndarray,
     of: Callable[..., np.ndarray] = np.median,
     level: float = 0.95,
+    resamples: int = _RESAMPLES,
 ) -> tuple[float, float]:
     """Confidence interval of the median, or of another statistic with an axis, by resampling."""
     from scipy.stats import bootstrap
@@ -23,7 +24,7 @@ def interval(
         only = float(of(np.asarray(samples), axis=0))
         return only, only
     found = bootstrap(
-        (samples,), of, confidence_level=level, n_resamples=_RESAMPLES, method="percentile", rng=0
+        (samples,), of, confidence_level=level, n_resamples=resamples, method="percentile", rng=0
     ).confidence_interval
     return float(found.low), float(found.high)
 

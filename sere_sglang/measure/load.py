@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -15,7 +15,7 @@ import aiohttp
 from sere_sglang.measure.server import Server
 
 _COUNT = re.compile(rb'"completion_tokens":\s*(\d+)')
-_INDEX = re.compile(rb'"index":\s*(\d+)\s*\}\s*$')
+_INDEX = re.compile(rb'"index":\s*(\d+)\s*\}$')
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,20 @@ async def _streams(
         session.post(f"{server.url}/generate", json=body) as answer,
     ):
         answer.raise_for_status()
-        async for line in answer.content:
+        async for event in events(answer):
             # Under load SGLang puts several tokens in a piece. JSON is read of the last one only.
-            count, index = _COUNT.search(line), _INDEX.search(line)
+            count, index = _COUNT.search(event), _INDEX.search(event)
             if count and index:
                 arrived[int(index[1])].append((time.perf_counter(), int(count[1])))
-                first = line if index[1] == b"0" else first
+                first = event if index[1] == b"0" else first
     # Without a tokenizer a server answers with ids alone.
-    return arrived, json.loads(first.removeprefix(b"data: ")).get("text", "") if first else ""
+    return arrived, json.loads(first).get("text", "") if first else ""
+
+
+async def events(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The JSON of each piece of a streamed ``/generate``, which no `openai` client reads."""
+    async for line in answer.content:
+        if line.startswith(b"data:"):
+            event = line.removeprefix(b"data:").strip()
+            if event != b"[DONE]":
+                yield event

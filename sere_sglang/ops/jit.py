@@ -52,7 +52,7 @@ def load_module(
 
     Args:
         name: names the library in the cache and in messages.
-        sources: file names below ``csrc/``.
+        sources: file names below ``csrc/``, or whole paths.
         cuda: compile with nvcc, for this machine's GPU unless `cuda_arch` says otherwise.
         tune: the C++ compiler's flags for an instruction set, this machine's unless said.
         extra_cflags: for the C++ compiler; under `cuda` handed through by nvcc.
@@ -254,7 +254,8 @@ def _supports_openmp(compiler: str) -> bool:
 
 def _cache_key(sources: Sequence[Path], command: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    headers = (p for p in csrc_dir().rglob("*") if p.suffix in _HEADER_SUFFIXES)
+    folders = {csrc_dir(), *(source.parent for source in sources)}
+    headers = (p for f in folders for p in f.rglob("*") if p.suffix in _HEADER_SUFFIXES)
     for path in [*sources, *sorted(headers)]:
         digest.update(path.name.encode())
         digest.update(path.read_bytes())

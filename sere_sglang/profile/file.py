@@ -153,7 +153,7 @@ def _check_origin(path: Any, found: Container) -> None:
         )
     if match is None:
         raise ProfileError(
-            f"{path}: format_version {shown(version)} is no version; calibrate again"
+            f"{path}: format_version {shown(version)} is not a version; calibrate again"
         )
     if int(match[1]) > int(FORMAT_VERSION.split(".")[0]):
         raise ProfileError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -70,10 +71,16 @@ def weights_fingerprint(folder: Path | None) -> str:
     Of files above 16 MiB only evenly spaced blocks are read, so a change of a few values can
     go unseen there. Empty, that is unknown, when not all of them are here.
     """
-    digest = hashlib.sha256()
     files = _weight_files(folder) if folder is not None else []
-    for file in files:
-        size = file.stat().st_size
+    stats = ((file, file.stat()) for file in files)
+    return _fingerprint(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+
+
+@functools.lru_cache(maxsize=8)  # a command asks several times, and some checkpoints have 160 files
+def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """files: with sizes and times of change, so that a file that is written again is read again."""
+    digest = hashlib.sha256()
+    for file, size, _changed in files:
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as content:
             if size <= _WHOLE_BYTES:

@@ -58,6 +58,11 @@ class Binding:
         return [stage.layer_id for stage in self.stages]
 
     @property
+    def top_k(self) -> int:
+        """Routed slots of a token."""
+        return self.stages[0].top_k
+
+    @property
     def loss_unit(self) -> list[float]:
         """Of each layer, what losses are shares of; 1 where no rule can lose anything."""
         return [1.0 if s.rules is None else s.rules.loss_unit for s in self.stages]

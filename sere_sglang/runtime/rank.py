@@ -7,20 +7,17 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from sere_sglang.config import live_settings, quality_rules
 from sere_sglang.errors import SereError
-from sere_sglang.names import SIMILARITY, RowClass
+from sere_sglang.names import RowClass
 from sere_sglang.options import SereConfig
 from sere_sglang.profile import SereProfile
 from sere_sglang.runtime.bind import Binding
 from sere_sglang.runtime.brake import Brake
-from sere_sglang.runtime.control import ClassTable
 from sere_sglang.runtime.counters import CounterReader
 from sere_sglang.runtime.health import Health
 from sere_sglang.runtime.measuring import Measuring
-from sere_sglang.runtime.rule_stage import RuleForward
+from sere_sglang.runtime.publish import publish, publish_exact
 from sere_sglang.runtime.service import Service
 from sere_sglang.schedule.adaptive import budget_of
 from sere_sglang.schedule.composition import BatchComposition, Mode, MoeRows
@@ -133,16 +130,7 @@ class SereRuntime:
             self.point = OFF  # more rows than classes can be told apart for: exact for all
         # Padding that stands among the rows votes like them; behind them it does not.
         num_valid = composition.num_tokens if self.moe_rows is MoeRows.OWN else -1
-        self.binding.control.write(
-            self.point,
-            num_valid,
-            classes,
-            self._class_table() if classes else (),
-            fast_keep=self.settings.fast_primary_k,
-            surrogates=self.settings.surrogates,
-        )
-        self.binding.switch.launch = self.point.enabled
-        self.binding.switch.rule = self._rule_forward(num_valid, classes)
+        publish(self.binding, self.point, num_valid, classes, self.settings)
         trace = self.service.trace
         if trace is not None:
             self._watched("--sere-trace", trace.write, composition, self.point, self.feedback)
@@ -170,21 +158,10 @@ class SereRuntime:
             self.binding.check_all_ran(f" in the CUDA graph of batch size {size}")
         self._captured = True
 
-    def _rule_forward(self, num_valid: int, classes: bytes) -> RuleForward | None:
-        """What the stages apply instead of re-routing by similarity."""
-        if not self.point.enabled or self.point.rule == SIMILARITY:
-            return None
-        rows = torch.frombuffer(bytearray(classes), dtype=torch.uint8) if classes else None
-        settings = self.settings
-        return RuleForward(
-            self.point, num_valid, rows, settings.fast_primary_k, settings.surrogates
-        )
-
     def exact_forward(self) -> None:
         """In place of `begin_forward` where that cannot be had: the coming forward runs exact."""
         self.point = OFF
-        self.binding.control.write(OFF, 0)
-        self.binding.switch.off()
+        publish_exact(self.binding)
 
     @property
     def is_serving(self) -> bool:
@@ -269,7 +246,7 @@ class SereRuntime:
 
     @property
     def top_k(self) -> int:
-        return self.binding.stages[0].top_k
+        return self.binding.top_k
 
     def budget(self) -> float:
         """Expected loss that the last batch might cost."""
@@ -310,10 +287,6 @@ class SereRuntime:
             if not self.is_serving:
                 raise
             self.fail(where, error)
-
-    def _class_table(self) -> ClassTable:
-        fast = (self.settings.fast_primary_k, self.settings.fast_threshold)
-        return ((self.top_k, 0.0), fast)  # of RowClass.EXACT and RowClass.FAST
 
     def _read_counters(self) -> None:
         window = self.measuring.read_counters()

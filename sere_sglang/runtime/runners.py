@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from sere_sglang.errors import SereError
-from sere_sglang.options import flag_of
+from sere_sglang.option import flag_of
 
 Ids = Literal["repeated", "distinct", "inside", "unknown"]
 """What the rows that a kernel takes may hold: an expert twice; K different ones; nothing of ours,

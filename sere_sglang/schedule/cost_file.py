@@ -286,7 +286,7 @@ class _Reader:
         try:
             json.dumps(entry, allow_nan=False)
         except ValueError:
-            self.refuse("hardware holds what is no number")
+            self.refuse("hardware holds what is not a number")
         return entry if isinstance(entry, dict) else {}
 
     def number(self, value: Any, where: str, *, least: float = 0.0, most: float) -> float:

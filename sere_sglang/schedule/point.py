@@ -49,16 +49,16 @@ class OperatingPoint:
     @functools.cached_property
     def mean_primary_k(self) -> float:
         """S, averaged over the layers that are re-routed; 0 when none is or the rule has no S."""
-        own = [p.primary_k for _, p in self.layers if p.enabled]
-        if own:
-            return sum(own) / len(own)
+        by_layer = [p.primary_k for _, p in self.layers if p.enabled]
+        if by_layer:
+            return sum(by_layer) / len(by_layer)
         return float(self.primary_k) if self.enabled else 0.0
 
     @functools.cached_property
     def mean_loss(self) -> float:
         """What ``energy`` may drop, averaged over all layers."""
-        own = [p.loss for _, p in self.layers]
-        return sum(own) / len(own) if own else self.loss
+        by_layer = [p.loss for _, p in self.layers]
+        return sum(by_layer) / len(by_layer) if by_layer else self.loss
 
     def describe(self) -> dict[str, Any]:
         """As JSON, for ``/server_info``, traces and benchmarks; `described` is the inverse."""
@@ -79,12 +79,12 @@ class OperatingPoint:
         """``exact``, ``S=2 rho=0.25``, ``energy loss<=0.02`` or, where layers differ, ``S=1-3``."""
         if not self.enabled:
             return "exact"
-        own = [p for _, p in self.layers if p.enabled] or [self]
+        points = [p for _, p in self.layers if p.enabled] or [self]
         if self.rule == "energy":
             return f"energy loss<={self.mean_loss:.3g}"
         if self.rule == "budget":
-            return f"budget B={_span([p.experts for p in own])}"
-        s = _span([p.primary_k for p in own])
+            return f"budget B={_span([p.experts for p in points])}"
+        s = _span([p.primary_k for p in points])
         if self.rule != SIMILARITY:
             return f"{self.rule} k0={s}"
         return f"S={s}" if self.layers else f"S={s} rho={self.threshold:g}"
@@ -102,8 +102,8 @@ def described(shown: Mapping[str, Any]) -> OperatingPoint:
         True,
         rule=rule,
         layers=tuple(
-            (int(layer), OFF if own is None else OperatingPoint(True, rule=rule, **own))
-            for layer, own in shown["layers"].items()
+            (int(layer), OFF if values is None else OperatingPoint(True, rule=rule, **values))
+            for layer, values in shown["layers"].items()
         ),
         **{name: shown[name] for name in _VALUES[rule]},
     )

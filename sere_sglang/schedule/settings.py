@@ -10,7 +10,8 @@ from typing import Any
 
 from sere_sglang.errors import SereError, shown
 from sere_sglang.names import AUTO, BEST_RULE
-from sere_sglang.options import LIVE, fault
+from sere_sglang.option import fault
+from sere_sglang.options import LIVE
 
 COMMANDS = ("reset_counters",)
 _NOTHING: Mapping[str, str] = MappingProxyType({})

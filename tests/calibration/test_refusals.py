@@ -22,7 +22,7 @@ from sere_sglang.calibration import calibrate, layer_by_layer
 from sere_sglang.calibration import collector as worker
 from sere_sglang.calibration.collection import CollectionSpec
 from sere_sglang.calibration.decoder import BlockExperts
-from sere_sglang.calibration.job import read_text
+from sere_sglang.calibration.job import read_text, readable
 from sere_sglang.calibration.through_sglang import _require_experts_in_place
 from sere_sglang.errors import SereError
 from sere_sglang.profile import SereProfile, load_profile
@@ -244,3 +244,11 @@ def test_experts_that_are_not_in_their_places(flag: str, given: dict[str, Any]) 
     record = SimpleNamespace(**{"enable_eplb": False, **trivial, **given})
     with pytest.raises(SereError, match=f"at its own place; drop {flag}, which a server may have"):
         _require_experts_in_place(record)
+
+
+def test_an_unreadable_model_is_one_error_and_a_refusal_keeps_its_words() -> None:
+    one_line = r"^--model m: SGLang cannot read it \(torn\); give"
+    with pytest.raises(SereError, match=one_line), readable("m"):
+        raise OSError("torn\nin two")
+    with pytest.raises(SereError, match=r"^drop --tp$"), readable("m"):
+        raise SereError("drop --tp")

@@ -19,7 +19,7 @@ from sere_sglang.profile import ProfileError, SereProfile, load_profile, save_pr
 from sere_sglang.profile.surrogate_report import surrogate_reports
 from sere_sglang.profile.surrogate_tables import SURROGATE_CHECKS
 from tests.calibration.layer_jobs import LENGTH, TOKENS, a_job, same_everywhere, write_float32
-from tests.cli.test_cli import run
+from tests.cli.command import run
 from tests.profile.samples import a_profile
 from tests.server.checkpoints import EXPERTS, HIDDEN, LAYERS, moe_layer_ids
 

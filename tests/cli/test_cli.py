@@ -21,14 +21,8 @@ from sere_sglang.errors import SereError
 from sere_sglang.options import OPTIONS
 from sere_sglang.profile import ProfileMetadata, SereProfile, save_profile
 from sere_sglang.profile import report as reports
+from tests.cli.command import WIDE, run
 from tests.server.checkpoints import write_checkpoint
-
-WIDE = {"COLUMNS": "200", "TERM": "dumb"}
-
-
-def run(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, list(arguments), env=WIDE)
-    return result.exit_code, result.output
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +76,10 @@ def test_help_names_the_server_flags_and_where_they_are_described() -> None:
         (["doctor", "--cuda-arch", "x"], "--cuda-arch x goes with --build"),
         (["simulate", "--profile", "/absent", "--cost", "/absent"], "/absent: no such file"),
         (["simulate", "--profile", "x"], "Missing option '--cost'"),
+        (["bench"], "give --model MODEL"),
+        (["bench", "--model", "x", "--url", "y"], "or --url URL of one that runs"),
+        (["evaluate"], "give --model MODEL"),
+        (["tune"], "give --model MODEL"),
         (["top", "--every", "often"], "Invalid value for '--every'"),
         (["top", "http://127.0.0.1:9", "--looks", "1"], "no SGLang server answers at"),
     ],
@@ -102,10 +100,9 @@ def test_no_argument_at_all_shows_the_help() -> None:
 
 def test_the_form_of_an_error_is_written_once() -> None:
     root = Path(sere_sglang.__file__).parents[1]
-    sources = [
-        path for folder in ("sere_sglang", "patches") for path in (root / folder).rglob("*.py")
-    ]
-    with_prefix = [path.name for path in sources if '"sere-sglang: error: ' in path.read_text()]
+    folders = ("sere_sglang", "patches", "benchmarks", "tools", "launch")
+    sources = [path for folder in folders for path in (root / folder).rglob("*.py")]
+    with_prefix = [path.name for path in sources if '"sere-sglang: error:' in path.read_text()]
     assert with_prefix == ["errors.py"]
 
 

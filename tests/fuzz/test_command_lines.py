@@ -21,7 +21,8 @@ from sere_sglang import config
 from sere_sglang.cli.main import app
 from sere_sglang.config_check import checked, resolved
 from sere_sglang.errors import USER_ERROR
-from sere_sglang.options import SereConfig, flag_of
+from sere_sglang.option import flag_of
+from sere_sglang.options import SereConfig
 from tests.fuzz.outcome import cases, check_message, outcome
 
 SEEDS = st.integers(0, 1 << 32)

@@ -6,10 +6,10 @@ import random
 
 import pytest
 import torch
-from test_gpu_reroute import SIZES, capture
 
 from sere_sglang.ops import LayerTable, encode_control
 from sere_sglang.ops.fused import fused_topk_reroute
+from tests.gpu.shared import SIZES, capture
 from tests.ops import cases, fused_cases
 from tests.ops.cases import Spec
 

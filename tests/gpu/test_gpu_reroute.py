@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,12 +15,11 @@ from sere_sglang.ops import (
     reroute_,
     select_impl,
 )
+from tests.gpu.shared import SIZES, capture
 from tests.ops import cases, oracle
 from tests.ops.cases import Spec
 
 pytestmark = pytest.mark.gpu
-
-SIZES = [(60, 4), (64, 6), (128, 8), (256, 8), (512, 10), (1024, 32)]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 32, 64, 129, 256, 600])
@@ -107,18 +105,6 @@ def test_one_graph_serves_every_operating_point(num_tokens: int, impl: str) -> N
         assert ids.tolist() == want.ids
         assert weights.tolist() == want.weights
         assert dict(zip(COUNTER_FIELDS, counters.tolist(), strict=True)) == want.counters
-
-
-def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
 
 
 def test_what_comes_before_on_the_stream_is_seen(impl: str) -> None:

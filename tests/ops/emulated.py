@@ -1,9 +1,11 @@
-"""The CUDA kernels, run by the emulator (csrc/reroute_emulation.h): an implementation for tests."""
+"""The CUDA kernels, run by the emulator (native/reroute_emulation.h): an implementation for
+tests."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +14,15 @@ from sere_sglang.ops import LayerTable, cuda
 from sere_sglang.ops.cuda_plan import Plan
 from sere_sglang.ops.jit import load_module
 
+NATIVE = Path(__file__).parent / "native"
+
 
 @functools.cache
 def library() -> Any:
     return load_module(
-        "reroute_emulated", ["reroute_emulated.cpp"], extra_cflags=["-ffp-contract=off"]
+        "reroute_emulated",
+        [str(NATIVE / "reroute_emulated.cpp")],
+        extra_cflags=[f"-I{NATIVE}", "-ffp-contract=off"],
     )
 
 

@@ -40,17 +40,24 @@ def test_a_module_is_compiled_once(workshop: Path, monkeypatch: pytest.MonkeyPat
     assert jit.load_module("add", ["add.cpp"]).add(2, 3) == 5
 
 
-@pytest.mark.parametrize("change", ["source", "header", "flags", "compiler", "cpu"])
+@pytest.mark.parametrize(
+    "change", ["source", "header", "its own header", "flags", "compiler", "cpu"]
+)
 def test_what_a_library_depends_on_is_in_its_key(
     workshop: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     source = workshop / "csrc" / "add.cpp"
+    if change == "its own header":  # a test's source, which lies elsewhere
+        (workshop / "native").mkdir()
+        source = source.rename(workshop / "native" / "add.cpp")
     command = ["c++", "-O3", jit.TUNE_FLAG]
     before = jit._cache_key([source], command)
     if change == "source":
         source.write_text(SOURCE.replace("OFFSET", "1"))
     elif change == "header":
         (workshop / "csrc" / "add.h").write_text("// new\n")
+    elif change == "its own header":
+        (workshop / "native" / "add.h").write_text("// new\n")
     elif change == "flags":
         command = ["c++", "-O2", jit.TUNE_FLAG]
     elif change == "compiler":

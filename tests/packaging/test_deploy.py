@@ -13,6 +13,7 @@ import pytest
 import yaml
 from sglang.srt.server_args import ServerArgs
 
+import sere_sglang
 from sere_sglang import config
 from sere_sglang.config_check import checked
 from sere_sglang.patches import TESTED_VERSIONS
@@ -81,6 +82,11 @@ def test_the_image_has_the_tested_sglang() -> None:
     )
     assert tag in TESTED_VERSIONS
     assert f"sglang=={tag}" in (ROOT / "requirements.lock").read_text()
+
+
+def test_the_cluster_runs_this_version() -> None:
+    (container,) = DEPLOYMENTS["server"]["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == f"sere-sglang:{sere_sglang.__version__}"
 
 
 def test_the_cpu_image_serves_the_demo_model() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -24,7 +25,7 @@ LAYERS = (
     ("profile",),
     ("ops",),
     ("options",),
-    ("names",),
+    ("names", "option"),
     ("cache", "errors", "csrc"),
 )
 """From the top: a layer imports those below it; those in one line do not know each other."""
@@ -102,6 +103,32 @@ def test_no_import_runs_upwards() -> None:
         if _part(name) != _part(other) and depth[_part(name)] >= depth[_part(other)]
     }
     assert not upwards
+
+
+def test_the_package_stands_without_what_stands_on_it() -> None:
+    """And what measures it neither knows the scripts that run it, nor do both know the tests."""
+    outside = {name: set(_imports_of_folder(name)) for name in ("benchmarks", "launch", "tools")}
+    outside["package"] = {f.split(".")[0] for found in IMPORTS.values() for f in found}
+    assert not outside["package"] & {"benchmarks", "launch", "tools", "tests"}
+    assert not outside["benchmarks"] & {"launch", "tests"}
+    assert not (outside["launch"] | outside["tools"]) & {"tests"}
+
+
+def test_tests_import_each_other_in_one_way() -> None:
+    """By their full names, so that no file is two modules; helpers, never a file of tests."""
+    folder = ROOT / "tests"
+    stems = {file.stem for file in folder.rglob("*.py")}
+    for file in folder.rglob("*.py"):
+        for name in _imports(file):
+            first, *rest = name.split(".")
+            assert first not in stems, f"{file}: {name} is tests.{name}"
+            of_tests = any(part.startswith("test_") or part == "conftest" for part in rest)
+            assert first != "tests" or not of_tests, f"{file}: {name}"
+
+
+def _imports_of_folder(name: str) -> Iterator[str]:
+    for file in (ROOT / name).rglob("*.py"):
+        yield from (found.split(".")[0] for found in _imports(file))
 
 
 @pytest.mark.parametrize("library", ["sglang", "matplotlib"])

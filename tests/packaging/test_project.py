@@ -66,3 +66,10 @@ def test_the_readmes_table_of_flags_is_the_options() -> None:
     text = (ROOT / "README.md").read_text()
     assert with_table(text) == text, "run python -m tools.flag_table"
     assert all(f"| `{option.flag}" in text for option in OPTIONS.values())
+
+
+def test_every_logger_is_used() -> None:
+    for folder in ("sere_sglang", "patches", "benchmarks", "tools", "launch"):
+        for file in (ROOT / folder).rglob("*.py"):
+            text = file.read_text()
+            assert "\nlogger = " not in text or "logger." in text.split("\nlogger = ")[1], file

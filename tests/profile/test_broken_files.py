@@ -124,7 +124,7 @@ BROKEN = {
     "link to itself": (lambda path: path.symlink_to(path), "cannot be opened"),
     "no checksum": (_write_without_checksum, "has a checksum and this file has none"),
     "edited": (_write_appended, "is damaged, its checksum is not that of its content"),
-    "no version": (lambda p: _write_metadata(p, format_version="²"), "is no version"),
+    "no version": (lambda p: _write_metadata(p, format_version="²"), "is not a version"),
     "top_k": (
         lambda p: _write_metadata(p, top_k="[2]"),
         "metadata top_k = '\\[2\\]' cannot be read",

@@ -10,11 +10,19 @@ import pytest
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from sere_sglang.calibration import default_out, revision_of
+from sere_sglang.calibration import CalibrationJob, default_out, existing_profile, revision_of
+from sere_sglang.calibration.collection import CollectionSpec
 from sere_sglang.errors import SereError
 from sere_sglang.options import SereConfig
 from sere_sglang.preflight import prepare
-from sere_sglang.profile import AUTO, MoeModelInfo, ProfileError, find_profile, save_profile
+from sere_sglang.profile import (
+    AUTO,
+    MoeModelInfo,
+    ProfileError,
+    find_profile,
+    model_files,
+    save_profile,
+)
 from tests.profile.samples import METADATA, a_matrix, a_model, a_profile
 
 OTHER = "2" * 40
@@ -53,6 +61,18 @@ def test_a_checkpoint_that_is_still_being_downloaded_has_no_fingerprint(hub: Pat
         default_out("some/moe", None)
     save_file({"w": a_matrix(20, 3)}, hub / shards["2"])
     assert a_model("some/moe").weights != ""
+
+
+def test_weights_are_read_once_in_a_run(hub: Path) -> None:
+    """Each of these wants to know them, and may be of a model with hundreds of files."""
+    model_files._fingerprint.cache_clear()
+    assert existing_profile("some/moe", None) is None
+    job = CalibrationJob("some/moe", default_out("some/moe", None), CollectionSpec())
+    before = job.weights
+    assert before in job.out.name and a_model("some/moe").weights == before
+    assert model_files._fingerprint.cache_info().misses == 1
+    save_file({"w": a_matrix(20, 3)}, hub / "model.safetensors")
+    assert a_model("some/moe").weights != before
 
 
 def test_a_hub_model_may_ship_its_profile(hub: Path) -> None:

@@ -25,14 +25,10 @@ from sere_sglang.schedule.point import OFF, SIMILARITY, OperatingPoint
 from sere_sglang.schedule.policy import PolicyContext, choose
 from sere_sglang.schedule.registry import make_policy
 from sere_sglang.schedule.settings import Settings
-from tests.schedule.toy_model import COST, EXPERTS, LAYERS, TOP_K, expectation, settings
+from tests.schedule.toy_model import COST, EXPERTS, LAYERS, TOP_K, decode, expectation, settings
 
 CONTEXT = PolicyContext(expectation(), COST)
 ADAPTIVE = AdaptivePolicy(expectation(), COST)
-
-
-def decode(rows: int, **more: Any) -> BatchComposition:
-    return BatchComposition("decode", decode_tokens=rows, padded_rows=rows, **more)
 
 
 @pytest.mark.parametrize(

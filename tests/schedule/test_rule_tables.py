@@ -13,8 +13,16 @@ from sere_sglang.schedule.feedback import NO_FEEDBACK
 from sere_sglang.schedule.ladder import Ladders
 from sere_sglang.schedule.point import OFF, OperatingPoint, described
 from sere_sglang.schedule.rule_tables import rule_tables
-from tests.schedule.test_policies import decode
-from tests.schedule.toy_model import COST, ENERGY, EXPERTS, LAYERS, TOP_K, expectation, settings
+from tests.schedule.toy_model import (
+    COST,
+    ENERGY,
+    EXPERTS,
+    LAYERS,
+    TOP_K,
+    decode,
+    expectation,
+    settings,
+)
 
 OTHERS = RULES[1:]
 HOW_HARD = {

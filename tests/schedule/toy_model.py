@@ -11,6 +11,7 @@ import numpy as np
 from sere_sglang.config import live_settings
 from sere_sglang.config_check import resolved
 from sere_sglang.options import SereConfig
+from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.expectation import Expectation, LayerStatistics, expect
 from sere_sglang.schedule.settings import Settings
@@ -34,6 +35,10 @@ def expectation() -> Expectation:
         similarity = np.clip((similarity + similarity.T) / 2 + 0.1 * layer, 0.0, 0.98)
         layers[layer] = LayerStatistics(similarity, np.tile(popularity, (TOP_K, 1)), ENERGY)
     return expect(layers)
+
+
+def decode(rows: int, **more: Any) -> BatchComposition:
+    return BatchComposition("decode", decode_tokens=rows, padded_rows=rows, **more)
 
 
 def settings(**changes: Any) -> Settings:

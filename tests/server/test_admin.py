@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SERE
 
 from sere_sglang.options import SereConfig
-from tests.server.harness import Server, refusal_of, serve
+from tests.server.harness import SERE, Server, refusal_of, serve
 
 USER, ADMIN = "key-of-a-user", "key-of-the-admin"
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

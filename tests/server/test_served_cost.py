@@ -89,8 +89,9 @@ def test_doctor_stops_at_ctrl_c(checkpoint: Checkpoint) -> None:
     [
         (["--model={dense}"], "is a dense model, it has no routed experts"),
         (["--model={root}"], "config.json: no such file"),
+        (["--model={root}/absent"], "/absent: SGLang cannot read it"),
         (["--model={moe}", "--out={root}"], "is a folder; name the file to write"),
-        (["--model={moe}", "--out={root}/absent/cost.json"], "is no folder to write in"),
+        (["--model={moe}", "--out={root}/absent/cost.json"], "cannot be written in"),
         (["--model={moe}", "--device=tpu"], "--device tpu: choose from auto, cpu, cuda"),
         (["--out=cost.json"], "goes with --model MODEL"),
     ],

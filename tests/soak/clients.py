@@ -11,6 +11,8 @@ from typing import Any
 
 import aiohttp
 
+from sere_sglang.measure.load import events
+
 WORDS = ("river", "stone", "moon", "walks", "sings", "over", "under", "light", "quiet", "machine")
 LONGEST = 96  # tokens of an answer
 QUALITIES = (None, None, "exact", "balanced", "fast")
@@ -76,10 +78,8 @@ async def _one(
             tally.wrong.append(f"{rid}: status {answer.status}: {(await answer.text())[:200]}")
             return
         seen, text, finish = 0, "", None
-        async for line in answer.content:
-            if not line.startswith(b"data:") or line.strip() == b"data: [DONE]":
-                continue
-            chunk = json.loads(line[5:])
+        async for event in events(answer):
+            chunk = json.loads(event)
             meta = chunk["meta_info"]
             if meta["id"] != rid:
                 tally.wrong.append(f"{rid}: got a part of {meta['id']}")
