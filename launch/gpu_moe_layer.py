@@ -67,11 +67,14 @@ def reference(
     """float32 ``[T, H]``: each row's weighted sum of SwiGLU experts, slot by slot, of hidden
     ``[T, H]``, ids and weights ``[T, K]``."""
     out = torch.zeros_like(hidden, dtype=torch.float32)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # SGLang lets some models have TF32
     for expert in ids.unique().tolist():
         rows, slots = (ids == expert).nonzero(as_tuple=True)
         gate, up = (hidden[rows].float() @ half.float().T for half in experts.w13[expert])
         down = (torch.nn.functional.silu(gate) * up) @ experts.w2[expert].float().T
         out.index_add_(0, rows, weights[rows, slots, None].float() * down)
+    torch.set_float32_matmul_precision(precision)
     return out
 
 

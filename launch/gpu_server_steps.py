@@ -31,6 +31,7 @@ from sere_sglang.measure.turns import decode_speeds
 DUMMY = ("--load-format=dummy", "--skip-tokenizer-init")
 SERE = ("--moe-backend=sere", "--sere-primary-k=1")
 TIE = 0.05  # nats between the two best tokens, below which either may come
+SORTS_WIDE_ROWS = "flashinfer_cutlass"  # by a kernel of its own, rows of 10 slots for instance
 NOISE = 3.0  # times as far apart as exact routing is: still the kernels' rounding
 
 
@@ -91,9 +92,9 @@ def exact(at: Machine, model: Path) -> dict[str, Any]:
 
 def runners(at: Machine, model: Path) -> dict[str, Any]:
     """Each MoE runner on re-routed rows, apart and alike, so that all slots meet on S experts: one
-    layer beside a plain MoE in torch on the same ids (launch/gpu_moe_layer.py), with the model's
-    top-k and with 10. Then whole answers to prompts made alike, out of captured graphs: as far
-    from the first runner's as they are under exact routing."""
+    layer beside a plain MoE in torch on the same ids (launch/gpu_moe_layer.py), FlashInfer's
+    CUTLASS with ten slots a row too. Then whole answers to prompts made alike, out of captured
+    graphs: as far from the first runner's as they are under exact routing."""
     found: dict[str, Any] = {}
     kept: dict[str, dict[str, list[float]]] = {}
     for runner in at.runners:
@@ -126,14 +127,14 @@ def _runner(at: Machine, model: Path, runner: str) -> tuple[dict[str, Any], dict
                 server.set_sere(**changes, min_batch=1)
                 prompts = at.prompts(model, at.alike, alike=True)
                 answers[name] = _first_logprobs(at.answers(server, prompts))
-    wide = {} if at.dry else _wide_layer(at, model, flag)
+    wide = wide_layer(at, model, flag) if runner == SORTS_WIDE_ROWS else {}
     passed = layer["passed"] and wide.get("passed", True)
     told = {name: _without_cases(seen) for name, seen in (("layer", layer), ("top-10", wide))}
     return {"passed": passed} | {name: seen for name, seen in told.items() if seen}, answers
 
 
-def _wide_layer(at: Machine, model: Path, flag: str) -> dict[str, Any]:
-    """As top-10 routing, which FlashInfer's CUTLASS runner sorts by a kernel of its own."""
+def wide_layer(at: Machine, model: Path, flag: str) -> dict[str, Any]:
+    """What a layer makes of re-routed rows of ten slots, in a server of two layers."""
     config = json.loads((model / "config.json").read_text()) | {"num_experts_per_tok": 10}
     wide = write_model(config, model.with_name(f"{model.name}-top10"), layers=2)
     with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from launch.gpu_moe_layer import TOLERANCE
 from launch.gpu_server_models import TINY, write_model
-from launch.gpu_server_steps import Machine, exact, launches, ranks, runners
+from launch.gpu_server_steps import Machine, exact, launches, ranks, runners, wide_layer
 from tests.server.harness import serve
 
 
@@ -35,6 +35,13 @@ def test_runners(tmp_path: Path) -> None:
     ((_, worst),) = layer["worst"].items()
     assert 0 < worst["far"] < TOLERANCE / 2 and layer["distinct"]
     assert set(seen["runners"]["auto"]["answers"]) == {"off", "S=1"}
+
+
+def test_ten_slots_a_row(tmp_path: Path) -> None:
+    model = write_model(TINY, tmp_path / "model", layers=2)
+    seen = wide_layer(Machine(dry=True, serve=serve), model, "--moe-runner-backend=auto")
+    assert seen["passed"], seen
+    assert seen["cases"]["1 apart, S=off"]["active"] == 10
 
 
 def test_two_ranks(tmp_path: Path) -> None:
