@@ -54,7 +54,7 @@ def main() -> int:
                 continue
             key = {"model": name, "step": step, "dry": at.dry}
             seen = None if step in options.again else cells.get(key)
-            if seen is None:
+            if seen is None or "skipped" in seen:  # the machine may be another one
                 left = min(options.limit, ends - time.monotonic())
                 if left < 20:
                     print("no time left; the same command goes on")
@@ -63,7 +63,7 @@ def main() -> int:
                 seen = _within(left, run, at, model)
                 cells.add(key, seen)
             failed |= not seen["passed"]
-            print(f"{'passed' if seen['passed'] else 'FAILED'}  {name}  {step}: {_told(seen)}")
+            print(f"{_verdict(seen)}  {name}  {step}: {_told(seen)}")
     return int(failed)
 
 
@@ -97,6 +97,12 @@ def _layers(config: dict[str, Any], at: Machine) -> int:
     if at.dry:
         return int(config["num_hidden_layers"])
     return layers_that_fit(config, float(torch.cuda.get_device_properties(0).total_memory))
+
+
+def _verdict(seen: dict[str, Any]) -> str:
+    if "skipped" in seen:
+        return "skipped"
+    return "passed" if seen["passed"] else "FAILED"
 
 
 def _told(seen: dict[str, Any]) -> str:

@@ -14,12 +14,16 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.serving.compared_answers import first_difference, last_words
-from benchmarks.serving.experiment import IMPORTS_CHECKOUT
+from benchmarks.serving.experiment import IMPORTS_CHECKOUT, TWO_RANKS
+from launch import gpu_moe_layer, gpu_rank_counters
+from launch.gpu_server_models import write_model
 from sere_sglang.measure.routing import ADAPTIVE, OFF, static
 from sere_sglang.measure.server import NotServing, Server, serve
 from sere_sglang.measure.turns import decode_speeds
@@ -27,6 +31,7 @@ from sere_sglang.measure.turns import decode_speeds
 DUMMY = ("--load-format=dummy", "--skip-tokenizer-init")
 SERE = ("--moe-backend=sere", "--sere-primary-k=1")
 TIE = 0.05  # nats between the two best tokens, below which either may come
+SORTS_WIDE_ROWS = "flashinfer_cutlass"  # by a kernel of its own, rows of 10 slots for instance
 NOISE = 3.0  # times as far apart as exact routing is: still the kernels' rounding
 
 
@@ -39,12 +44,15 @@ class Machine:
         self.batches = (1, 4) if dry else (1, 2, 4, 8, 16, 32, 64, 128)
         self.alike, self.tokens, self.rounds = (4, 8, 1) if dry else (64, 32, 6)
         self.speed_tokens = 24 if dry else 192
-        # The first is what the others are compared with.
+        # The first is what the others' answers are compared with.
         self.runners = ("auto",) if dry else ("triton", "flashinfer_cutlass", "deep_gemm")
+        self.gpus = torch.cuda.device_count()
 
     @contextlib.contextmanager
-    def server(self, model: Path, *flags: str) -> Iterator[Server]:
-        given = dict(IMPORTS_CHECKOUT)
+    def server(
+        self, model: Path, *flags: str, env: Mapping[str, str] | None = None
+    ) -> Iterator[Server]:
+        given = {**IMPORTS_CHECKOUT, **(env or {})}
         with tempfile.TemporaryDirectory() as logs:
             log = Path(logs, "server.log")
             with self.serve(model, log, *DUMMY, *flags, device=self.device, env=given) as server:
@@ -83,26 +91,90 @@ def exact(at: Machine, model: Path) -> dict[str, Any]:
 
 
 def runners(at: Machine, model: Path) -> dict[str, Any]:
-    """Rows made alike, so that all slots meet on S experts: each runner as far from the first as it
-    is under exact routing."""
+    """Each MoE runner on re-routed rows, apart and alike, so that all slots meet on S experts: one
+    layer beside a plain MoE in torch on the same ids (launch/gpu_moe_layer.py), FlashInfer's
+    CUTLASS with ten slots a row too. Then whole answers to prompts made alike, out of captured
+    graphs: as far from the first runner's as they are under exact routing."""
     found: dict[str, Any] = {}
     kept: dict[str, dict[str, list[float]]] = {}
     for runner in at.runners:
         try:
-            with at.server(model, *SERE, f"--moe-runner-backend={runner}") as server:
-                kept[runner] = {}
-                for name, changes in (("off", {"enabled": False}), ("S=1", {"enabled": True})):
-                    server.set_sere(**changes, min_batch=1)
-                    answers = at.answers(server, at.prompts(model, at.alike, alike=True))
-                    kept[runner][name] = _first_logprobs(answers)
+            found[runner], answers = _runner(at, model, runner)
         except (NotServing, OSError, urllib.error.URLError) as error:
             found[runner] = {"not here": last_words(error)}
             continue
+        if found[runner]["layer"]["reads up first"]:
+            found[runner]["answers"] = "not compared: on dummies this runner computes another model"
+            continue
+        kept[runner] = answers
         base = kept[next(iter(kept))]
-        apart = {name: _apart(base[name], kept[runner][name]) for name in ("off", "S=1")}
-        found[runner] = apart | {"passed": apart["S=1"] <= NOISE * apart["off"] + 0.02}
+        apart = {name: _apart(base[name], answers[name]) for name in ("off", "S=1")}
+        found[runner]["answers"] = apart
+        found[runner]["passed"] &= apart["S=1"] <= NOISE * apart["off"] + 0.02
     judged = [each for each in found.values() if "passed" in each]
     return {"passed": bool(judged) and all(each["passed"] for each in judged), "runners": found}
+
+
+def _runner(at: Machine, model: Path, runner: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """What a layer makes of re-routed rows, and the answers off and at S=1."""
+    flag = f"--moe-runner-backend={runner}"
+    answers: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        plugin = gpu_moe_layer.environment(Path(folder))
+        with at.server(model, *SERE, flag, env=plugin) as server:
+            layer = gpu_moe_layer.seen_in(Path(folder))
+            for name, changes in (("off", {"enabled": False}), ("S=1", {"enabled": True})):
+                server.set_sere(**changes, min_batch=1)
+                prompts = at.prompts(model, at.alike, alike=True)
+                answers[name] = _first_logprobs(at.answers(server, prompts))
+    wide = wide_layer(at, model, flag) if runner == SORTS_WIDE_ROWS else {}
+    passed = layer["passed"] and wide.get("passed", True)
+    told = {name: _without_cases(seen) for name, seen in (("layer", layer), ("top-10", wide))}
+    return {"passed": passed} | {name: seen for name, seen in told.items() if seen}, answers
+
+
+def wide_layer(at: Machine, model: Path, flag: str) -> dict[str, Any]:
+    """What a layer makes of re-routed rows of ten slots, in a server of two layers."""
+    config = json.loads((model / "config.json").read_text()) | {"num_experts_per_tok": 10}
+    wide = write_model(config, model.with_name(f"{model.name}-top10"), layers=2)
+    with tempfile.TemporaryDirectory() as folder:
+        plugin = gpu_moe_layer.environment(Path(folder))
+        with at.server(wide, *SERE, flag, "--disable-cuda-graph", env=plugin):
+            return gpu_moe_layer.seen_in(Path(folder))
+
+
+def _without_cases(seen: dict[str, Any]) -> dict[str, Any]:
+    """As long as all is well; what is wrong is shown case by case."""
+    return {k: v for k, v in seen.items() if k != "cases" or not seen["passed"]}
+
+
+def ranks(at: Machine, model: Path) -> dict[str, Any]:
+    """Two ranks of one server, re-routing: each must count the same in every layer. Ranks whose
+    router logits differ by a bit may load different experts, and the sum of their outputs is then
+    no token's."""
+    if not at.dry and at.gpus < 2:
+        why = f"--tp-size 2 needs two GPUs, this machine has {at.gpus}"
+        return {"passed": True, "skipped": why}
+    with tempfile.TemporaryDirectory() as folder:
+        env = gpu_rank_counters.environment(Path(folder)) | (TWO_RANKS if at.dry else {})
+        with at.server(model, *SERE, "--tp-size=2", env=env) as server:
+            server.set_sere(enabled=True, min_batch=1, reset_counters=True)
+            at.answers(server, at.prompts(model, at.alike))
+            counted = gpu_rank_counters.counted(server, Path(folder), ranks=2)
+    first, second = counted.values()
+    apart = [
+        f"layer {layer}: {first[layer]} and {second[layer]}"
+        for layer in first
+        if first[layer] != second[layer]
+    ]
+    silent = [layer for layer, row in first.items() if not row["rerouted"]]
+    return {
+        "passed": not apart and not silent,
+        "apart": apart[:4],
+        "layers apart": len(apart),
+        "layers that re-route nothing": silent,
+        "rerouted": sum(row["rerouted"] for row in first.values()),
+    }
 
 
 def with_flags(at: Machine, model: Path, *, flags: tuple[str, ...]) -> dict[str, Any]:
@@ -176,6 +248,7 @@ def steps(at: Machine) -> dict[str, Callable[[Machine, Path], dict[str, Any]]]:
     return {
         "exact": exact,
         "runners": runners,
+        "ranks": ranks,
         "compile": functools.partial(with_flags, flags=compiled),
         "speculation": functools.partial(with_flags, flags=("--speculative-algorithm=NGRAM",)),
         "launches": launches,

@@ -2,7 +2,7 @@
 
     python -m tools.coverage_page
 
-What no run has reached stands in `NOT_RUN`, with how far it was followed instead.
+What no server has reached stands in `NOT_RUN`, with how far it was followed instead.
 """
 
 from __future__ import annotations
@@ -27,24 +27,46 @@ NOT_RUN = (
         "`launch/gpu_check.sh` runs them",
     ),
     ("marlin, cutlass runners", "read", "rows may repeat an expert, as the paper makes them"),
-    ("deep_gemm, flashinfer_cutlass runners", "read", "rows are made distinct"),
+    (
+        "deep_gemm runner",
+        "layer: its masked layout in the interpreter, on re-routed rows",
+        "rows are made distinct; repeated, they run into the next expert's rows",
+    ),
+    ("flashinfer_cutlass runner", "read", "rows are made distinct"),
     (
         "flashinfer_trtllm and others that route in their kernel",
         "SGLang's own resolution of flags, for seven models on four GPUs",
         "another runner is taken, or the start refused with advice: [MoE runners](runners.md)",
     ),
-    ("DeepEP", "read", "rows are made distinct; no quality per request"),
+    (
+        "routers of a GPU: softmax, sigmoid, sqrtsoftplus, grouped, biased, scaled, with a shared "
+        "expert, a model's own",
+        "layer: SGLang's `select_experts`, its Triton router in the interpreter, 19 of them; not "
+        "FlashInfer's `fused_topk_deepseek`",
+        "what a router chose is re-routed, shared experts stay, weights and scores fit",
+    ),
+    (
+        "DeepEP",
+        "layer: SGLang's permutation of a rank's rows in the interpreter; what DeepEP's CUDA "
+        "counts, by its definition; its transport read",
+        "rows are made distinct, so that each slot has a place; no quality per request",
+    ),
     (
         "Mooncake, NIXL, PPLX, MoRI and other all-to-all",
         "not readable",
         "refused at start without `--sere-allow-untested`",
     ),
-    ("EPLB, redundant experts", "read", "logical ids are re-routed before they are placed"),
-    ("EAGLE, MTP", "read", "the draft model is left alone, verify batches are re-routed"),
     (
-        "DeepEP layouts, EPLB's placement of experts",
-        "read",
-        "re-routing comes before both, on logical ids",
+        "EPLB, redundant experts",
+        "layer: SGLang's placement and its dispatch, static and dynamic; LPLB read",
+        "logical ids are re-routed before they are placed",
+    ),
+    (
+        "EAGLE, MTP, n-gram speculation",
+        "read: a CPU engine without AMX lacks `reconstruct_indices_from_tree_mask_cpu`, "
+        "`assign_extend_cache_locs_cpu` and `verify_tree_greedy_cpu`, and its `torch_native` "
+        "attention knows no tree of drafts",
+        "the draft model is left alone, verify batches are re-routed",
     ),
     ("AMD", "read", "the Triton kernels"),
 )
@@ -54,7 +76,8 @@ What was run with re-routing, and how far; made by `python -m tools.coverage_pag
 `python -m benchmarks.coverage` saw. A CPU server: SGLang's own processes on its CPU engine, the
 demo model over HTTP, beside the same server without the flag; answers with SERE switched off are
 plain SGLang's up to ties, and with it on layers load fewer experts (active experts before -> after,
-a mean over layers, of 4 prompts at S=1).
+a mean over layers, of 4 prompts at S=1). A layer: SGLang's own functions and kernels around our
+stage, in the tests (`tests/server/test_router_families.py`, `test_expert_layouts.py`).
 
 """
 
@@ -70,7 +93,7 @@ def page() -> str:
         parts.append(f"## Run on {path.parent.name}\n")
         parts.append("| configuration | how far | what was seen | run |\n|---|---|---|---|\n")
         parts += [*map(_row, rows), "\n"]
-    parts.append("## Not run\n| configuration | how far | so |\n|---|---|---|\n")
+    parts.append("## Not run in a server\n| configuration | how far | so |\n|---|---|---|\n")
     parts += [f"| {what} | {how_far} | {so} |\n" for what, how_far, so in NOT_RUN]
     return "".join(parts)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from sere_sglang.ops import prebuilt
 from sere_sglang.ops.control import CONTROL_WORDS
 from sere_sglang.ops.cuda_plan import Form, Plan, plan_reroute
 from sere_sglang.ops.jit import BuildError, compile_ahead, find_nvcc, load_module
@@ -23,7 +25,7 @@ CLUSTERS_SINCE = (9, 0)  # as programmatic dependent launch
 
 
 def is_available(device_type: str) -> str | None:
-    """CUDA tensors, on a GPU from sm_80 and a machine with nvcc."""
+    """CUDA tensors, on a GPU from sm_80 and a machine with nvcc, or what the wheel has for it."""
     if device_type != "cuda":
         return f"serves CUDA tensors, not {device_type}"
     if torch.version.cuda is None or not torch.cuda.is_available():
@@ -33,7 +35,8 @@ def is_available(device_type: str) -> str | None:
     if importlib.util.find_spec("tvm_ffi") is None:
         return "apache-tvm-ffi is not installed"
     try:
-        find_nvcc()
+        if any(prebuilt.find(name) is None for name in LIBRARIES):
+            find_nvcc()
     except BuildError as error:
         return str(error)
     return None
@@ -45,10 +48,19 @@ def compile_for(arch: str) -> None:
         compile_ahead(name, [source], arch)
 
 
+def compile_into(folder: Path) -> None:
+    """Compile every library for what a wheel holds (`prebuilt.ARCHS`); raises `BuildError`."""
+    for arch in prebuilt.ARCHS:
+        for name, source in LIBRARIES.items():
+            compile_ahead(name, [source], arch, prebuilt.library_in(folder, name, arch))
+
+
 @functools.cache
 def load_function(name: str) -> Callable[..., None]:
-    """The native function of that name, compiled for this machine's GPU at first use."""
-    function: Callable[..., None] = getattr(load_module(name, [LIBRARIES[name]], cuda=True), name)
+    """The native function of that name: the wheel's, else compiled for this machine's GPU at first
+    use."""
+    module = prebuilt.load(name) or load_module(name, [LIBRARIES[name]], cuda=True)
+    function: Callable[..., None] = getattr(module, name)
     return function
 
 

@@ -114,12 +114,21 @@ def cxx_flags(compiler: str, tune: Sequence[str]) -> list[str]:
     return [*CXX_FLAGS, *tune, *([OPENMP_FLAG] if _supports_openmp(compiler) else [])]
 
 
-def compile_ahead(name: str, sources: Sequence[str], cuda_arch: str) -> Path:
-    """Put into the cache what `load_module` will look for on a machine with such a GPU.
+def compile_ahead(
+    name: str, sources: Sequence[str], cuda_arch: str, library: Path | None = None
+) -> Path:
+    """Put into the cache what `load_module` will look for on a machine with such a GPU; or write
+    it to `library`.
 
     The GPU need not be here, and nothing is loaded. Raises `BuildError`.
     """
-    return build_library(name, sources, find_nvcc(), _cuda_flags(cuda_arch), ())
+    nvcc, flags = find_nvcc(), _cuda_flags(cuda_arch)
+    if library is None:
+        return build_library(name, sources, nvcc, flags, ())
+    _, command = _command(name, sources, nvcc, flags, ())
+    library.parent.mkdir(parents=True, exist_ok=True)
+    _compile(name, command, library)
+    return library
 
 
 def _cuda_flags(arch: str) -> list[str]:
@@ -134,24 +143,7 @@ def build_library(
     extra_ldflags: Sequence[str],
 ) -> Path:
     """Compile into the cache unless it is there already; one process at a time, atomically."""
-    from tvm_ffi import libinfo
-
-    paths = [csrc_dir() / source for source in sources]
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise BuildError(f"{name}: source not found: {', '.join(missing)}")
-    runtime = Path(libinfo.find_libtvm_ffi())
-    command = [
-        compiler,
-        *flags,
-        f"-I{csrc_dir()}",
-        *(f"-I{path}" for path in libinfo.include_paths()),
-        "-shared",
-        *map(str, paths),
-        f"-L{runtime.parent}",
-        "-ltvm_ffi",
-        *extra_ldflags,
-    ]
+    paths, command = _command(name, sources, compiler, flags, extra_ldflags)
     library = cache_dir() / f"{name}-{_cache_key(paths, command)}.so"
     if library.is_file():
         return library
@@ -163,9 +155,37 @@ def build_library(
     return library
 
 
+def _command(
+    name: str,
+    sources: Sequence[str],
+    compiler: str,
+    flags: Sequence[str],
+    extra_ldflags: Sequence[str],
+) -> tuple[list[Path], list[str]]:
+    """The sources' paths, and all of their compilation but where to."""
+    from tvm_ffi import libinfo
+
+    paths = [csrc_dir() / source for source in sources]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise BuildError(f"{name}: source not found: {', '.join(missing)}")
+    runtime = Path(libinfo.find_libtvm_ffi())
+    return paths, [
+        compiler,
+        *flags,
+        f"-I{csrc_dir()}",
+        *(f"-I{path}" for path in libinfo.include_paths()),
+        "-shared",
+        *map(str, paths),
+        f"-L{runtime.parent}",
+        "-ltvm_ffi",
+        *extra_ldflags,
+    ]
+
+
 def _compile(name: str, command: Sequence[str], library: Path) -> None:
     started = time.monotonic()
-    logger.info("compiling %s for this machine, once (%s)", name, command[0])
+    logger.info("compiling %s, once (%s)", name, library.name)
     unfinished = library.with_suffix(f".{os.getpid()}.tmp")
     command = [*command, "-o", str(unfinished)]
     try:

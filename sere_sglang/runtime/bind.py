@@ -19,7 +19,9 @@ from sere_sglang.runtime.bind_rules import LayerRules, layer_rules, ranges, unav
 from sere_sglang.runtime.control import ControlBlock
 from sere_sglang.runtime.counters import FIELDS
 from sere_sglang.runtime.moe_layers import (
+    is_plain_softmax,
     moe_layers,
+    require_probabilities,
     require_standard_format,
     require_weights_on_output,
     routed_top_k,
@@ -148,7 +150,7 @@ def bind_model(
     )
     counters = torch.zeros(len(layers), len(FIELDS), dtype=torch.int64, device=target)
     switch = Switch()
-    softmax_routers = [id for id in layers if _is_plain_softmax(routers[id].topk_config)]
+    softmax_routers = [id for id in layers if is_plain_softmax(routers[id].topk_config)]
     # Built now: at its first use SGLang may be capturing a graph.
     fuses = impl == "cuda" and bool(softmax_routers) and not rules and uses_cuda(strict)
     stages = []
@@ -156,6 +158,8 @@ def bind_model(
         router = routers[layer_id]
         require_standard_format(router, name)
         require_weights_on_output(layers[layer_id], name)
+        if target.type != "cpu":
+            require_probabilities(router, runner_of(layers[layer_id]), name)
         topk_config = router.topk_config
         stage = RerouteStage(
             layer_id=layer_id,
@@ -194,13 +198,3 @@ def _distinct(layer: Any, config: SereConfig) -> bool:
     allowed = bool(config.sere_allow_untested)
     require_known(runner, dispatcher, allow_untested=allowed, instead="triton")
     return needs_distinct(runner, dispatcher)
-
-
-def _is_plain_softmax(topk_config: Any) -> bool:
-    """Whether SGLang's ``fused_topk`` routes this layer, if its call does not say otherwise."""
-    return (
-        topk_config.scoring_func == "softmax"
-        and not topk_config.use_grouped_topk
-        and topk_config.custom_routing_function is None
-        and topk_config.correction_bias is None
-    )

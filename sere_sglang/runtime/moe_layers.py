@@ -62,6 +62,31 @@ def require_weights_on_output(layer: Any, model_name: str) -> None:
         )
 
 
+def require_probabilities(router: Any, runner: str, model_name: str) -> None:
+    """Raise `SereError` for a ``TopK`` whose weights are logits.
+
+    For ``flashinfer_trtllm_routed`` SGLang 0.5.23 takes a softmax router's top-k of its logits, and
+    applies the softmax only where the model renormalizes (``fused_topk_softmax_torch_raw_logits``).
+    """
+    config = router.topk_config
+    if runner == "flashinfer_trtllm_routed" and is_plain_softmax(config) and not config.renormalize:
+        raise SereError(
+            f"--moe-backend sere: {model_name} does not renormalize its routing weights, and for "
+            f"--moe-runner-backend {runner} SGLang's router then hands on logits in their place; "
+            "use --moe-runner-backend triton, or flashinfer_cutlass for a model in nvfp4"
+        )
+
+
+def is_plain_softmax(topk_config: Any) -> bool:
+    """Whether SGLang's ``fused_topk`` routes this layer, if its call does not say otherwise."""
+    return (
+        topk_config.scoring_func == "softmax"
+        and not topk_config.use_grouped_topk
+        and topk_config.custom_routing_function is None
+        and topk_config.correction_bias is None
+    )
+
+
 def require_standard_format(
     router: Any, model_name: str, *, asked: str = "--moe-backend sere"
 ) -> None:

@@ -12,9 +12,15 @@ from sere_sglang.runtime.runners import RUNNERS
 _NVFP4 = ("modelopt_fp4", "modelopt_mixed")
 _TRTLLM_ROUTED = (None, "fp8", "mxfp8", *_NVFP4, "nvfp4_online", "minimax_m3_nvfp4")
 """What ``flashinfer_trtllm_routed`` takes (``arg_groups/moe_hook.py``)."""
-_NOT_TRTLLM = ("GptOssForCausalLM", "InternS2MobiusForConditionalGeneration")
+_NOT_TRTLLM = (
+    "GptOssForCausalLM",
+    "InternS2MobiusForConditionalGeneration",
+    "OlmoeForCausalLM",
+    "Qwen2MoeForCausalLM",
+)
 """Architectures with experts that its bfloat16 kernel does not compute (``moe_runner/
-flashinfer_trtllm.py``: activations), or that SGLang gives ``triton_kernel`` everywhere."""
+flashinfer_trtllm.py``: activations), that SGLang gives ``triton_kernel`` everywhere, or whose
+softmax is not renormalized (`moe_layers.require_probabilities`)."""
 _TRTLLM_GENERATION = range(100, 110)  # the GPUs that its kernels are made for
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launch import gpu_server
+from launch.gpu_moe_layer import TOLERANCE, Experts, farthest, reference
 from launch.gpu_server_models import MODELS, TINY, layers_that_fit, write_model
 from launch.gpu_server_steps import Machine
 from sere_sglang.profile import MoeModelInfo, check_profile_fits, load_profile
@@ -76,6 +78,37 @@ def test_no_time_and_no_such_step(made: Steps, capsys: pytest.CaptureFixture[str
     assert "the same command goes on" in capsys.readouterr().out
     assert made.main("--only", "other") == 2
     assert not made.asked
+
+
+def test_a_skipped_step_says_so_and_is_tried_again(
+    made: Steps, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.saw = {"ranks": {"passed": True, "skipped": "needs two GPUs"}}
+    assert made.main() == made.main() == 0
+    assert made.asked == ["ranks", "ranks"]
+    assert "skipped  tiny  ranks: skipped: needs two GPUs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("top_k", [2, 4, 8])
+def test_a_lost_slot_is_farther_away_than_rounding(top_k: int) -> None:
+    """The weakest slot but those of weight 0, of a reference computed once more by hand."""
+    made = torch.Generator().manual_seed(top_k)
+    experts, hidden, width, rows = 16, 64, 32, 5
+    w13 = torch.randn(experts, 2, width, hidden, generator=made).bfloat16() / 8
+    w2 = torch.randn(experts, hidden, width, generator=made).bfloat16() / 6
+    x = torch.randn(rows, hidden, generator=made).bfloat16()
+    ids = torch.stack([torch.randperm(experts, generator=made)[:top_k] for _ in range(rows)])
+    weights = torch.rand(rows, top_k, generator=made).softmax(-1)
+    wanted = reference(x, ids, weights, Experts(w13, w2))
+    for row in range(rows):
+        by_hand = torch.zeros(hidden)
+        for expert, weight in zip(ids[row].tolist(), weights[row].tolist(), strict=True):
+            gate, up = w13[expert].float() @ x[row].float()
+            by_hand += weight * (w2[expert].float() @ (gate * gate.sigmoid() * up))
+        torch.testing.assert_close(wanted[row], by_hand)
+    assert farthest(wanted.bfloat16(), wanted) < TOLERANCE / 5
+    weights[3, int(weights[3].argmin())] = 0
+    assert farthest(reference(x, ids, weights, Experts(w13, w2)), wanted) > TOLERANCE
 
 
 @pytest.mark.parametrize("name", [*MODELS, "tiny"])

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "sere_sglang", "patches", "csrc")
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "sere_sglang", "patches", "csrc")
 GENERATED = ("*.egg-info", "__pycache__")
 
 

@@ -37,6 +37,7 @@ def test_wheel_and_sdist_hold_every_source(built: Path) -> None:
     shipped = _shipped()
     assert {"patches/seam.py", "csrc/reroute.cu", "csrc/cpu_moe.cpp", "ops/reroute.py"} < shipped
     (wheel,) = built.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl"), "no kernels compiled ahead"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {f"sere_sglang/{name}" for name in shipped} - names == set()

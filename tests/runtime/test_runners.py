@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.arg_groups.choices import MOE_RUNNER_BACKEND_CHOICES
-from sglang.srt.layers.moe import utils
+from sglang.srt.layers.moe import topk, utils
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
 
 from sere_sglang.errors import SereError
 from sere_sglang.options import SereConfig
 from sere_sglang.profile import ProfileMetadata, SereProfile
 from sere_sglang.runtime.bind import bind_model
-from sere_sglang.runtime.moe_layers import require_weights_on_output
+from sere_sglang.runtime.moe_layers import require_probabilities, require_weights_on_output
 from sere_sglang.runtime.runners import (
     DISPATCHERS,
     RUNNERS,
@@ -37,6 +37,21 @@ def test_weights_on_the_experts_input_are_refused() -> None:
         require_weights_on_output(layer, "LlamaMoE")
     config.apply_router_weight_on_input = False
     require_weights_on_output(layer, "LlamaMoE")
+
+
+def test_weights_that_are_logits_are_refused() -> None:
+    """What SGLang's router hands to this runner, which the runner does not make weights of."""
+    logits = torch.tensor([[2.0, -1.0, 0.5]])
+    weights, _ = topk.fused_topk_softmax_torch_raw_logits(logits, logits, 2, renormalize=False)
+    assert sorted(weights[0].tolist()) == [0.5, 2.0], "SGLang applies the softmax now: serve them"
+    own = {"scoring_func": "softmax", "use_grouped_topk": False, "renormalize": False}
+    config = SimpleNamespace(**own, custom_routing_function=None, correction_bias=None)
+    router = SimpleNamespace(topk_config=config)
+    with pytest.raises(SereError, match="Qwen2Moe does not renormalize its"):
+        require_probabilities(router, "flashinfer_trtllm_routed", "Qwen2Moe")
+    require_probabilities(router, "triton", "Qwen2Moe")
+    config.renormalize = True
+    require_probabilities(router, "flashinfer_trtllm_routed", "Qwen3Moe")
 
 
 def test_all_of_sglangs_runners_and_dispatchers_are_judged() -> None:

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from benchmarks.serving.plugin import plugin_environment
+
 _FOLDER = "SERE_TEST_FAULTS"
 COMPARE = "Shadow._compare"
 """No hook, but what fails behind one."""
@@ -18,12 +20,8 @@ COMPARE = "Shadow._compare"
 
 def install(folder: Path) -> dict[str, str]:
     """Environment of a server that loads this plugin."""
-    about = folder / "site" / "sere_test_faults-1.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: sere-test-faults\nVersion: 1\n")
-    (about / "entry_points.txt").write_text("[sglang.srt.plugins]\nfaults = faults:register\n")
-    path = [str(folder / "site"), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(path), _FOLDER: str(folder)}
+    about = plugin_environment(folder / "site", "test_faults", "tests.server.faults:register")
+    return about | {_FOLDER: str(folder)}
 
 
 def register() -> None:
