@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -30,16 +30,19 @@ class BuildWithKernels(build_py):
             compile_into(folder_of(Path(self.build_lib, "sere_sglang", "csrc")))
 
 
-class PlatformWheel(bdist_wheel):
-    """Of this platform, for any Python: the kernels know none."""
+class WithKernels(Distribution):
+    """Makes the wheel one of this platform."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = self.root_is_pure and not AHEAD
+    def has_ext_modules(self) -> bool:
+        return AHEAD
+
+
+class AnyPython(bdist_wheel):
+    """The kernels know no Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
         return ("py3", "none", platform) if AHEAD else (python, abi, platform)
 
 
-setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel})
+setup(distclass=WithKernels, cmdclass={"build_py": BuildWithKernels, "bdist_wheel": AnyPython})

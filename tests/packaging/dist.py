@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "sere_sglang", 
 GENERATED = ("*.egg-info", "__pycache__")
 
 
-def build(folder: Path) -> Path:
-    """Returns the folder, below `folder`, that both are in; the checkout stays as it is."""
+def build(folder: Path, **env: str) -> Path:
+    """Returns the folder, below `folder`, that both are in; the checkout stays as it is. env: added
+    to the environment."""
     source, dist = folder / "source", folder / "dist"
     source.mkdir()
     excluded = [f"--exclude={pattern}" for pattern in GENERATED]
@@ -22,6 +24,7 @@ def build(folder: Path) -> Path:
     subprocess.run(["tar", "x"], cwd=source, input=archive.stdout, check=True)
     done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, source],
+        env=os.environ | env,
         capture_output=True,
         text=True,
     )

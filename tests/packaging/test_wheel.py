@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sere_sglang.ops import cuda, prebuilt
 from tests.packaging.dist import ROOT, build
 
 DATA = ("py.typed", "calibration/calibration.txt")
@@ -77,3 +78,23 @@ for target in {targets!r}:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_wheel_can_bring_its_kernels(tmp_path: Path) -> None:
+    """A script stands for nvcc, whose work takes minutes: ``launch/compile_check.sh`` has it."""
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text('#!/bin/sh\nfor last; do :; done\necho "$@" > "$last"\n')
+    nvcc.chmod(0o755)
+    dist = build(tmp_path, SERE_AOT="1", CUDA_HOME=str(tmp_path / "cuda"))
+    (wheel,) = dist.glob("*.whl")
+    assert "-py3-none-linux_" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        made = {
+            Path(name).name: archive.read(name).decode()
+            for name in archive.namelist()
+            if name.startswith("sere_sglang/csrc/prebuilt/")
+        }
+    assert set(made) == {f"{n}-{a}.so" for n in cuda.LIBRARIES for a in prebuilt.ARCHS}
+    assert "-arch=sm_90a" in made["fused-sm_90a.so"]
+    assert "reroute_fused.cu" in made["fused-sm_90a.so"]

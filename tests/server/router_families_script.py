@@ -20,6 +20,7 @@ from sglang.srt.layers.moe import topk as sglang_topk
 from sglang.srt.layers.moe.topk import TopKConfig
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
 from sglang.srt.models.cohere2_moe import cohere2_sigmoid_topk
+from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
 from benchmarks._common import random_similarity
@@ -180,6 +181,26 @@ def placed(name: str, algorithm: str, *, rank_invariant: bool = False) -> dict[s
     }
 
 
+def shared_on_each_rank() -> dict[str, Any]:
+    """DeepEP's numbering, in which every rank's experts are followed by its own shared one."""
+    alone = TopKConfig(top_k=K, **FAMILIES["grouped, biased"], routed_scaling_factor=2.5)
+    stage = stage_for(replace(alone))
+    wanted = rerouted(*choose(alone, ""), stage)
+    config = TopKConfig(**FAMILIES["grouped, biased, a shared expert"])
+    stage = stage_for(config)
+    sglang_topk.has_per_rank_fused_shared_slots = lambda shared: shared > 0
+    with get_parallel().override(
+        tp_size=RANKS, attn_tp_size=RANKS, moe_ep_size=RANKS, moe_ep_rank=1
+    ):
+        ids, weights = choose(config, "")
+    return {
+        "wanted": [part.tolist() for part in wanted],
+        "ids": ids.tolist(),
+        "weights": weights.tolist(),
+        "handed": list(stage.seen[0].shape),
+    }
+
+
 def main() -> None:
     set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", device="cpu"))
     sglang_topk._is_cpu, sglang_topk._is_cuda = False, True
@@ -187,7 +208,7 @@ def main() -> None:
     moe_fused_gate.is_arch_support_pdl = lambda: False
     topk.install()
     both = ("softmax", "grouped, biased, a shared expert")
-    out = {
+    out: dict[str, Any] = {
         "families": {name: family(name) for name in FAMILIES},
         "placed": {
             f"{name}, {algorithm}{', as every rank' * invariant}": placed(
@@ -197,6 +218,7 @@ def main() -> None:
             for algorithm, invariant in (("static", False), ("dynamic", False), ("dynamic", True))
         },
     }
+    out["shared on each rank"] = shared_on_each_rank()
     print(json.dumps(out))
 
 

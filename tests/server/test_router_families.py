@@ -113,3 +113,16 @@ def test_experts_are_placed_behind_re_routing(seen: dict[str, Any], name: str) -
         assert len(used) == len(active), "one place of each expert on a rank"
     else:
         assert len(used) > len(active), "hot experts are spread over their places"
+
+
+def test_each_ranks_shared_expert_has_a_number_of_its_own(seen: dict[str, Any]) -> None:
+    """With DeepEP: behind re-routing, routed experts are renumbered around them."""
+    ranks, rank = 4, 1
+    own = seen["shared on each rank"]
+    wanted, weights = own["wanted"]
+    assert own["handed"][1] == ROUTED, "the stage sees routed slots alone"
+    on_rank = SHARED // ranks
+    for logical, row in zip(wanted, own["ids"], strict=True):
+        assert row[:ROUTED] == [expert + expert // on_rank for expert in logical]
+        assert row[ROUTED:] == [rank * (on_rank + 1) + on_rank]
+    assert [row[:ROUTED] for row in own["weights"]] == weights
