@@ -26,6 +26,7 @@ from sere_sglang.runtime.counters import FIELDS
 from sere_sglang.runtime.rank import SereRuntime
 from sere_sglang.runtime.service import Service
 from sere_sglang.runtime.stage import RerouteStage, Switch
+from sere_sglang.schedule.auto_rule import choose_rule
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost
 
@@ -57,7 +58,7 @@ def runtime(**options: object) -> SereRuntime:
     cost = MoeCost.from_bandwidth(
         expert_ms=0.01, slot_ms=1e-5, num_layers=LAYERS, num_experts=48, top_k=TOP_K
     )
-    binding = Binding("none", stages, control, counters, switch, "none")
+    binding = Binding("none", stages, control, counters, switch, "none", choose_rule(profile))
     made = SereRuntime(config, binding, profile, cost)
     made.note_captured()  # what it runs are replays of graphs
     made.serve(Service(queue=lambda: (64, 0), measures=True))

@@ -18,6 +18,7 @@ from sere_sglang.errors import SereError, cut, shown
 from sere_sglang.patches import guard, shadow
 from sere_sglang.patches.number_keys import PREFIX, STOP, flatten
 from sere_sglang.patches.seam import SeamError, resolve
+from sere_sglang.schedule.auto_rule import RuleChoice
 from sere_sglang.schedule.settings import Settings
 
 _MODULE = "sglang.srt.entrypoints.http_server"
@@ -119,7 +120,10 @@ def check(asked: Any, state: Mapping[str, Any]) -> None:
         raise SereError(_not_an_object(asked))
     try:
         Settings.from_state(state).updated(
-            asked, top_k=state["top_k"], unavailable=state["unavailable_rules"]
+            asked,
+            top_k=state["top_k"],
+            auto=RuleChoice(**state["auto_rule"]),
+            unavailable=state["unavailable_rules"],
         )
     except SereError as error:
         raise SereError(f"sere: {error}") from None

@@ -92,7 +92,7 @@ def resolved(asked: SereConfig, *, top_k: int) -> SereConfig:
         for option in OPTIONS.values()
         if getattr(asked, option.name) is None
     }
-    # `auto` and a policy that other flags imply are said by name from here on.
+    # A policy that other flags imply is said by name from here on.
     named = {"sere_rule": asked.rule, "sere_policy": asked.policy}
     return dataclasses.replace(asked, **{**unset, **named})
 

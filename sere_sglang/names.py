@@ -10,8 +10,8 @@ SIMILARITY = "similarity"
 RULES = (SIMILARITY, "piggyback", "topk", "budget", "energy")
 """Which experts a batch loads; docs/semantics.md says exactly what each does."""
 
-AUTO, BEST_RULE = "auto", "energy"
-"""``--sere-rule auto`` and what it stands for in this version."""
+AUTO = "auto"
+"""``--sere-rule auto``: the profile's best rule (schedule/auto_rule.py)."""
 
 POLICY_ENTRY_POINTS = "sere_sglang.policies"
 """Entry-point group of third parties' policies: name -> a `PolicyFactory` (schedule/policy.py)."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from msgspec import Meta
 
-from sere_sglang.names import AUTO, BEST_RULE, QUALITIES, RULES, SIMILARITY, policy_names
+from sere_sglang.names import AUTO, QUALITIES, RULES, SIMILARITY, policy_names
 from sere_sglang.option import MOST_ROWS, Option, option
 
 _SHARE = Meta(ge=0.0, le=1.0)
@@ -47,8 +47,10 @@ class SereConfig:
         "SERE, the most similar one. piggyback: the token's own next-best that is loaded. topk: "
         "each token's best few only. budget: --sere-max-experts, by summed router score. energy: "
         "all but those whose routing weight fits in --sere-quality-budget, what a token loses "
-        "made up for by the profile's surrogates. auto: energy. A GPU server that is started under "
-        "similarity stays under it; kernels of the others for GPUs have not been measured.",
+        "made up for by the profile's surrogates. auto: the one that errs least on the profile's "
+        "held-out text, of those that this model and machine can have. A GPU server that is "
+        "started under similarity stays under it; kernels of the others for GPUs have not been "
+        "measured.",
         choices=(*RULES, AUTO),
         default=lambda asked, _: asked.rule,
         default_reads=SIMILARITY,
@@ -184,7 +186,7 @@ class SereConfig:
         default=True,
         default_reads="on",
         live=True,
-        rules=("energy",),
+        rules=("energy", AUTO),
     )
     sere_cost: str | None = option(
         "What this model's MoE layers cost, written by 'sere-sglang doctor --model MODEL --out "
@@ -238,13 +240,13 @@ class SereConfig:
 
     @property
     def rule(self) -> str:
-        """The rule asked for; ``auto`` is the best that this version has."""
-        return BEST_RULE if self.sere_rule == AUTO else self.sere_rule or SIMILARITY
+        """The rule asked for. What ``auto`` is every rank finds out (schedule/auto_rule.py)."""
+        return self.sere_rule or SIMILARITY
 
     @property
     def uses_surrogates(self) -> bool:
         """Whether the server would use a profile's surrogates."""
-        return self.rule == "energy" and self.sere_surrogates is not False
+        return self.rule in ("energy", AUTO) and self.sere_surrogates is not False
 
     @property
     def policy(self) -> str:

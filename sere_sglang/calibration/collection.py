@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from sere_sglang.calibration.measures import MOMENT_MEASURES
 from sere_sglang.calibration.surrogates import HELD_EVERY, sums_bytes
+from sere_sglang.calibration.token_sample import sample_tokens, token_bytes
 from sere_sglang.errors import SereError
 
 CKA_MEASURES = ("cka", "cka-rbf", "cka-polynomial")
@@ -43,8 +44,8 @@ class SurrogateSpec:
 class CollectionSpec:
     """measures: of `MEASURES`, the first becomes the profile's similarity.
 
-    memory: bytes that the experts' outputs, the sums over one block and those of the surrogates
-    may take.
+    memory: bytes that the experts' outputs, the sums over one block and those of the surrogates,
+    and the tokens that rules are tried on may take.
     cka_tokens: how many tokens the CKA measures use (their cost grows with its square).
     surrogates: None to fit none.
     """
@@ -88,15 +89,17 @@ def block_tokens(
     """Tokens whose outputs of all experts fit the memory of `spec`.
 
     Per expert and token: the row and its output (16 bit), one or two float64 copies, the
-    expert's intermediates. The sums of surrogates are there for each of `layers` at once. Raises
-    `SereError` naming the flag when not even 16 tokens fit.
+    expert's intermediates. The sums of surrogates and the tokens that rules are tried on are there
+    for each of `layers` at once. Raises `SereError` naming the flag when not even 16 tokens fit.
     """
     copies = 2 if spec.weighting == "routed" else 1
     per_token = num_experts * (hidden * (4 + 8 * (copies + 1)) + width * 8)
     sums = layers * sums_bytes(num_experts, hidden) if spec.surrogates else 0
-    tokens = (spec.memory - sums) // per_token
+    sample = sample_tokens(spec.memory, num_experts, hidden, layers)
+    sampled = layers * sample * token_bytes(num_experts, hidden)
+    tokens = (spec.memory - sums - sampled) // per_token
     if tokens < _LEAST_BLOCK:
-        needed = -(-(_LEAST_BLOCK * per_token + sums) // (1 << 20))
+        needed = -(-(_LEAST_BLOCK * per_token + sums) * 8 // (7 << 20))  # samples take an eighth
         if spec.surrogates:
             one = ", or --layer-by-layer, which holds one layer's at a time" if layers > 1 else ""
             raise SereError(

@@ -23,6 +23,7 @@ from sere_sglang.runtime.moe_layers import (
     require_standard_format,
     routers_of,
 )
+from sere_sglang.runtime.rule_stage import scores_of
 from sere_sglang.runtime.runners import require_any_ids
 
 
@@ -71,6 +72,7 @@ class Collector:
         self.spec = spec
         self.layers: dict[int, LayerCollector] = {}
         self._modules: dict[int, Any] = {}
+        self._routers: dict[int, Any] = {}
         self.armed = False
         self.num_valid = 0
         self.error: Exception | None = None
@@ -95,7 +97,7 @@ class Collector:
                 f"--model: {name} routes inside its own code in MoE layer(s) {missing}, so SERE "
                 "cannot re-route it and a calibration would be of no use"
             )
-        self._modules = layers
+        self._modules, self._routers = layers, routers
         for layer_id in sorted(layers):
             require_standard_format(routers[layer_id], name, asked="--model")
             require_any_ids(layers[layer_id])
@@ -123,7 +125,11 @@ class Collector:
         try:
             valid = slice(self.num_valid)
             slots = topk_output.topk_ids[valid], topk_output.topk_weights[valid]
-            collector.add(hidden[valid], *slots)
+            router = self._routers[layer.layer_id].topk_config
+            scores = scores_of(topk_output.router_logits, router, collector.num_experts)
+            if scores is not None:
+                scores = scores[valid] if len(scores) >= self.num_valid else None
+            collector.add(hidden[valid], *slots, scores)
         except Exception as error:
             self.error = error
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sere_sglang.calibration.checkpoint import Checkpoint
+from sere_sglang.calibration.router_scores import scores_behind
 from sere_sglang.errors import SereError
 
 _FIX = "drop --layer-by-layer to calibrate it through SGLang"
@@ -136,6 +137,7 @@ class Block:
     """One layer with its weights: hidden states [n, H] in, [n, H] out.
 
     seen: after a call, what the experts were given: rows [n, H], ids [n, K] and weights [n, K].
+    scores: after a call, float32 [n, E] of the router, None where it does not say.
     """
 
     def __init__(self, decoder: Decoder, index: int) -> None:
@@ -143,25 +145,44 @@ class Block:
         self._module = decoder.layers[index]
         self._index = index
         self.seen: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._logits: torch.Tensor | None = None
         modules = [m for m in self._module.modules() if _holds_experts(m)]
         if len(modules) > 1:
             raise decoder.refused(f"layer {index} has {len(modules)} groups of experts")
         self.experts = BlockExperts(modules[0], index, decoder) if modules else None
-        self._hook = modules[0].register_forward_pre_hook(self._look) if modules else None
+        self._hooks = [modules[0].register_forward_pre_hook(self._look)] if modules else []
+        if modules:
+            self._hooks += [m.register_forward_hook(self._look_at_router)
+                            for m in self._module.modules() if m is not modules[0]]  # fmt: skip
 
     @torch.no_grad()
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = self._decoder.arguments(self._index, len(hidden))
-        self.seen = None
+        self.seen = self._logits = None
         result = self._module(hidden[None].to(self._decoder.device), *args, **kwargs)
         result = result[0] if isinstance(result, tuple) else result
         if self.experts is not None and self.seen is None:
             raise self._decoder.refused(f"layer {self._index} does not call its experts")
         return result[0]
 
+    @property
+    def scores(self) -> torch.Tensor | None:
+        if self.seen is None or self._logits is None:
+            return None
+        return scores_behind(self._logits, *self.seen[1:])
+
     def close(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _look_at_router(self, _module: Any, _args: Any, output: Any) -> None:
+        """Routers of transformers return logits [n, E], weights and ids [n, K], in this order."""
+        if not (isinstance(output, tuple) and len(output) == 3) or self.experts is None:
+            return
+        if all(isinstance(part, torch.Tensor) and part.dim() == 2 for part in output):
+            logits, one, other = output
+            if logits.shape[1] == self.experts.num_experts and one.shape == other.shape:
+                self._logits = logits
 
     def _look(self, _module: Any, args: tuple[Any, ...]) -> None:
         if len(args) == 3 and args[0].dim() == 2 and args[1].shape == args[2].shape:

@@ -105,7 +105,7 @@ class _Run:
             self._show(layer, start)
             self.hidden.into(layer + 1)[part] = block(self.hidden.into(layer)[part])
             if collector is not None and block.seen is not None:
-                collector.add(*block.seen)
+                collector.add(*block.seen, block.scores)
                 collector.add_stream(self.hidden.into(layer + 1)[part])
             done, start = done + 1, part.stop
             if self.stop():

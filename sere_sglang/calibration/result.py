@@ -22,6 +22,7 @@ from sere_sglang.calibration.text import CalibrationText
 from sere_sglang.profile import (
     FORMAT_VERSION,
     LOADED_LAYERS,
+    RULES_VERSION,
     SURROGATES_VERSION,
     MoeModelInfo,
     ProfileMetadata,
@@ -63,9 +64,17 @@ def build_profile(
         num_tokens=text.num_tokens,
         tool_version=__version__,
         date=_today(),
-        format_version=FORMAT_VERSION if spec.surrogates is None else SURROGATES_VERSION,
+        format_version=_version(tables),
     )
     return SereProfile(metadata, matrices, tables)
+
+
+def _version(tables: dict[int, dict[str, torch.Tensor]]) -> str:
+    """The oldest format that knows all of them."""
+    names = {name for own in tables.values() for name in own}
+    if "energy_weights" in names:
+        return RULES_VERSION
+    return SURROGATES_VERSION if "surrogate_bias" in names else FORMAT_VERSION
 
 
 def _of_layer(job: CalibrationJob, own: State) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

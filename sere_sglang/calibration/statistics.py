@@ -14,15 +14,18 @@ from sere_sglang.calibration.collection import (
     block_tokens,
     cka_block,
 )
-from sere_sglang.calibration.measures import Moments
+from sere_sglang.calibration.measures import MOMENT_MEASURES, Moments, similarity
+from sere_sglang.calibration.rule_fit import Surrogates, fit_rules
 from sere_sglang.calibration.stream import StreamEnergy
 from sere_sglang.calibration.surrogate_fit import evaluated_ranks, fit_surrogates
 from sere_sglang.calibration.surrogates import SurrogateSums
+from sere_sglang.calibration.token_sample import TokenSample, sample_tokens
 from sere_sglang.errors import SereError
 
-FITTED = "surrogates."
+FITTED = "fitted."
 """In front of the names of fitted tables in `LayerCollector.state`."""
 _SUMS = "surrogate_sums."
+_SAMPLE = "sample."
 
 
 class Experts(Protocol):
@@ -71,9 +74,13 @@ class LayerCollector:
         self.pending_routed: list[torch.Tensor] = []  # bool [n, E]
         self.rows: list[torch.Tensor] = []  # [n, H]
         self.cka: dict[str, torch.Tensor] = {}
-        self.surrogates: dict[str, torch.Tensor] = {}  # tables, when they are fitted
+        self.fitted: dict[str, torch.Tensor] = {}  # tables of surrogates and rules
         self._surrogate_sums: SurrogateSums | None = None  # they are large: only once there are any
         self.stream = StreamEnergy(self.device)
+        self.sample = TokenSample(
+            sample_tokens(spec.memory, *self._sizes[:2], at_once),
+            None if spec.surrogates is None else spec.surrogates.sequence,
+        )
         self.tokens_seen = 0
 
     def check(self) -> None:
@@ -95,13 +102,21 @@ class LayerCollector:
     def _sizes(self) -> tuple[int, int, int]:
         return self.num_experts, self.experts.hidden_size, self.experts.width
 
-    def add(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """rows: [n, H] the layer's input; ids, weights: [n, K] what its router chose."""
+    def add(
+        self,
+        rows: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        scores: torch.Tensor | None = None,
+    ) -> None:
+        """rows: [n, H] the layer's input; ids, weights: [n, K] what its router chose; scores:
+        [n, E] of all experts, None where it does not say."""
         ids = ids.to(torch.int64)
         self._count_ranks(ids, weights)
         routed = torch.zeros(len(rows), self.num_experts + 1, dtype=torch.bool, device=rows.device)
         known = (ids >= 0) & (ids < self.num_experts)
         routed.scatter_(1, torch.where(known, ids, self.num_experts), True)
+        self.sample.add(self.tokens_seen, rows, ids.where(known, -1), weights, scores)
         self.pending.append(rows.clone())
         self.pending_routed.append(routed[:, : self.num_experts])
         missing = self.spec.cka_tokens - _count(self.rows)
@@ -142,14 +157,36 @@ class LayerCollector:
             block = cka_block(self.spec, *self._sizes)
             self.cka = cka_matrix(self.experts.outputs, rows, self.spec.cka_measures, block=block)
             self.rows = []
-        if self.spec.surrogates is not None and not self.surrogates:
-            self.surrogates = fit_surrogates(
+        if self.spec.surrogates is not None and "surrogate_bias" not in self.fitted:
+            self.fitted = fit_surrogates(
                 self._sums_of_surrogates(self.spec.surrogates),
                 self._ranks,
                 self.spec.surrogates.rank,
                 self.experts.expert_bytes,
             )
             self._surrogate_sums = None
+        if "error_similarity" not in self.fitted:
+            self.fitted |= fit_rules(
+                self.sample,
+                self.experts.outputs,
+                self.block,
+                self.leading_similarity(),
+                self._surrogates(),
+            )
+            self.sample.parts = {}
+
+    def leading_similarity(self) -> torch.Tensor:
+        """float32 [E, E], once everything is collected."""
+        first = self.spec.measures[0]
+        return similarity(self.moments, first) if first in MOMENT_MEASURES else self.cka[first]
+
+    def _surrogates(self) -> Surrogates | None:
+        if "surrogate_bias" not in self.fitted:
+            return None
+        bias = self.fitted["surrogate_bias"]
+        none = bias.new_zeros(bias.shape[0], 0, bias.shape[1])
+        inward, outward = (self.fitted.get(f"surrogate_{way}", none) for way in ("in", "out"))
+        return inward, outward, bias
 
     def _sums_of_surrogates(self, spec: SurrogateSpec) -> SurrogateSums:
         if self._surrogate_sums is None:
@@ -184,7 +221,8 @@ class LayerCollector:
             if _count(parts):
                 kept[name] = torch.cat(parts)
         kept |= {f"cka.{name}": matrix for name, matrix in self.cka.items()}
-        kept |= {f"{FITTED}{name}": table for name, table in self.surrogates.items()}
+        kept |= {f"{FITTED}{name}": table for name, table in self.fitted.items()}
+        kept |= {f"{_SAMPLE}{name}": part for name, part in self.sample.parts.items()}
         if self._surrogate_sums is not None:
             kept |= {f"{_SUMS}{name}": t for name, t in self._surrogate_sums.sums.items()}
         return kept
@@ -197,11 +235,11 @@ class LayerCollector:
         self.stream.restore(kept)
         for name in ("pending", "pending_routed", "rows"):
             setattr(self, name, [kept[name].to(self.device)] if name in kept else [])
-        self.cka = {n.removeprefix("cka."): t for n, t in kept.items() if n.startswith("cka.")}
-        self.surrogates = {
-            n.removeprefix(FITTED): t for n, t in kept.items() if n.startswith(FITTED)
-        }
-        sums = {n.removeprefix(_SUMS): t for n, t in kept.items() if n.startswith(_SUMS)}
+        self.cka = _below("cka.", kept)
+        self.fitted = _below(FITTED, kept)
+        sample = _below(_SAMPLE, kept)
+        self.sample.restore({name: part.to(self.device) for name, part in sample.items()})
+        sums = _below(_SUMS, kept)
         if sums and self.spec.surrogates is not None:
             for name, tensor in self._sums_of_surrogates(self.spec.surrogates).sums.items():
                 tensor.copy_(sums[name])
@@ -223,6 +261,10 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(
         error
     )
+
+
+def _below(prefix: str, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n.removeprefix(prefix): t for n, t in kept.items() if n.startswith(prefix)}
 
 
 def _count(parts: list[torch.Tensor]) -> int:

@@ -20,6 +20,7 @@ from rich.progress import (
 
 from sere_sglang.calibration import CalibrationJob, Interrupted, calibrate
 from sere_sglang.profile.surrogate_report import surrogate_reports
+from sere_sglang.schedule.auto_rule import choose_rule
 
 
 def run(job: CalibrationJob) -> None:
@@ -62,6 +63,7 @@ def run(job: CalibrationJob) -> None:
         raise typer.Exit(130) from None
     for layer in surrogate_reports(profile):
         console.print(layer.line(), soft_wrap=True, highlight=False)
+    console.print(f"--sere-rule auto is {choose_rule(profile)}", soft_wrap=True, highlight=False)
     size = job.out.stat().st_size / 1024
     console.print(
         f"Wrote {job.out}: {len(profile.similarity)} layers, {profile.num_experts} experts, "

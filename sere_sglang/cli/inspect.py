@@ -33,6 +33,7 @@ def command(
     from rich.console import Console
 
     from sere_sglang.profile import report
+    from sere_sglang.profile.rule_report import rule_reports
     from sere_sglang.profile.surrogate_report import surrogate_reports
 
     loaded = _load(profile)
@@ -46,6 +47,7 @@ def command(
             for other in report.measures_of(loaded)[1:]
         },
         "surrogates": [r.as_dict() for r in surrogate_reports(loaded)],
+        "rules": [r.as_dict() for r in rule_reports(loaded)],
     }
     if compare is not None:
         other = report.matrices_of(_load(compare), measure)
@@ -62,6 +64,7 @@ def command(
     _print_active(console, facts["expected_active"])
     _print_measures(console, facts["measures"], report.measures_of(loaded)[0])
     _print_surrogates(console, facts["surrogates"])
+    _print_rules(console, facts["rules"], loaded)
     if compare is not None:
         _print_comparison(console, facts["compare"], compare)
     if plot is not None:
@@ -187,6 +190,35 @@ def _print_surrogates(console: Console, layers: list[dict[str, Any]]) -> None:
             f"{row['to_mean']} to the mean, {row['to_nothing']} to nothing",
         )
     console.print(table)
+
+
+def _print_rules(console: Console, layers: list[dict[str, Any]], profile: SereProfile) -> None:
+    if not layers:
+        return
+    from sere_sglang.profile.rule_errors import overall
+    from sere_sglang.profile.rule_report import NAMES
+    from sere_sglang.schedule.auto_rule import choose_rule
+
+    table = _table(
+        console,
+        "squared error of the layer's output on held-out tokens, as a share of its energy, where "
+        "rules load equally many experts; and energy's fill weight, exponent, surrogates' strength",
+        ["layer", *NAMES, "a", "gamma", "strength"],
+        ["errs least"],
+    )
+    for row in layers:
+        errors = row["errors"]
+        weights = (f"{row[name]:g}" for name in ("fill", "renormalize", "compensation"))
+        told = (f"{errors[name]:.3g}" if name in errors else "-" for name in NAMES)
+        table.add_row(str(row["layer"]), *told, *weights, next(iter(errors)))
+    everywhere = {str(c): overall(errors) for c, errors in profile.rule_errors.items()}
+    if everywhere:
+        told = (f"{everywhere[name]:.3g}" if name in everywhere else "-" for name in NAMES)
+        table.add_row("all", *told, "", "", "", next(iter(everywhere)))
+    console.print(table)
+    choice = choose_rule(profile)
+    name = "energy with surrogates" if choice.surrogates else choice.rule
+    console.print(f"--sere-rule auto is {name}, where the router exposes its scores")
 
 
 def _print_comparison(console: Console, rows: list[dict[str, float]], other: Path) -> None:

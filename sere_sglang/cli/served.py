@@ -16,6 +16,7 @@ from typing import Any
 from sere_sglang.errors import PATH_SHOWN, PREFIX, SereError, cut
 from sere_sglang.measure.routing import Routing, routing_of
 from sere_sglang.measure.server import NotServing, Server, live_state, serve
+from sere_sglang.schedule.auto_rule import RuleChoice
 from sere_sglang.schedule.settings import Settings
 
 FORCING_FLAG = "--enable-custom-logit-processor"
@@ -79,6 +80,11 @@ class Served:
         return self.servers["sere"]
 
     @property
+    def auto_rule(self) -> RuleChoice:
+        """What ``auto`` is on this server."""
+        return RuleChoice(**self.state["auto_rule"])
+
+    @property
     def cannot_force(self) -> str | None:
         """Why text cannot be walked, which quality is measured by; None where it can."""
         if not self.info.get("enable_custom_logit_processor"):
@@ -96,12 +102,14 @@ class Served:
         taken, left_out = [], {}
         for routing in chosen or map(routing_of, usual):
             try:
+                own = routing.under(self.auto_rule)
                 Settings.from_state(self.state).updated(
-                    routing.settings or {},
+                    own.settings or {},
                     top_k=self.state["top_k"],
+                    auto=self.auto_rule,
                     unavailable=self.state["unavailable_rules"],
                 )
-                taken.append(routing.over(self.base))
+                taken.append(own.over(self.base))
             except SereError as error:
                 if chosen is not None:
                     raise SereError(f"--points {routing.name}: {error}") from None

@@ -13,10 +13,11 @@ import typer
 
 from sere_sglang.cli.arguments import make_folder
 from sere_sglang.errors import SereError
-from sere_sglang.names import SIMILARITY
+from sere_sglang.names import AUTO, SIMILARITY
 from sere_sglang.options import OPTIONS
 
 if TYPE_CHECKING:
+    from sere_sglang.schedule.auto_rule import RuleChoice
     from sere_sglang.schedule.settings import Settings
     from sere_sglang.schedule.simulate import Run
 
@@ -84,6 +85,7 @@ def command(
     """
     from sere_sglang.cli.drawing import can_draw
     from sere_sglang.profile import load_profile
+    from sere_sglang.schedule.auto_rule import choose_rule
     from sere_sglang.schedule.cost import StepModel
     from sere_sglang.schedule.cost_file import CostModel, check_cost_fits, load_cost
     from sere_sglang.schedule.expectation import expect, statistics_of
@@ -95,7 +97,12 @@ def command(
     check_cost_fits(file, CostModel.of_profile(loaded), cost, "--cost")
     expectation = expect(statistics_of(loaded))
     compositions = [s.composition for s in read_trace(trace)] if trace is not None else []
-    policies = _policies(expectation.top_k, rule, primary_k, quality_budget, min_gain, tpot_slo_ms)
+    auto = choose_rule(loaded)
+    if rule == AUTO:
+        print(f"auto is {auto}")
+    policies = _policies(
+        expectation.top_k, rule, auto, primary_k, quality_budget, min_gain, tpot_slo_ms
+    )
     if trace is not None and not any(c.is_decode_like for c in compositions):
         raise SereError(f"--trace {trace}: holds no decode step")
     make_folder(out)
@@ -134,6 +141,7 @@ def command(
 def _policies(
     top_k: int,
     rule: str,
+    auto: RuleChoice,
     primary_k: list[int] | None,
     quality_budget: float,
     min_gain: float,
@@ -149,6 +157,8 @@ def _policies(
         if reason is not None:
             raise SereError(f"--{option.setting.replace('_', '-')} {value}: {reason}")
     words: dict[str, Any] = {option.name: value for option, value in given.items()}
+    if rule == AUTO:
+        words[_RULE.name] = auto.rule
     asked = SereConfig(moe_backend="sere", **words)
     if primary_k and asked.rule not in OPTIONS["sere_primary_k"].rules:
         raise SereError(f"--primary-k: rule {asked.rule} has no S; drop one of the two")
@@ -159,7 +169,7 @@ def _policies(
     )
 
     def one(**changes: Any) -> Settings:
-        return base.updated(changes, top_k=top_k)
+        return base.updated(changes, top_k=top_k, auto=auto)
 
     policies = {"exact": one(enabled=False)}
     if rule == "energy":

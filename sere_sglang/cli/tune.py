@@ -18,7 +18,7 @@ from sere_sglang.cli.arguments import (
     numbers,
 )
 from sere_sglang.errors import SereError, shown
-from sere_sglang.names import AUTO, BEST_RULE, RULES
+from sere_sglang.names import AUTO, RULES
 
 _KL = 0.02
 _MOST_KL, _MOST_SPEEDUP = 10.0, 100.0
@@ -122,7 +122,6 @@ def command(
     make_folder(out)
     asked.check()
     tune = Tune(
-        asked, target, BEST_RULE if rule == AUTO else rule, batches, sequences, rounds,
-        profile_out, out, Console(stderr=True),
+        asked, target, rule, batches, sequences, rounds, profile_out, out, Console(stderr=True),
     )  # fmt: skip
     tune.run(text, column)

@@ -30,6 +30,7 @@ from sere_sglang.measure.routing import OFF, Routing
 from sere_sglang.measure.texts import Text, as_many
 from sere_sglang.measure.turns import decode_speeds
 from sere_sglang.measure.weight import Weigher
+from sere_sglang.names import AUTO
 from sere_sglang.profile import load_profile, save_profile
 from sere_sglang.profile.file import TUNED_VERSION
 
@@ -42,7 +43,8 @@ _TIMED = 3  # exact, default, tuned
 
 @dataclass(frozen=True)
 class Tune:
-    """rule: None for the server's. profile_out: None for the profile that is served."""
+    """rule: None for the server's, ``auto`` for what that is there. profile_out: None for the
+    profile that is served."""
 
     asked: Asked
     target: Target
@@ -71,7 +73,7 @@ class Tune:
                 if server.cannot_force:
                     raise SereError(f"{server.cannot_force}, so text cannot be walked; change that")
                 self._say(f"up: {server.sere.url}, {server.about['model']}")
-                rule = self._rule(server)
+                rule, server = self._rule(server)
                 profile = Path(server.about["profile"])
                 _require_writable(self.profile_out or profile)
                 name, texts = texts_of(file, column, server.tokenizer(), self.sequences)
@@ -94,13 +96,17 @@ class Tune:
         timed = (self.rounds + 1) * _TIMED if self.rounds else 0
         return len(self.batches) * (cells + 1 + timed)
 
-    def _rule(self, server: Served) -> str:
-        """Raises `SereError` for one that this server does not have."""
+    def _rule(self, server: Served) -> tuple[str, Served]:
+        """By its name, and `server` as it is tuned. Raises `SereError` for a rule that it does not
+        have."""
         rule: str = self.rule or server.state["rule"]
+        if rule == AUTO:
+            chosen = server.auto_rule.settings
+            rule, server = chosen["rule"], dataclasses.replace(server, base=server.base | chosen)
         reason = server.state["unavailable_rules"].get(rule)
         if reason is not None:
             raise SereError(f"--rule {rule}: {reason}; choose another, or start the server with it")
-        return rule
+        return rule, server
 
     def _measured(self, server: Served, texts: list[Text]) -> Measured:
         """Once for all batch sizes."""
@@ -165,7 +171,9 @@ class Tune:
         rules = dict(profile.metadata.tuning.get("rules", {}))
         rules[rule] = {"rows": rows, "about": kept}
         metadata = dataclasses.replace(
-            profile.metadata, tuning={"rules": rules}, format_version=TUNED_VERSION
+            profile.metadata,
+            tuning={"rules": rules},
+            format_version=max(profile.metadata.format_version, TUNED_VERSION),
         )
         target = self.profile_out or served_profile
         save_profile(dataclasses.replace(profile, metadata=metadata), target)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sere_sglang.errors import SereError, shown
-from sere_sglang.names import BEST_RULE
+from sere_sglang.names import AUTO as AUTO_RULE
+from sere_sglang.schedule.auto_rule import RuleChoice
 
 FORMS = (
     "S=2 or S=2/0.5 (with rho), adaptive or adaptive@0.05 (with its quality budget), auto or "
@@ -34,6 +35,12 @@ class Routing:
     def reroutes(self) -> bool:
         return self.settings is not None and self.settings["enabled"]
 
+    def under(self, auto: RuleChoice) -> Routing:
+        """The same, where it asks for rule ``auto``, with what that is on a server."""
+        if self.settings is None or self.settings.get("rule") != AUTO_RULE:
+            return self
+        return Routing(self.name, {**self.settings, **auto.settings})
+
     def over(self, base: Mapping[str, Any]) -> Routing:
         """The same with every setting it leaves open as in `base`."""
         return self if self.settings is None else Routing(self.name, {**base, **self.settings})
@@ -43,7 +50,7 @@ PLAIN = Routing("plain")
 OFF = Routing("off", {"enabled": False})
 _ADAPTIVE = {"enabled": True, "policy": "adaptive", "min_batch": 3}
 ADAPTIVE = Routing("adaptive", _ADAPTIVE | {"rule": "similarity"})
-AUTO = Routing("auto", _ADAPTIVE | {"rule": BEST_RULE})
+AUTO = Routing("auto", _ADAPTIVE | {"rule": AUTO_RULE})
 """The adaptive policy at the server's budget, under SERE's rule and under --sere-rule auto."""
 
 

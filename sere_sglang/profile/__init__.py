@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sere_sglang.profile.file import (
     FORMAT_VERSION,
+    RULES_VERSION,
     SURROGATES_VERSION,
     ProfileError,
     ProfileMetadata,
@@ -26,6 +27,7 @@ __all__ = [
     "DEFAULT_FILE_NAME",
     "FORMAT_VERSION",
     "LOADED_LAYERS",
+    "RULES_VERSION",
     "SURROGATES_VERSION",
     "MoeModelInfo",
     "ProfileError",

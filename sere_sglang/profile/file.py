@@ -26,6 +26,7 @@ from sere_sglang.errors import ProfileError, cut, shown
 from sere_sglang.profile import tables as known_tables
 from sere_sglang.profile.container import Container, open_container, sealed
 from sere_sglang.profile.loss_shares import loss_shares
+from sere_sglang.profile.rule_errors import Candidate, rule_errors
 from sere_sglang.profile.tuning import Tuning, read_tuning
 
 FORMAT_VERSION = "1.1"
@@ -33,6 +34,8 @@ SURROGATES_VERSION = "1.2"
 """Of a profile with surrogates; one without is written as before."""
 TUNED_VERSION = "1.3"
 """Of a profile that was tuned, likewise."""
+RULES_VERSION = "1.4"
+"""Of a profile that compares the rules, likewise."""
 _UNSEALED = "1.0"  # the last format without a checksum
 _VERSION = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(\w+)")
@@ -81,6 +84,12 @@ class SereProfile:
     def loss_shares(self) -> dict[int, float]:
         """Layer -> what a loss budget of ``energy`` is multiplied by there."""
         return loss_shares({layer: self.tables.get(layer, {}) for layer in self.similarity})
+
+    @functools.cached_property
+    def rule_errors(self) -> dict[Candidate, dict[int, float]]:
+        """Rule -> layer -> its error where all load equally many experts, best rule first; empty
+        where the calibration did not measure them."""
+        return rule_errors({layer: self.tables.get(layer, {}) for layer in self.similarity})
 
     @property
     def num_experts(self) -> int:
@@ -158,7 +167,7 @@ def _check_origin(path: Any, found: Container) -> None:
     if int(match[1]) > int(FORMAT_VERSION.split(".")[0]):
         raise ProfileError(
             f"{path}: profile format {version} is newer than this sere-sglang reads "
-            f"({TUNED_VERSION}); upgrade sere-sglang"
+            f"({RULES_VERSION}); upgrade sere-sglang"
         )
     if found.seal == "absent" and version != _UNSEALED:
         raise ProfileError(

@@ -10,7 +10,7 @@
     stream_energy                     [1]    float, |x|^2 of a typical token in the residual stream
                                              behind the layer; with surrogates
 
-and those of surrogates (`profile.surrogate_tables`).
+those of surrogates (`profile.surrogate_tables`) and of the rules (`profile.rule_errors`).
 
 A table of another name is of a later version, or somebody else's: nobody reads it.
 """
@@ -23,6 +23,7 @@ import torch
 
 from sere_sglang.errors import ProfileError
 from sere_sglang.profile.container import Stored
+from sere_sglang.profile.rule_errors import RULE_CHECKS, check_rule_errors
 from sere_sglang.profile.surrogate_tables import SURROGATE_CHECKS, check_surrogates
 from sere_sglang.profile.table_checks import (
     check_dtype,
@@ -73,8 +74,9 @@ def check_together(
     for layer, named in sorted(tables.items()):
         counts, by_rank = named.get("popularity"), named.get("popularity_by_rank")
         check_surrogates(f"{path}: layers.{layer}", named, experts, hidden_size)
+        check_rule_errors(f"{path}: layers.{layer}", named)
         for name, table in sorted(named.items()):
-            if name in SURROGATE_CHECKS or name == "stream_energy":
+            if name in SURROGATE_CHECKS or name in RULE_CHECKS or name == "stream_energy":
                 continue
             where = f"layers.{layer}.{name}"
             if name != "weight_by_rank" and table.shape[-1] != experts:
@@ -177,4 +179,5 @@ _CHECKS = {
     "weight_by_rank": _weight_by_rank,
     "stream_energy": _stream_energy,
     **SURROGATE_CHECKS,
+    **RULE_CHECKS,
 }

@@ -15,7 +15,7 @@ from sere_sglang.ops import COUNTER_FIELDS, LayerTable, select_impl
 from sere_sglang.ops.fused import uses_cuda
 from sere_sglang.options import SereConfig
 from sere_sglang.profile import SereProfile
-from sere_sglang.runtime.bind_rules import LayerRules, layer_rules, ranges, unavailable_rules
+from sere_sglang.runtime.bind_rules import LayerRules, layer_rules, ranges, resolve_rules
 from sere_sglang.runtime.control import ControlBlock
 from sere_sglang.runtime.counters import FIELDS
 from sere_sglang.runtime.moe_layers import (
@@ -34,6 +34,7 @@ from sere_sglang.runtime.runners import (
     runner_of,
 )
 from sere_sglang.runtime.stage import RerouteStage, Switch, bind_stage
+from sere_sglang.schedule.auto_rule import RuleChoice
 
 # Rows that can be told apart by quality; decode batches are far smaller.
 _MAX_CLASS_ROWS = 8192
@@ -43,8 +44,8 @@ _MAX_CLASS_ROWS = 8192
 class Binding:
     """The stages of one rank's model and what they share.
 
-    counters: int64 [layers, 7] (`counters.FIELDS`). unavailable: rule -> why this model cannot be
-    served under it here.
+    counters: int64 [layers, 7] (`counters.FIELDS`). auto: the rule of that name. unavailable: rule
+    -> why this model cannot be served under it here.
     """
 
     model_name: str
@@ -53,6 +54,7 @@ class Binding:
     counters: torch.Tensor
     switch: Switch
     impl: str
+    auto: RuleChoice
     unavailable: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -137,9 +139,9 @@ def bind_model(
     strict = target.type == "cuda" and config.sere_on_error != "fallback"
     impl = select_impl(target, strict=strict)
     configs = {i: routers[i].topk_config for i in sorted(layers)}
-    unavailable = unavailable_rules(target.type, config.rule, configs)
+    auto, rule, unavailable = resolve_rules(target.type, config, layers, configs, profile)
     rules: dict[int, LayerRules] = {}
-    if target.type == "cpu" or config.rule not in {SIMILARITY, *unavailable}:
+    if target.type == "cpu" or rule not in {SIMILARITY, *unavailable}:
         shares = profile.loss_shares
         rules = {i: layer_rules(layers[i], configs[i], profile, target, shares[i]) for i in configs}
     control = ControlBlock(
@@ -188,7 +190,7 @@ def bind_model(
         bind_stage(topk_config, stage)
         bind_stage(layers[layer_id], stage)
         stages.append(stage)
-    return Binding(name, stages, control, counters, switch, impl, unavailable)
+    return Binding(name, stages, control, counters, switch, impl, auto, unavailable)
 
 
 def _distinct(layer: Any, config: SereConfig) -> bool:

@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 
-from sere_sglang.names import RULES, SIMILARITY
+from sere_sglang.names import AUTO, RULES, SIMILARITY
 from sere_sglang.ops.rule_ops import why_unavailable
 from sere_sglang.ops.rules import load_rules
 from sere_sglang.ops.surrogates import Surrogates
+from sere_sglang.options import SereConfig
 from sere_sglang.profile import SereProfile
+from sere_sglang.profile.rule_errors import energy_weights
 from sere_sglang.runtime.graph_rules import GraphRules, RuleWords
 from sere_sglang.runtime.rule_stage import RuleStage, exposes_scores
 from sere_sglang.runtime.runners import output_factor, output_share, scales_weights
+from sere_sglang.schedule.auto_rule import RuleChoice, choose_rule
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +45,38 @@ class LayerRules:
             counters=counters,
             surrogates=self.surrogates,
             share=self.share,
+            weights=self.words.weights,
         )
 
     def in_graphs(self, block: torch.Tensor, counters: torch.Tensor) -> GraphRules:
         """For a GPU; block: where its words will be."""
         return GraphRules(self.layer_id, self.words, block, counters, self.surrogates, self.share)
+
+
+def resolve_rules(
+    device_type: str,
+    config: SereConfig,
+    layers: Mapping[int, Any],
+    configs: Mapping[int, Any],
+    profile: SereProfile,
+) -> tuple[RuleChoice, str, dict[str, str]]:
+    """What ``auto`` is here; the rule that the server starts under; and `unavailable_rules` of it.
+
+    layers: layer id -> ``FusedMoE``. configs: layer id -> ``TopKConfig``.
+    """
+    unavailable = unavailable_rules(device_type, config.rule, configs)
+    not_at_start = {}
+    if config.policy == "static":  # whose B nobody can have given
+        not_at_start["budget"] = "--sere-policy static needs --sere-max-experts"
+    auto = choose_rule(
+        profile,
+        has_scores=all(map(exposes_scores, configs.values())),
+        unavailable=not_at_start | unavailable,
+        surrogates=config.sere_surrogates is not False
+        and all(output_factor(layers[i], configs[i]) is not None for i in configs),
+    )
+    rule = auto.rule if config.rule == AUTO else config.rule
+    return auto, rule, unavailable_rules(device_type, rule, configs)
 
 
 def unavailable_rules(device_type: str, asked: str, configs: Mapping[int, Any]) -> dict[str, str]:
@@ -90,6 +120,7 @@ def layer_rules(
     """
     tables = profile.tables.get(layer.layer_id, {})
     surrogates, share = _surrogates(tables, device), output_share(layer)
+    weights = energy_weights(tables)
     factor = output_factor(layer, topk_config)
     if surrogates is not None and factor is None:
         logger.warning(
@@ -105,9 +136,10 @@ def layer_rules(
             loss_unit=_mass(tables.get("weight_by_rank"), topk_config) ** 2 * loss_share,
             has_scores=exposes_scores(topk_config),
             has_surrogates=surrogates is not None,
+            weights=weights,
         ),
         surrogates=surrogates,
-        share=share * (factor or 1.0),
+        share=share * (factor or 1.0) * weights.compensation,
     )
 
 

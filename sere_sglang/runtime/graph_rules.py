@@ -16,6 +16,7 @@ from sere_sglang.ops.rule_block import RULE_WORDS, encode_rule
 from sere_sglang.ops.rule_ops import add_compensation_, apply_rule_, begin_compensation
 from sere_sglang.ops.rules_call import MAX_ROWS, LostSlots
 from sere_sglang.ops.surrogates import Surrogates
+from sere_sglang.profile.rule_errors import UNFITTED, EnergyWeights
 from sere_sglang.runtime.rule_stage import RuleForward, options_of, scores_of
 from sere_sglang.schedule.point import OperatingPoint
 
@@ -25,13 +26,14 @@ class RuleWords:
     """How a layer's rule block is written.
 
     num_experts, loss_unit: as `RuleStage`. has_scores: its router exposes them.
-    has_surrogates: of its experts.
+    has_surrogates: of its experts. weights: of ``energy`` without them.
     """
 
     num_experts: int
     loss_unit: float
     has_scores: bool
     has_surrogates: bool
+    weights: EnergyWeights = UNFITTED
 
     def of(
         self, point: OperatingPoint, *, fast_keep: int, surrogates: bool, classes: bool
@@ -48,6 +50,7 @@ class RuleWords:
             fast_keep=fast_keep,
             compensates=compensates,
             has_scores=self.has_scores,
+            weights=self.weights,
         )
         return encode_rule(point.rule, lost=compensates, classes=classes, **options).numpy()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sere_sglang.config import live_settings, quality_rules
 from sere_sglang.errors import SereError
-from sere_sglang.names import RowClass
+from sere_sglang.names import AUTO, RowClass
 from sere_sglang.options import SereConfig
 from sere_sglang.profile import SereProfile
 from sere_sglang.runtime.bind import Binding
@@ -54,6 +54,10 @@ class SereRuntime:
     ) -> None:
         """config: resolved. Raises `SereError` for a rule that cannot be had here."""
         self.config = config
+        if config.rule == AUTO:
+            chosen = binding.auto.settings
+            config = dataclasses.replace(config, **{f"sere_{n}": v for n, v in chosen.items()})
+            logger.info("--sere-rule auto is %s", binding.auto)
         self.settings = live_settings(config)
         self.quality_rules = quality_rules(config)
         self.binding = binding
@@ -212,7 +216,10 @@ class SereRuntime:
     def settings_with(self, changes: Mapping[str, Any]) -> Settings:
         """The settings after `changes`, validated; raises `SereError` and changes nothing."""
         return self.settings.updated(
-            changes, top_k=self.top_k, unavailable=self.binding.unavailable
+            changes,
+            top_k=self.top_k,
+            auto=self.binding.auto,
+            unavailable=self.binding.unavailable,
         )
 
     def prepared(self, changes: Mapping[str, Any]) -> Callable[[], None]:

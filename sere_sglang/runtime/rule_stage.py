@@ -15,12 +15,10 @@ from sere_sglang.names import RowClass
 from sere_sglang.ops.rules import Implementation
 from sere_sglang.ops.rules_call import RuleCall
 from sere_sglang.ops.surrogates import Surrogates, compensate_
+from sere_sglang.profile.rule_errors import UNFITTED, EnergyWeights
 from sere_sglang.schedule.point import OperatingPoint
 
-FILL_WEIGHT, RENORMALIZE = 0.5, 0.25
-"""a and gamma of ``energy`` without surrogates, measured on the demo model; 0 and 0 with them."""
-
-_SCORES = {
+SCORES = {
     "softmax": lambda logits: logits.softmax(dim=-1, dtype=torch.float32),  # one launch
     "sigmoid": lambda logits: logits.float().sigmoid(),
     "sqrtsoftplus": lambda logits: torch.nn.functional.softplus(logits.float()).sqrt(),
@@ -51,6 +49,7 @@ def options_of(
     fast_keep: int,
     compensates: bool,
     has_scores: bool,
+    weights: EnergyWeights,
 ) -> dict[str, Any]:
     """Of a layer's own point: the options of `RuleCall` and `encode_rule` that say how hard.
 
@@ -59,6 +58,7 @@ def options_of(
         fast_keep: S of fast rows.
         compensates: surrogates make up for what is lost.
         has_scores: the router exposes what lost slots can be filled by.
+        weights: the layer's.
     """
     fills = point.rule == "energy" and has_scores and not compensates
     return {
@@ -66,8 +66,8 @@ def options_of(
         "fast_keep": fast_keep if point.primary_k else 1,
         "budget": min(point.experts, num_experts) or num_experts,
         "loss": point.loss * loss_unit,
-        "fill_weight": FILL_WEIGHT if fills else 0.0,
-        "renormalize": 0.0 if compensates else RENORMALIZE,
+        "fill_weight": weights.fill if fills else 0.0,
+        "renormalize": 0.0 if compensates else weights.renormalize,
     }
 
 
@@ -78,6 +78,7 @@ class RuleStage:
     loss_unit: squared routing weight per row that a loss budget of 1 is: the square of what a row's
         weights add up to, times the layer's share of loss budgets (`profile.loss_shares`).
     share: of what the surrogates compute, this rank's; ranks add their outputs up.
+    weights: of ``energy`` without surrogates.
     counters: int64 ``[7]`` (`Implementation.apply`).
     """
 
@@ -88,6 +89,7 @@ class RuleStage:
     counters: torch.Tensor
     surrogates: Surrogates | None = None
     share: float = 1.0
+    weights: EnergyWeights = UNFITTED
     lost: torch.Tensor | None = field(default=None, init=False)
     """Of the forward that is running, until `compensation` has used it up."""
 
@@ -128,6 +130,7 @@ class RuleStage:
                     fast_keep=forward.fast_keep,
                     compensates=compensates,
                     has_scores=scores is not None,
+                    weights=self.weights,
                 ),
             ),
             self.counters,
@@ -157,12 +160,12 @@ def scores_of(
     """float32 ``[T, E]`` of a router's logits; None where it exposes none."""
     if logits is None or not exposes_scores(topk_config) or logits.shape[-1] != num_experts:
         return None
-    return _SCORES[topk_config.scoring_func](logits).contiguous()
+    return SCORES[topk_config.scoring_func](logits).contiguous()
 
 
 def exposes_scores(topk_config: Any) -> bool:
     """Whether a ``TopKConfig`` says how its router makes scores of logits."""
-    return topk_config.custom_routing_function is None and topk_config.scoring_func in _SCORES
+    return topk_config.custom_routing_function is None and topk_config.scoring_func in SCORES
 
 
 def _rows_of(kind: RowClass, classes: torch.Tensor | None, rows: int) -> torch.Tensor | None:

@@ -53,6 +53,7 @@ def essential_state(active: SereRuntime) -> dict[str, Any]:
     return {
         **dataclasses.asdict(active.settings),
         "top_k": active.top_k,
+        "auto_rule": dataclasses.asdict(active.binding.auto),
         "failed": active.health.failed or active.health.trouble,
         "braked": active.brake.pulled,
         "shadow_report": None

@@ -9,9 +9,10 @@ from types import MappingProxyType
 from typing import Any
 
 from sere_sglang.errors import SereError, shown
-from sere_sglang.names import AUTO, BEST_RULE
+from sere_sglang.names import AUTO
 from sere_sglang.option import fault
 from sere_sglang.options import LIVE
+from sere_sglang.schedule.auto_rule import RuleChoice
 
 COMMANDS = ("reset_counters",)
 _NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -46,11 +47,16 @@ class Settings:
         return cls(**{f.name: state[f.name] for f in dataclasses.fields(cls)})
 
     def updated(
-        self, changes: Mapping[str, Any], *, top_k: int, unavailable: Mapping[str, str] = _NOTHING
+        self,
+        changes: Mapping[str, Any],
+        *,
+        top_k: int,
+        auto: RuleChoice,
+        unavailable: Mapping[str, str] = _NOTHING,
     ) -> Settings:
-        """A validated copy; `COMMANDS` are not settings and pass through. unavailable: rules that
-        this server does not have, with the reason. Raises `SereError` naming the key; nothing is
-        applied then."""
+        """A validated copy; `COMMANDS` are not settings and pass through. auto: the rule of that
+        name. unavailable: rules that this server does not have, with the reason. Raises `SereError`
+        naming the key; nothing is applied then."""
         for command in COMMANDS:
             _require(command, fault(changes.get(command, True), bool, None), changes)
         changes = {key: value for key, value in changes.items() if key not in COMMANDS}
@@ -61,8 +67,8 @@ class Settings:
                 raise SereError(f"unknown key {shown(key)}; known: {every}")
         if "quality_budget" in changes:  # who names a budget means that one
             changes.setdefault("tuned", False)
-        if changes.get("rule") == AUTO:
-            changes["rule"] = BEST_RULE
+        if changes.get("rule") == AUTO:  # who says surrogates too means that
+            changes = {**auto.settings, **changes, "rule": auto.rule}
         new = dataclasses.replace(self, **changes)
         new.check(top_k=top_k)
         new.require_rule(unavailable)

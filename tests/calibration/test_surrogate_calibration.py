@@ -54,7 +54,7 @@ def profile(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_profile_with_surrogates(profile: Path, model: Path) -> None:
     loaded = load_profile(profile)
-    assert loaded.metadata.format_version == "1.2"
+    assert loaded.metadata.format_version == "1.4"
     assert loaded.metadata.method_parameters["surrogate_rank"] == 8
     reports = surrogate_reports(loaded)
     assert [r.layer for r in reports] == moe_layer_ids(MODEL)
@@ -74,11 +74,12 @@ def test_a_profile_with_surrogates(profile: Path, model: Path) -> None:
         assert shares == sorted(shares) and report.stored >= report.mean
 
 
-def test_without_the_flag_a_profile_is_as_before(model: Path, profile: Path) -> None:
+def test_without_the_flag_a_profile_has_none(model: Path, profile: Path) -> None:
     job = job_with(model, profile.with_name("plain"), None)
     calibrate(dataclasses.replace(job, spec=CollectionSpec(memory=1 << 24)))
     plain, with_them = load_profile(job.out), load_profile(profile)
-    assert plain.metadata.format_version == "1.1"
+    assert plain.metadata.format_version == "1.4"
+    assert all(candidate.surrogates is False for candidate in plain.rule_errors)
     assert b"surrogate" not in job.out.read_bytes()
     assert b"expert_energy" not in job.out.read_bytes()
     assert surrogate_reports(plain) == []

@@ -20,10 +20,16 @@ from sere_sglang.patches.number_keys import PREFIX, flatten, unflatten
 from sere_sglang.schedule.request_quality import KEY, QualityRules, RowClass
 from sere_sglang.schedule.settings import Settings
 from tests.fuzz.outcome import cases, outcome
+from tests.schedule.toy_model import AUTO
 
 TOP_K = 4
 START = live_settings(resolved(SereConfig(moe_backend="sere"), top_k=TOP_K))
-STATE = {**dataclasses.asdict(START), "top_k": TOP_K, "unavailable_rules": {"budget": "of no use"}}
+STATE = {
+    **dataclasses.asdict(START),
+    "top_k": TOP_K,
+    "auto_rule": dataclasses.asdict(AUTO),
+    "unavailable_rules": {"budget": "of no use"},
+}
 
 KEYS = st.one_of(
     st.sampled_from([*(f.name for f in dataclasses.fields(Settings)), "reset_counters", "stop"]),
@@ -42,7 +48,9 @@ LEAVES = st.one_of(
     NUMBERS,
     st.none(),
     st.booleans(),
-    st.sampled_from(["static", "adaptive", "slo", "energy", "budget", "exact", "fast", "x" * 9000]),
+    st.sampled_from(
+        ["static", "adaptive", "slo", "energy", "budget", "auto", "exact", "fast", "x" * 9000]
+    ),
     st.text(max_size=80),
 )
 VALUES = st.recursive(
@@ -66,9 +74,11 @@ def _receive(body: bytes) -> dict[str, Any]:
         numbers |= flatten(asked)
     ours, rest = unflatten(json.loads(json.dumps(numbers)))
     assert not any(key.startswith(PREFIX) for key in rest)
-    new = START.updated(ours, top_k=TOP_K, unavailable=STATE["unavailable_rules"])
+    new = START.updated(ours, top_k=TOP_K, auto=AUTO, unavailable=STATE["unavailable_rules"])
     if asked is not None:
-        assert new == START.updated(asked, top_k=TOP_K), "a scheduler has what was asked for"
+        assert new == START.updated(asked, top_k=TOP_K, auto=AUTO), (
+            "a scheduler has what was asked for"
+        )
     return ours
 
 
@@ -93,7 +103,9 @@ def test_numbers_on_their_way_to_a_scheduler(numbers: dict[str, float]) -> None:
     ours, _ = outcome(lambda: unflatten(numbers))
     if ours is not None:
         outcome(
-            lambda: START.updated({k: v for k, v in ours[0].items() if k != "stop"}, top_k=TOP_K)
+            lambda: START.updated(
+                {k: v for k, v in ours[0].items() if k != "stop"}, top_k=TOP_K, auto=AUTO
+            )
         )
 
 

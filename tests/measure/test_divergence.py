@@ -72,7 +72,7 @@ def test_intervals_of_shares_are_the_published_ones() -> None:
         ("S=1/0.5", {"primary_k": 1, "threshold": 0.5}),
         ("adaptive", {"policy": "adaptive", "rule": "similarity"}),
         ("adaptive@0.05", {"policy": "adaptive", "quality_budget": 0.05}),
-        ("auto@0.1", {"policy": "adaptive", "rule": "energy", "quality_budget": 0.1}),
+        ("auto@0.1", {"policy": "adaptive", "rule": "auto", "quality_budget": 0.1}),
         ("piggyback=2", {"policy": "static", "rule": "piggyback", "primary_k": 2}),
         ("energy=0.05", {"policy": "static", "rule": "energy", "quality_budget": 0.05}),
         ("budget=12", {"policy": "static", "rule": "budget", "max_experts": 12}),

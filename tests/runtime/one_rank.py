@@ -15,6 +15,7 @@ from sere_sglang.runtime.control import ControlBlock
 from sere_sglang.runtime.counters import FIELDS
 from sere_sglang.runtime.rank import SereRuntime
 from sere_sglang.runtime.stage import RerouteStage, Switch
+from sere_sglang.schedule.auto_rule import choose_rule
 from sere_sglang.schedule.cost import MoeCost
 
 PROFILE = Path(__file__).resolve().parents[2] / "demo_model" / "sere_profile.safetensors"
@@ -48,7 +49,7 @@ def one_rank(config: SereConfig) -> SereRuntime:
         num_experts=profile.num_experts,
         top_k=TOP_K,
     )
-    binding = Binding("none", stages, control, counters, switch, "none")
+    binding = Binding("none", stages, control, counters, switch, "none", choose_rule(profile))
     made = SereRuntime(asked, binding, profile, cost)
     made.note_captured()
     return made

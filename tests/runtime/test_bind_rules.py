@@ -10,9 +10,15 @@ import torch
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatcher
 
 from sere_sglang.errors import SereError
+from sere_sglang.options import SereConfig
 from sere_sglang.runtime import bind_rules
 from sere_sglang.runtime.bind import Binding
-from sere_sglang.runtime.bind_rules import OTHERS, layer_rules, unavailable_rules
+from sere_sglang.runtime.bind_rules import (
+    OTHERS,
+    layer_rules,
+    resolve_rules,
+    unavailable_rules,
+)
 from sere_sglang.runtime.runners import output_factor, output_share
 
 
@@ -64,6 +70,43 @@ def test_routers_without_scores_are_named_everywhere(monkeypatch: pytest.MonkeyP
         assert found == dict.fromkeys(("piggyback", "budget"), reason)
 
 
+@pytest.mark.parametrize(
+    ("device", "router", "policy", "auto"),
+    [
+        ("cpu", {}, None, "energy"),
+        ("cuda", {}, None, "energy"),
+        ("xpu", {}, None, "similarity"),
+        ("cpu", {"custom_routing_function": print}, None, "similarity"),
+        ("cuda", {"scoring_func": "of its own"}, None, "similarity"),
+        ("cpu", {}, "static", "energy"),
+    ],
+)
+def test_auto_starts_under_what_can_be_had(
+    monkeypatch: pytest.MonkeyPatch, device: str, router: Any, policy: str | None, auto: str
+) -> None:
+    monkeypatch.setattr(bind_rules, "why_unavailable", lambda device: None)
+    config = SereConfig(moe_backend="sere", sere_rule="auto", sere_policy=policy)
+    choice, rule, unavailable = resolve_rules(
+        device, config, {0: _layer(), 3: _layer()}, {0: _router(), 3: _router(**router)}, _profile()
+    )
+    assert rule == choice.rule == auto and rule not in unavailable
+    # The CUDA graphs of a server that starts under similarity have no others.
+    assert ("energy" in unavailable) == (device != "cpu" and auto == "similarity")
+
+
+def test_auto_is_known_where_another_rule_was_asked_for() -> None:
+    config = SereConfig(moe_backend="sere", sere_rule="topk")
+    choice, rule, _ = resolve_rules("cpu", config, {0: _layer()}, {0: _router()}, _profile())
+    assert rule == "topk" and choice.rule == "energy" and choice.surrogates
+
+
+def test_auto_leaves_surrogates_out_that_cannot_be_scaled() -> None:
+    config = SereConfig(moe_backend="sere", sere_rule="auto")
+    layer = _layer(2.5, dispatcher=SimpleNamespace())
+    choice, _, _ = resolve_rules("cpu", config, {0: layer}, {0: _router()}, _profile())
+    assert choice.rule == "energy" and not choice.surrogates
+
+
 def test_outputs_that_are_added_up_get_a_share_each() -> None:
     assert output_share(_layer()) == 0.5
     assert output_share(_layer(moe_ep_size=2)) == 0.25
@@ -84,7 +127,7 @@ def test_what_the_runner_multiplies_by_is_multiplied_by_too() -> None:
 
 def _profile() -> Any:
     tables = {"surrogate_bias": torch.zeros(4, 8), "weight_by_rank": torch.tensor([0.5, 0.3])}
-    return SimpleNamespace(similarity={0: torch.eye(4)}, tables={0: tables})
+    return SimpleNamespace(similarity={0: torch.eye(4)}, tables={0: tables}, rule_errors={})
 
 
 def test_losses_are_shares_of_what_the_routers_weights_add_up_to() -> None:
@@ -114,7 +157,7 @@ def test_layers_whose_surrogates_nobody_adds_are_named() -> None:
         for i, lost in enumerate((None, torch.zeros(1, 2), torch.zeros(1, 2)))
     ]
     nothing: Any = None
-    binding = Binding("SomeMoe", stages, nothing, nothing, nothing, "triton")
+    binding = Binding("SomeMoe", stages, nothing, nothing, nothing, "triton", nothing)
     with pytest.raises(SereError, match=r"layer\(s\) 1-2 of SomeMoe ran without passing FusedMoE"):
         binding.check_all_ran()
     for stage in stages:

@@ -13,11 +13,13 @@ from sere_sglang.names import RowClass
 from sere_sglang.ops.rules import applied, load_rules
 from sere_sglang.ops.rules_check import checked
 from sere_sglang.ops.surrogates import Surrogates
+from sere_sglang.profile.rule_errors import EnergyWeights
 from sere_sglang.runtime.counters import FIELDS, LOSS_UNIT
-from sere_sglang.runtime.rule_stage import FILL_WEIGHT, RENORMALIZE, RuleForward, RuleStage
+from sere_sglang.runtime.rule_stage import RuleForward, RuleStage
 from sere_sglang.schedule.point import OFF, OperatingPoint
 
 ROWS, EXPERTS, TOP_K, SIZE = 9, 12, 4, 16
+WEIGHTS = EnergyWeights(fill=0.75, renormalize=0.5)
 
 
 def _config(scoring: str, **more: Any) -> SimpleNamespace:
@@ -28,7 +30,8 @@ def _config(scoring: str, **more: Any) -> SimpleNamespace:
 
 def _stage(surrogates: Surrogates | None = None) -> RuleStage:
     counters = torch.zeros(len(FIELDS), dtype=torch.int64)
-    return RuleStage(3, EXPERTS, 2.25, load_rules("auto", "cpu"), counters, surrogates)
+    implementation = load_rules("auto", "cpu")
+    return RuleStage(3, EXPERTS, 2.25, implementation, counters, surrogates, weights=WEIGHTS)
 
 
 def _routed(scores: torch.Tensor, factor: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +61,7 @@ def test_is_the_public_function_on_the_routers_scores(point: OperatingPoint, sco
     call = checked(
         point.rule, ids, weights, scores=scores, k0=point.primary_k or None,
         budget=point.experts or None, loss=min(1.0, point.loss * 2.25), num_valid=7,
-        fill_weight=FILL_WEIGHT, renormalize=RENORMALIZE,
+        fill_weight=WEIGHTS.fill, renormalize=WEIGHTS.renormalize,
         protected=torch.arange(ROWS) == 1, fast=torch.arange(ROWS) == 2,
     )  # fmt: skip
     want = applied(call)
@@ -81,7 +84,12 @@ def test_a_router_without_scores_drops_without_filling() -> None:
     closed = _config("softmax", custom_routing_function=lambda: None)
     ids, weights = _routed(logits.softmax(-1))
     want = apply_rule(
-        "energy", ids, weights, scores=logits.softmax(-1), loss=0.1 * 2.25, renormalize=RENORMALIZE
+        "energy",
+        ids,
+        weights,
+        scores=logits.softmax(-1),
+        loss=0.1 * 2.25,
+        renormalize=WEIGHTS.renormalize,
     )
     _stage().apply(ids, weights, logits, closed, RuleForward(OperatingPoint(
         True, rule="energy", loss=0.1), -1, None, 1, True))  # fmt: skip

@@ -17,6 +17,7 @@ from sere_sglang.names import policy_names
 from sere_sglang.options import SereConfig
 from sere_sglang.profile.tuning import Tuning
 from sere_sglang.schedule.adaptive import AdaptivePolicy
+from sere_sglang.schedule.auto_rule import RuleChoice
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost, StepModel
 from sere_sglang.schedule.feedback import NO_FEEDBACK, Feedback
@@ -25,7 +26,16 @@ from sere_sglang.schedule.point import OFF, SIMILARITY, OperatingPoint
 from sere_sglang.schedule.policy import PolicyContext, choose
 from sere_sglang.schedule.registry import make_policy
 from sere_sglang.schedule.settings import Settings
-from tests.schedule.toy_model import COST, EXPERTS, LAYERS, TOP_K, decode, expectation, settings
+from tests.schedule.toy_model import (
+    AUTO,
+    COST,
+    EXPERTS,
+    LAYERS,
+    TOP_K,
+    decode,
+    expectation,
+    settings,
+)
 
 CONTEXT = PolicyContext(expectation(), COST)
 ADAPTIVE = AdaptivePolicy(expectation(), COST)
@@ -92,9 +102,9 @@ def test_adaptive_takes_what_the_profile_was_tuned_to() -> None:
 
 def test_who_names_a_budget_means_that_one() -> None:
     now = settings(tuned=True)
-    assert not now.updated({"quality_budget": 0.1}, top_k=TOP_K).tuned
-    assert now.updated({"quality_budget": 0.1, "tuned": True}, top_k=TOP_K).tuned
-    assert now.updated({"primary_k": 1}, top_k=TOP_K).tuned
+    assert not now.updated({"quality_budget": 0.1}, top_k=TOP_K, auto=AUTO).tuned
+    assert now.updated({"quality_budget": 0.1, "tuned": True}, top_k=TOP_K, auto=AUTO).tuned
+    assert now.updated({"primary_k": 1}, top_k=TOP_K, auto=AUTO).tuned
     asked = SereConfig(moe_backend="sere", sere_quality_budget=0.05)
     assert live_settings(resolved(asked, top_k=TOP_K)).tuned is False
 
@@ -165,8 +175,19 @@ def test_whatever_the_batch_the_loss_stays_within_the_budget(
 )
 def test_wrong_settings_are_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(SereError) as refusal:
-        settings().updated(changes, top_k=TOP_K)
+        settings().updated(changes, top_k=TOP_K, auto=AUTO)
     assert named in str(refusal.value)
+
+
+def test_auto_is_what_the_server_says_it_is() -> None:
+    before = settings(rule="similarity", surrogates=False)
+    new = before.updated({"rule": "auto"}, top_k=TOP_K, auto=AUTO)
+    assert (new.rule, new.surrogates) == ("energy", True)
+    new = before.updated({"rule": "auto", "surrogates": False}, top_k=TOP_K, auto=AUTO)
+    assert (new.rule, new.surrogates) == ("energy", False), "who names a setting means that"
+    other = RuleChoice("piggyback", False, "")
+    new = settings().updated({"rule": "auto"}, top_k=TOP_K, auto=other)
+    assert new.rule == "piggyback" and new.surrogates, "which piggyback does not look at"
 
 
 def test_settings_survive_the_trip_through_numbers() -> None:
@@ -185,7 +206,7 @@ def test_settings_survive_the_trip_through_numbers() -> None:
     numbers = {key: float(value) for key, value in flatten(changes).items()}
     ours, rest = unflatten(numbers | {"pp_max_micro_batch_size": 8})
     assert ours == changes and rest == {"pp_max_micro_batch_size": 8}
-    assert isinstance(settings().updated(ours, top_k=TOP_K), Settings)
+    assert isinstance(settings().updated(ours, top_k=TOP_K, auto=AUTO), Settings)
 
 
 def test_third_parties_are_listed_after_ours() -> None:

@@ -19,7 +19,7 @@ from sere_sglang.schedule.shadow import (
     divergence_at_least,
     taken_from,
 )
-from tests.schedule.toy_model import TOP_K, settings
+from tests.schedule.toy_model import AUTO, TOP_K, settings
 
 STEPS = 200
 
@@ -130,9 +130,9 @@ def test_the_brake_waits_until_it_is_sure() -> None:
 
 def test_a_brake_needs_a_shadow() -> None:
     with pytest.raises(SereError, match="max_kl needs shadow"):
-        settings().updated({"max_kl": 0.1}, top_k=TOP_K)
-    on = settings().updated({"max_kl": 0.1, "shadow": 0.01}, top_k=TOP_K)
+        settings().updated({"max_kl": 0.1}, top_k=TOP_K, auto=AUTO)
+    on = settings().updated({"max_kl": 0.1, "shadow": 0.01}, top_k=TOP_K, auto=AUTO)
     with pytest.raises(SereError, match="max_kl needs shadow"):
-        on.updated({"shadow": 0.0}, top_k=TOP_K)
+        on.updated({"shadow": 0.0}, top_k=TOP_K, auto=AUTO)
     with pytest.raises(SereError, match="unknown key 'shadow_kl'"):
-        on.updated({"shadow_kl": 0.0}, top_k=TOP_K)
+        on.updated({"shadow_kl": 0.0}, top_k=TOP_K, auto=AUTO)

@@ -11,6 +11,7 @@ import numpy as np
 from sere_sglang.config import live_settings
 from sere_sglang.config_check import resolved
 from sere_sglang.options import SereConfig
+from sere_sglang.schedule.auto_rule import RuleChoice
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.expectation import Expectation, LayerStatistics, expect
@@ -21,6 +22,7 @@ ENERGY = np.arange(TOP_K, 0, -1) ** 2 / np.sum(np.arange(TOP_K, 0, -1) ** 2)
 COST = MoeCost.from_bandwidth(
     expert_ms=0.1, slot_ms=0.001, num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K
 )
+AUTO = RuleChoice("energy", True, "it is a toy")
 
 
 @functools.cache
