@@ -28,7 +28,8 @@ STRENGTHS = tuple(i / 20 for i in range(21))
 """... and for what surrogates are multiplied by."""
 
 COHERENT = 30.0
-"""How much more it costs to lose length than the same error in another direction; see `_Sums`."""
+"""How much more it costs to lose length than the same error in another direction; see `_Sums`.
+Chosen by the KL of two models, docs/quality.md."""
 
 _DEGREES = (1 / 6, 2 / 6, 3 / 6, 4 / 6)  # S, as shares of K
 _ENERGY, _WITH_SURROGATES = CANDIDATES[3:]
