@@ -27,6 +27,10 @@ GRID = tuple(i / 8 for i in range(9))
 STRENGTHS = tuple(i / 20 for i in range(21))
 """... and for what surrogates are multiplied by."""
 
+COHERENT = 30.0
+"""How much more it costs to lose length than the same error in another direction; see `_Sums`.
+Chosen by the KL of two models, docs/quality.md."""
+
 _DEGREES = (1 / 6, 2 / 6, 3 / 6, 4 / 6)  # S, as shares of K
 _ENERGY, _WITH_SURROGATES = CANDIDATES[3:]
 _TINY = 1e-30
@@ -64,17 +68,48 @@ def fit_rules(
 
 
 @dataclass
+class _Sums:
+    """What a rule did to an output y of the layer, which became y': ``[n, values to choose from]``.
+
+    squared: |y - y'|^2. short: (y - y') . y. Errors in all directions average out over layers and
+    tokens, but what every token's output is too short by, they lose together: a layer's error is
+    the mean of `squared` and, `COHERENT` times, the square of the mean of `short`, as shares of
+    the mean of |y|^2. Without the second, least squares shrinks what it does not know, which is
+    not what the model's own output likes best (docs/quality.md).
+    """
+
+    squared: torch.Tensor
+    short: torch.Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("squared", "short"):
+            values = getattr(self, name).double().cpu()
+            setattr(self, name, values.reshape(len(values), -1))
+
+
+@dataclass
 class _Cell:
-    """Of one batch size and S: squared errors, `Candidate` -> batches of [n, values to choose
-    from]; and how many experts exact routing and the rules loaded in all batches."""
+    """Of one batch size and S: what each candidate did, by batch, and how many experts exact
+    routing and the rules loaded in all batches."""
 
     rows: int
-    errors: dict[Candidate, list[torch.Tensor]] = field(default_factory=dict)
+    sums: dict[Candidate, list[_Sums]] = field(default_factory=dict)
     used: int = 0
     loaded: int = 0
 
-    def note(self, candidate: Candidate, errors: torch.Tensor) -> None:
-        self.errors.setdefault(candidate, []).append(errors.double().cpu().reshape(len(errors), -1))
+    def note(self, candidate: Candidate, sums: _Sums) -> None:
+        self.sums.setdefault(candidate, []).append(sums)
+
+    def error(
+        self, candidate: Candidate, weight: torch.Tensor, energy: torch.Tensor
+    ) -> torch.Tensor:
+        """[values]: over tokens of this `weight` [n], whose outputs have `energy` [n]."""
+        squared, short = (
+            weight @ torch.cat([getattr(sums, name) for sums in self.sums[candidate]])
+            for name in ("squared", "short")
+        )
+        whole = (weight @ energy).clamp(min=_TINY)
+        return (squared / whole + COHERENT * (short / whole).square()).clamp(min=0)
 
 
 class _Trial:
@@ -129,15 +164,18 @@ class _Trial:
         usual = energy.pow(0.25).mean().pow(4)
         influence = (BOUND * usual / energy.clamp(min=_TINY)).clamp(max=1)
         judges = torch.arange(len(energy)) // GROUP % 2 == 1
-        whole = [(influence * energy * half).sum().clamp(min=_TINY) for half in (~judges, judges)]
-        found: dict[Candidate, tuple[torch.Tensor, torch.Tensor]] = {}
-        for candidate in self.cells[BATCHES[0], self.degrees[0]].errors:
-            errors = [torch.cat(cell.errors[candidate]) for cell in self.cells.values()]
-            shares = [
-                torch.stack([torch.tensordot(influence * half, e, 1) / all_ for e in errors])
-                for half, all_ in zip((~judges, judges), whole, strict=True)
-            ]
-            found[candidate] = shares[0], shares[1]  # [C, values] each
+        found: dict[Candidate, tuple[torch.Tensor, torch.Tensor]] = {}  # [C, values] each
+        for candidate in self.cells[BATCHES[0], self.degrees[0]].sums:
+            chooses, judged = (
+                torch.stack(
+                    [
+                        cell.error(candidate, influence * half, energy)
+                        for cell in self.cells.values()
+                    ]
+                )
+                for half in (~judges, judges)
+            )
+            found[candidate] = chooses, judged
         places = {candidate: _least(chooses) for candidate, (chooses, _) in found.items()}
         a, gamma = divmod(places[_ENERGY], len(GRID))
         strength = STRENGTHS[places.get(_WITH_SURROGATES, -1)]
@@ -147,7 +185,7 @@ class _Trial:
             "error_active": torch.tensor(active, dtype=torch.float32),
             "energy_weights": torch.tensor([GRID[a], GRID[gamma], strength]),
             **{
-                candidate.table: judged[:, places[candidate]].clamp(min=0).float()
+                candidate.table: judged[:, places[candidate]].float()
                 for candidate, (_, judged) in found.items()
             },
         }
@@ -180,27 +218,28 @@ class _Batch:
             given = {"scores": scores, "similarity": self.similarity, **options}
             return apply_rule(rule, ids, weights, **given)
 
-        cell.note(CANDIDATES[0], self._error(routed("similarity", primary_k=s)))
+        cell.note(CANDIDATES[0], self._sums(routed("similarity", primary_k=s)))
         if scores is not None:
-            cell.note(CANDIDATES[1], self._error(routed("piggyback", k0=s)))
-            cell.note(CANDIDATES[2], self._error(routed("budget", budget=len(sure))))
+            cell.note(CANDIDATES[1], self._sums(routed("piggyback", k0=s)))
+            cell.note(CANDIDATES[2], self._sums(routed("budget", budget=len(sure))))
         kept = routed("energy", loss=loss)
         filled = kept if scores is None else routed("energy", loss=loss, fill_weight=1.0)
-        cell.note(_ENERGY, self._energy_errors(kept, filled, weights, scores is not None))
+        cell.note(_ENERGY, self._energy_sums(kept, filled, weights, scores is not None))
         if self.imitated is not None:
-            cell.note(_WITH_SURROGATES, self._surrogate_errors(kept, ids))
+            cell.note(_WITH_SURROGATES, self._surrogate_sums(kept, ids))
 
     def _output(self, routed: Routed) -> torch.Tensor:
         weights = routed.weights.to(self.y.device)
         return (_gathered(self.y, routed.ids) * weights[:, :, None]).sum(1)
 
-    def _error(self, routed: Routed) -> torch.Tensor:
-        return (self._output(routed) - self.exact).square().sum(1)
+    def _sums(self, routed: Routed) -> _Sums:
+        missing = self.exact - self._output(routed)
+        return _Sums(missing.square().sum(1), (missing * self.exact).sum(1))
 
-    def _energy_errors(
+    def _energy_sums(
         self, kept: Routed, filled: Routed, weights: torch.Tensor, fills: bool
-    ) -> torch.Tensor:
-        """[n, a, gamma]: |y - rho^gamma (k + a f)|^2 from products of y, k (what is kept) and f
+    ) -> _Sums:
+        """Of [n, a, gamma]: |y - rho^gamma (k + a f)|^2 from products of y, k (what is kept) and f
         (what lost slots are filled with, in full). Without scores f is 0 and a too."""
         y, k = self.exact, self._output(kept)
         f = self._output(filled) - k
@@ -217,22 +256,19 @@ class _Batch:
         factor = ratio[:, :, None].pow(torch.tensor(GRID, dtype=torch.float64))  # [n, a, gamma]
         along = yk[:, None] + a * yf[:, None]
         square = kk[:, None] + 2 * a * kf[:, None] + a.square() * ff[:, None]
-        return (
-            yy[:, None, None] - 2 * factor * along[..., None] + factor.square() * square[..., None]
-        )
+        yy, along, square = yy[:, None, None], factor * along[..., None], square[..., None]
+        return _Sums(yy - 2 * along + factor.square() * square, yy - along)
 
-    def _surrogate_errors(self, kept: Routed, ids: torch.Tensor) -> torch.Tensor:
-        """[n, strength]."""
+    def _surrogate_sums(self, kept: Routed, ids: torch.Tensor) -> _Sums:
+        """Of [n, strength]."""
         assert kept.lost is not None and self.imitated is not None
         lost = kept.lost.gather(1, ids.clamp(min=0).long()).to(self.y.device)
-        missing = self.exact - self._output(kept)
+        y, missing = self.exact, self.exact - self._output(kept)
         made = (self.imitated * lost[:, :, None]).sum(1)
-        mm, mi, ii = (
-            (one * other).sum(1).double().cpu()[:, None]
-            for one, other in ((missing, missing), (missing, made), (made, made))
-        )
+        pairs = (missing, missing), (missing, made), (made, made), (missing, y), (made, y)
+        mm, mi, ii, my, iy = ((one * other).sum(1).double().cpu()[:, None] for one, other in pairs)
         strength = torch.tensor(STRENGTHS, dtype=torch.float64)
-        return mm - 2 * strength * mi + strength.square() * ii
+        return _Sums(mm - 2 * strength * mi + strength.square() * ii, my - strength * iy)
 
 
 def _gathered(y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -201,7 +201,7 @@ def _print_rules(console: Console, layers: list[dict[str, Any]], profile: SerePr
 
     table = _table(
         console,
-        "squared error of the layer's output on held-out tokens, as a share of its energy, where "
+        "error of the layer's output on held-out tokens, as a share of its energy, where all "
         "rules load equally many experts; and energy's fill weight, exponent, surrogates' strength",
         ["layer", *NAMES, "a", "gamma", "strength"],
         ["errs least"],

@@ -5,8 +5,8 @@ experts (`calibration.rule_fit`). Tables of a layer, format 1.4, C cells of batc
 
     error_batch     [C] int64    rows of a batch
     error_active    [C] float32  experts loaded, as a share of what exact routing loads, in (0, 1]
-    error_<name>    [C] float32  squared error of the layer's output as a share of its energy; of
-                                 each of `CANDIDATES` that this layer could be measured under
+    error_<name>    [C] float32  error of the layer's output, as a share of its energy; of each of
+                                 `CANDIDATES` that this layer could be measured under
     energy_weights  [3] float32  `EnergyWeights`, in [0, 1]
 
 A layer has all of the first two and ``error_similarity``, or none of these.

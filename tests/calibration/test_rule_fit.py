@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sere_sglang import apply_rule
-from sere_sglang.calibration.rule_fit import BATCHES, GRID, STRENGTHS, fit_rules
+from sere_sglang.calibration.rule_fit import BATCHES, COHERENT, GRID, STRENGTHS, fit_rules
 from sere_sglang.calibration.token_sample import GROUP, TokenSample
 
 E, H, K, TOKENS = 16, 12, 4, 6 * GROUP
@@ -57,7 +57,8 @@ def weights_of(tables: dict[str, torch.Tensor]) -> list[float]:
 
 def test_experts_that_have_nothing_in_common_are_not_filled() -> None:
     tables = Layer(_apart).fit()
-    assert weights_of(tables)[:2] == [0.0, 0.0]
+    a, gamma, _ = weights_of(tables)
+    assert a <= 0.125 and 0.0 < gamma < 1.0, "and what is left is not stretched to the row's sum"
     some = tables["error_active"] < 0.9
     for rule in ("piggyback", "similarity", "budget"):
         assert (tables["error_energy"] < tables[f"error_{rule}"])[some].all()
@@ -86,7 +87,7 @@ def test_the_weights_are_those_that_brute_force_finds() -> None:
     at = torch.arange(TOKENS)[:, None]
 
     def error(a: float, gamma: float, groups: range) -> float:
-        missed = total = 0.0
+        missed = short = total = 0.0
         for group in groups:
             rows = slice(group * GROUP, (group + 1) * GROUP)
             ids, weights, scores = (parts[name][rows] for name in ("ids", "weights", "scores"))
@@ -100,14 +101,15 @@ def test_the_weights_are_those_that_brute_force_finds() -> None:
                 for i, w in ((ids, weights), (routed.ids, routed.weights))
             )
             missed += float((exact - now).square().sum())
+            short += float(((exact - now) * exact).sum())
             total += float(exact.square().sum())
-        return missed / total
+        return missed / total + COHERENT * (short / total) ** 2
 
     a, gamma, _ = weights_of(tables)
     assert tables["error_energy"][cell] == pytest.approx(error(a, gamma, range(1, 6, 2)), rel=1e-3)
-    # In all cells together the fit may compromise; in a layer like this it hardly does.
+    # All cells together are a compromise, which in a layer like this is near each one's best.
     best = min(error(a, gamma, range(0, 6, 2)) for a in GRID for gamma in GRID)
-    assert error(a, gamma, range(0, 6, 2)) <= 1.1 * best
+    assert error(a, gamma, range(0, 6, 2)) <= 1.25 * best
     assert 0 < a < 1
 
 

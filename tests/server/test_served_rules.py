@@ -56,6 +56,13 @@ def profile(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) ->
             "surrogate_explained": torch.full((4, EXPERTS), 0.5),
             "expert_energy": torch.ones(EXPERTS),
             "expert_bytes": torch.full((EXPERTS,), 1000),
+            "error_batch": torch.tensor([8]),
+            "error_active": torch.tensor([0.5]),
+            "error_similarity": torch.tensor([0.4]),
+            "error_budget": torch.tensor([0.1]),
+            "error_energy": torch.tensor([0.3]),
+            "error_surrogates": torch.tensor([0.2]),
+            "energy_weights": torch.tensor([0.25, 0.5, 0.75]),
         }
     save_profile(own, path)
     return path
@@ -65,7 +72,7 @@ def profile(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) ->
 def server(
     checkpoint: Checkpoint, trace: Path, profile: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    flags = ("--sere-rule=energy", "--sere-policy=static", "--sere-quality-budget=0.5")
+    flags = ("--sere-rule=auto", "--sere-policy=static", "--sere-quality-budget=0.5")
     model, folder = checkpoint("qwen3_moe"), tmp_path_factory.mktemp("logs")
     cost = write_cost(model, folder / "cost.json", step=StepModel())
     given = [f"--sere-profile={profile}", f"--sere-trace={trace}", f"--sere-cost={cost}"]
@@ -79,8 +86,21 @@ def test_the_flags_say_what_it_starts_with(server: Server) -> None:
     info = server.get("/server_info")
     state = info["internal_states"][0]["sere"]
     assert (state["rule"], state["policy"], state["quality_budget"]) == ("energy", "static", 0.5)
-    assert info["sere_rule"] == "energy" and state["surrogates"]
+    assert info["sere_rule"] == "auto" and state["surrogates"]
+    assert "errs least" in state["auto_rule"]["because"]
+    assert "not to be had here: budget" in state["auto_rule"]["because"], (
+        "which static has no B for"
+    )
     assert set(info["sere"]["surrogate_bytes"]) == {str(layer) for layer in range(LAYERS)}
+
+
+def test_auto_is_a_live_setting_too(server: Server) -> None:
+    server.set_sere(rule="piggyback", surrogates=False)
+    assert (server.sere()["rule"], server.sere()["surrogates"]) == ("piggyback", False)
+    server.set_sere(rule="auto")
+    state = server.sere()
+    assert (state["rule"], state["surrogates"]) == ("energy", True)
+    assert {"rule": state["rule"], "surrogates": True}.items() <= state["auto_rule"].items()
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -66,7 +66,9 @@ def test_auto_calibrates_before_it_serves(checkpoint: Checkpoint, tmp_path: Path
     log = tmp_path / "log"
     flags = ("--moe-backend=sere", "--sere-profile=auto", "--sere-rule=auto")
     with serve(bare, log, *flags) as server:
-        assert server.sere()["enabled"] and server.sere()["rule"] == "energy"
+        state = server.sere()
+        assert state["enabled"] and state["rule"] == state["auto_rule"]["rule"]
+        assert "errs least on the profile's held-out text" in state["auto_rule"]["because"]
     profile = load_profile(bare / "sere_profile.safetensors")
     assert profile.metadata.num_tokens > 10_000
     assert all("surrogate_bias" in tables for tables in profile.tables.values())
