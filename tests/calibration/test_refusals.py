@@ -61,7 +61,12 @@ class _Layer(torch.nn.Module):
 def _router(output_format: _Format = _Format.STANDARD) -> Any:
     runner = SimpleNamespace(value="flashinfer_trtllm")
     return SimpleNamespace(
-        topk_config=SimpleNamespace(output_format=output_format, runner_backend=runner)
+        topk_config=SimpleNamespace(
+            output_format=output_format,
+            runner_backend=runner,
+            custom_routing_function=None,
+            scoring_func="softmax",
+        )
     )
 
 
@@ -121,7 +126,9 @@ def test_what_happens_inside_the_engine_comes_back(
     monkeypatch.setattr(worker.LayerExperts, "outputs", lambda _, rows: outputs(rows))
     collector.begin_forward(5000, is_prefill=True)
     slots = SimpleNamespace(
-        topk_ids=torch.zeros(5000, 2, dtype=torch.int32), topk_weights=torch.ones(5000, 2)
+        topk_ids=torch.zeros(5000, 2, dtype=torch.int32),
+        topk_weights=torch.ones(5000, 2),
+        router_logits=torch.zeros(5000, 4),
     )
     layer = next(iter(collector._modules.values()))
     collector.collect(layer, torch.zeros(5000, 8), slots)
