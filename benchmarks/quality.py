@@ -1,6 +1,6 @@
 """What each rule of re-routing costs in quality, at the bytes it loads.
 
-    python -m benchmarks.quality                     the demo model, about half an hour
+    python -m benchmarks.quality                     the demo model, half an hour on a quiet machine
     python -m benchmarks.quality --model FOLDER      yours, beside its data/heldout_prompts.jsonl
 
 Held-out text, teacher-forced, in batches of one size; the reference is the same server with SERE

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every check of this repository: style, types, tests against real servers. No GPU needed.
-#   bash launch/test.sh              everything: 8 to 12 minutes on two cores
+#   bash launch/test.sh              everything: 12 to 23 minutes on two cores
 #   bash launch/test.sh --quick      what starts no SGLang: 2 to 3 minutes
 #   bash launch/test.sh tests/ops    what you name, passed to pytest
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
