@@ -43,7 +43,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     prompts = [text.prompt_ids for text in heldout_prompts(asked.model)[: asked.texts]]
     rows: list[dict[str, Any]] = []
-    print(f"{'rule':>20} {'point':>10} {'bytes':>6} {'differs at':>20} {'perplexity':>22}")
+    print(f"{'rule':>20} {'point':>18} {'bytes':>6} {'differs at':>20} {'perplexity':>22}")
     with serve(
         asked.model, folder / "server.log", "--moe-backend=sere", env=IMPORTS_CHECKOUT
     ) as server:
@@ -128,7 +128,7 @@ def _print(row: dict[str, Any]) -> None:
     spans = {name: "{:.4g} [{:.4g}, {:.4g}]".format(row[name], *row[f"{name}_ci"])
              for name in ("differs_at", "perplexity")}  # fmt: skip
     print(
-        f"{row['rule']:>20} {row['point']:>10} {row['bytes_share']:>6.0%} "
+        f"{row['rule']:>20} {row['point']:>18} {row['bytes_share']:>6.0%} "
         f"{spans['differs_at']:>20} {spans['perplexity']:>22}",
         flush=True,
     )
