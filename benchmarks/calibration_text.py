@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks._common import write_result
 from benchmarks.serving.calibrated import calibrated, own_text
-from benchmarks.serving.equal_bytes import compared
+from benchmarks.serving.equal_bytes import compared, print_compared
 from benchmarks.serving.experiment import IMPORTS_CHECKOUT, heldout_prompts
 from benchmarks.serving.rule_points import AUTO, ENERGY, SIMILARITY, ForcedBatches, curve
 from sere_sglang.measure import forcing
@@ -53,8 +53,8 @@ def main() -> None:
             if walked is None:
                 walked = ForcedBatches(weigh, texts, asked.batch, seed=0)
                 for rule in (SIMILARITY, ENERGY):
-                    found[rule] = list(walked.measured(rule))
-            found[name] = list(walked.on(weigh).measured(AUTO))
+                    found[rule] = list(walked.measured(weigh, rule))
+            found[name] = list(walked.measured(weigh, AUTO))
     curves = {name: curve(rows) for name, rows in found.items()}
     of_new = {name: replace(own, kl=own.kl[:, new]) for name, own in curves.items()}
     rows = [
@@ -63,7 +63,8 @@ def main() -> None:
         for row in compared(own, f"{TOKENS} tokens")
         if row["share"] in SHARES
     ]
-    _print(rows)
+    print("KL to exact routing at equal bytes; beside it over that of the whole text's profile")
+    print_compared(rows, "texts", "profile")
     print(f"wrote {write_result('calibration_text', rows, batch=asked.batch, seen=SEEN)}")
 
 
@@ -85,19 +86,6 @@ def _profiles(folder: Path) -> Iterator[tuple[str, Path]]:
     part.write_text(text[: len(text) * len(SEEN) // len(set(_domains()))])
     out = folder / "seen.safetensors"
     yield "four domains", calibrated(MODEL, out, part, tokens=TOKENS // 2)
-
-
-def _print(rows: list[dict[str, Any]]) -> None:
-    print("KL to exact routing at equal bytes; beside it over that of the whole text's profile")
-    names = list(dict.fromkeys(row["profile"] for row in rows))
-    print(f"{'texts':>14} {'bytes':>6}  " + "  ".join(f"{name:>24}" for name in names))
-    for which, share in dict.fromkeys((row["texts"], row["share"]) for row in rows):
-        cells = {r["profile"]: r for r in rows if (r["texts"], r["share"]) == (which, share)}
-        shown = [
-            f"{c['kl']:.4f} {c['ratio']:.2f} [{c['interval'][0]:.2f}, {c['interval'][1]:.2f}]"
-            if (c := cells.get(name)) else "-" for name in names
-        ]  # fmt: skip
-        print(f"{which:>14} {share:>6.0%}  " + "  ".join(f"{cell:>24}" for cell in shown))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from benchmarks._common import write_result
 from benchmarks.serving.calibrated import calibrated, own_text, shipped
-from benchmarks.serving.equal_bytes import compared, mean_ratios
+from benchmarks.serving.equal_bytes import compared, mean_ratios, print_compared
 from benchmarks.serving.experiment import IMPORTS_CHECKOUT, heldout_prompts
 from benchmarks.serving.rule_points import RULES, SCALED, ForcedBatches, curve
 from sere_sglang.measure import forcing
@@ -68,8 +68,8 @@ def main() -> None:
                         walked[batch, seed] = ForcedBatches(weigh, texts, batch, seed)
                     about = {"model": asked.model.name, "batch": batch, "seed": seed}
                     for rule in rules:
-                        batches = walked[batch, seed].on(weigh)
-                        rows += [about | row for row in batches.measured(rule)]
+                        found = walked[batch, seed].measured(weigh, rule)
+                        rows += [about | row for row in found]
                         path = _write(asked.model.name, rows, asked.rules)
                         bar.advance(task)
     _print(_compare(rows, asked.rules), asked.rules)
@@ -106,16 +106,9 @@ def _compare(rows: list[dict[str, Any]], rules: list[str]) -> list[dict[str, Any
 
 def _print(table: list[dict[str, Any]], rules: list[str]) -> None:
     print(f"KL to exact routing, nats per token, and its ratio to {rules[0]}'s at equal bytes")
-    print(f"{'batch':>5} {'bytes':>6}  " + "  ".join(f"{rule:>20}" for rule in rules))
-    for batch, share in dict.fromkeys((row["batch"], row["share"]) for row in table):
-        cells = {r["rule"]: r for r in table if (r["batch"], r["share"]) == (batch, share)}
-        shown = [
-            f"{c['kl']:.4f} {c['ratio']:.2f} [{c['interval'][0]:.2f},{c['interval'][1]:.2f}]"
-            if (c := cells.get(rule)) else "-" for rule in rules
-        ]  # fmt: skip
-        print(f"{batch:>5} {share:>6.0%}  " + "  ".join(f"{cell:>20}" for cell in shown))
+    print_compared(table, "batch", "rule")
     mean = mean_ratios(table)
-    print("   mean ratio  " + "  ".join(f"{mean.get(rule, float('nan')):>20.2f}" for rule in rules))
+    print("mean ratio: " + ", ".join(f"{rule} {ratio:.2f}" for rule, ratio in mean.items()))
 
 
 if __name__ == "__main__":

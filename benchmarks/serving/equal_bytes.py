@@ -59,6 +59,20 @@ def compared(curves: Mapping[str, Curve], against: str) -> list[dict[str, Any]]:
     return rows
 
 
+def print_compared(rows: Sequence[Mapping[str, Any]], line: str, column: str) -> None:
+    """Rows of `compared`: a line for each value of `line` and share of bytes, a column for each of
+    `column`; in a cell the KL, its ratio and the interval of that."""
+    columns = list(dict.fromkeys(row[column] for row in rows))
+    print(f"{line:>14} {'bytes':>6}  " + "  ".join(f"{name:>22}" for name in columns))
+    for own, share in dict.fromkeys((row[line], row["share"]) for row in rows):
+        cells = {r[column]: r for r in rows if (r[line], r["share"]) == (own, share)}
+        shown = [
+            f"{c['kl']:.4f} {c['ratio']:.2f} [{c['interval'][0]:.2f},{c['interval'][1]:.2f}]"
+            if (c := cells.get(name)) else "-" for name in columns
+        ]  # fmt: skip
+        print(f"{own:>14} {share:>6.0%}  " + "  ".join(f"{cell:>22}" for cell in shown))
+
+
 def mean_ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Rule -> geometric mean of its ratios over all cells."""
     rules = dict.fromkeys(row["rule"] for row in rows)

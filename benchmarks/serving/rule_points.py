@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -48,7 +47,7 @@ class ForcedBatches:
 
     def __init__(self, weigh: Weigher, texts: Sequence[Text], batch: int, seed: int) -> None:
         """seed: of the way in which texts are put together; every one is in at least once."""
-        self._weigh, self._batch, self._texts = weigh, batch, len(texts)
+        self._batch, self._texts = batch, len(texts)
         own = list(range(len(texts)))
         random.Random(seed).shuffle(own)
         self._own = own + own[: -len(own) % batch]
@@ -57,23 +56,20 @@ class ForcedBatches:
         self._exact = forcing.forced_in_batches(weigh.server, self._chosen, batch)
         self.plain = weigh.active() / weigh.layers
 
-    def on(self, weigh: Weigher) -> ForcedBatches:
-        """The same texts and exact answers, for points of another server of this model."""
-        other = copy.copy(self)
-        other._weigh = weigh
-        return other
+    def measured(self, weigh: Weigher, rule: str) -> Iterator[dict[str, Any]]:
+        """A row for each of the rule's points; ``_kl`` is that of each text, ``[texts]``.
 
-    def measured(self, rule: str) -> Iterator[dict[str, Any]]:
-        """A row for each of the rule's points; ``_kl`` is that of each text, ``[texts]``."""
-        server = self._weigh.server
-        for settings in points(rule, self.plain, self._weigh.top_k):
+        weigh: of that server, or another one of this model.
+        """
+        server = weigh.server
+        for settings in points(rule, self.plain, weigh.top_k):
             server.set_sere(**settings, reset_counters=True)
             seen = forcing.forced_in_batches(server, self._chosen, self._batch)
             kl, costs = self._costs(seen)
             by_text = np.zeros(self._texts)
             by_text[self._own] = kl
             point = server.sere()["operating_point"]
-            yield {"rule": rule, "point": point, **self._weigh.shares(), **costs, "_kl": by_text}
+            yield {"rule": rule, "point": point, **weigh.shares(), **costs, "_kl": by_text}
 
     def _costs(self, seen: np.ndarray) -> tuple[np.ndarray, dict[str, float | list[float]]]:
         """Over all sequences and decode steps, in nats per token; KL also by sequence."""

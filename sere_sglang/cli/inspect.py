@@ -216,9 +216,9 @@ def _print_rules(console: Console, layers: list[dict[str, Any]], profile: SerePr
         told = (f"{everywhere[name]:.3g}" if name in everywhere else "-" for name in NAMES)
         table.add_row("all", *told, "", "", "", next(iter(everywhere)))
     console.print(table)
-    choice = choose_rule(profile)
-    name = "energy with surrogates" if choice.surrogates else choice.rule
-    console.print(f"--sere-rule auto is {name}, where the router exposes its scores")
+    console.print(
+        f"--sere-rule auto is {choose_rule(profile).name}, where the router exposes its scores"
+    )
 
 
 def _print_comparison(console: Console, rows: list[dict[str, float]], other: Path) -> None:

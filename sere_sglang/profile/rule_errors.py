@@ -22,7 +22,7 @@ import torch
 from sere_sglang.errors import ProfileError
 from sere_sglang.names import SIMILARITY
 from sere_sglang.profile.container import Stored
-from sere_sglang.profile.table_checks import check_dtype, check_values, shaped
+from sere_sglang.profile.table_checks import numbers
 
 _FINITE = torch.finfo(torch.float32).max
 _LEAST = 1e-12  # of an error whose logarithm is taken
@@ -118,32 +118,22 @@ def check_rule_errors(where: str, tables: Mapping[str, torch.Tensor]) -> None:
 
 
 def _batch(where: str, stored: Stored) -> torch.Tensor:
-    check_dtype(where, stored, ("I64",))
-    rows = shaped(where, stored, "[C]", 1)
-    check_values(where, rows, 1, _MOST_ROWS)
-    return rows.clone()
+    return numbers(where, stored, ("I64",), "[C]", 1, 1, _MOST_ROWS)
 
 
 def _active(where: str, stored: Stored) -> torch.Tensor:
-    return _floats(where, stored, "[C]", 1)
+    return numbers(where, stored, ("F32",), "[C]", 1, 0, 1)
 
 
 def _error(where: str, stored: Stored) -> torch.Tensor:
-    return _floats(where, stored, "[C]", _FINITE)
+    return numbers(where, stored, ("F32",), "[C]", 1, 0, _FINITE)
 
 
 def _weights(where: str, stored: Stored) -> torch.Tensor:
-    weights = _floats(where, stored, "[3]", 1)
+    weights = numbers(where, stored, ("F32",), "[3]", 1, 0, 1)
     if len(weights) != len(EnergyWeights._fields):
         raise ProfileError(f"{where} has shape {[len(weights)]}; expected [3]; calibrate again")
     return weights
-
-
-def _floats(where: str, stored: Stored, shape: str, highest: float) -> torch.Tensor:
-    check_dtype(where, stored, ("F32",))
-    values = shaped(where, stored, shape, 1)
-    check_values(where, values, 0, highest)
-    return values.clone()
 
 
 RULE_CHECKS = {

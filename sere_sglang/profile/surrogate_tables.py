@@ -25,7 +25,7 @@ import torch
 
 from sere_sglang.errors import ProfileError
 from sere_sglang.profile.container import Stored
-from sere_sglang.profile.table_checks import check_dtype, check_values, shaped
+from sere_sglang.profile.table_checks import check_dtype, check_values, numbers, shaped
 
 _FINITE = torch.finfo(torch.float32).max
 _LARGEST = 1 << 53
@@ -101,33 +101,22 @@ def _finite(where: str, stored: Stored, expected: str, dimensions: int) -> torch
 
 
 def _ranks(where: str, stored: Stored) -> torch.Tensor:
-    check_dtype(where, stored, ("I64", "I32"))
-    ranks = shaped(where, stored, "[R]", 1)
-    check_values(where, ranks, 1, _LARGEST)
+    ranks = numbers(where, stored, ("I64", "I32"), "[R]", 1, 1, _LARGEST)
     if not (ranks.diff() > 0).all():
         raise ProfileError(f"{where} is not ascending: {ranks.tolist()[:16]}; calibrate again")
-    return ranks.clone()
+    return ranks
 
 
 def _explained(where: str, stored: Stored) -> torch.Tensor:
-    check_dtype(where, stored, ("F32",))
-    shares = shaped(where, stored, "[R + 3, E]", 2)
-    check_values(where, shares, -_FINITE, 1)
-    return shares.clone()
+    return numbers(where, stored, ("F32",), "[R + 3, E]", 2, -_FINITE, 1)
 
 
 def _energy(where: str, stored: Stored) -> torch.Tensor:
-    check_dtype(where, stored, ("F32",))
-    energy = shaped(where, stored, "[E]", 1)
-    check_values(where, energy, 0, _FINITE)
-    return energy.clone()
+    return numbers(where, stored, ("F32",), "[E]", 1, 0, _FINITE)
 
 
 def _bytes(where: str, stored: Stored) -> torch.Tensor:
-    check_dtype(where, stored, ("I64",))
-    sizes = shaped(where, stored, "[E]", 1)
-    check_values(where, sizes, 1, _LARGEST)
-    return sizes.clone()
+    return numbers(where, stored, ("I64",), "[E]", 1, 1, _LARGEST)
 
 
 SURROGATE_CHECKS = {

@@ -64,6 +64,22 @@ def check_values(where: str, values: torch.Tensor, low: float, high: float) -> N
             )
 
 
+def numbers(
+    where: str,
+    stored: Stored,
+    dtypes: tuple[str, ...],
+    expected: str,
+    dimensions: int,
+    low: float,
+    high: float,
+) -> torch.Tensor:
+    """A copy of `stored`, all of whose values lie in [low, high]."""
+    check_dtype(where, stored, dtypes)
+    values = shaped(where, stored, expected, dimensions)
+    check_values(where, values, low, high)
+    return values.clone()
+
+
 def _outside(low: float, high: float) -> str:
     return f"a value outside [{low:g}, {high:g}]"
 

@@ -29,8 +29,12 @@ class RuleChoice:
         own = {"surrogates": self.surrogates} if self.rule == "energy" else {}
         return {"rule": self.rule, **own}
 
+    @property
+    def name(self) -> str:
+        return str(Candidate(self.rule, self.surrogates))
+
     def __str__(self) -> str:
-        return f"{Candidate(self.rule, self.surrogates)}, since {self.because}"
+        return f"{self.name}, since {self.because}"
 
 
 def choose_rule(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.experiment import TWO_RANKS
+from benchmarks.serving.experiment import IMPORTS_CHECKOUT, TWO_RANKS
 from sere_sglang.measure import server as local_server
 from sere_sglang.measure.server import (
     CPU_ENGINE,
@@ -36,6 +36,7 @@ __all__ = [
     "run_to_exit",
     "serve",
     "tail",
+    "told_by",
 ]
 
 WHOLE_BATCHES = "--enable-tokenizer-batch-encode"
@@ -103,6 +104,22 @@ def run(
         process = Forked.start(command, env or {}, out, err, fork_workers=fork_workers)
         status = process.wait(timeout=6000)
         return subprocess.CompletedProcess(list(command), status, out.read_text(), err.read_text())
+
+
+def told_by(script: Path, *arguments: str, **env: str) -> dict[str, Any]:
+    """The JSON in the last line of what a script prints, in a process of its own: hooks, Triton's
+    interpreter and SGLang's global state stay there."""
+    result = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        env={**os.environ, **CPU_ENGINE, **IMPORTS_CHECKOUT, **env},
+        capture_output=True,
+        text=True,
+        timeout=6000,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    told: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return told
 
 
 def _command(*flags: str) -> list[str]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.server.harness import CPU_ENGINE
+from tests.server.harness import told_by
 
 SCRIPT = Path(__file__).with_name("expert_layouts_script.py")
 ROWS = 64  # of the script
@@ -20,18 +16,7 @@ EXACT = 1e-5
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
-    """A process of its own, for Triton's interpreter."""
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        env={**os.environ, **CPU_ENGINE, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=6000,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return found
+    return told_by(SCRIPT, TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("rows", ["alike", "apart"])

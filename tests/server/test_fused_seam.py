@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.server.harness import CPU_ENGINE
+from tests.server.harness import told_by
 
 SCRIPT = Path(__file__).with_name("fused_seam_script.py")
 REROUTED = 4  # in COUNTER_FIELDS
 
 
 def run(*arguments: str, **env: str) -> dict[str, Any]:
-    """A process of its own: hooks and SGLang's global state stay there."""
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        env={**os.environ, **CPU_ENGINE, "TORCHDYNAMO_DISABLE": "0", **env},
-        capture_output=True,
-        text=True,
-        timeout=6000,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return told_by(SCRIPT, *arguments, **{"TORCHDYNAMO_DISABLE": "0", **env})
 
 
 @pytest.fixture(scope="module")

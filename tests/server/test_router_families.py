@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.server.harness import CPU_ENGINE
+from tests.server.harness import told_by
 
 SCRIPT = Path(__file__).with_name("router_families_script.py")
 SHARED, ROUTED = 32, 4  # of the script: the id behind its experts, and how many a row is routed to
@@ -45,19 +41,7 @@ PLACED = tuple(
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
-    """A process of its own: hooks and SGLang's global state stay there."""
-    interpreted = {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        env={**os.environ, **CPU_ENGINE, **interpreted},
-        capture_output=True,
-        text=True,
-        timeout=6000,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return found
+    return told_by(SCRIPT, TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1")
 
 
 def test_the_families_are_all_there(seen: dict[str, Any]) -> None:
