@@ -18,7 +18,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.server_args import add_moe_runner_backend_choices
 
 from sere_sglang import config
-from sere_sglang.config_check import checked
+from sere_sglang.config_check import checked, for_device
 from sere_sglang.errors import SereError, exit_on_error
 from sere_sglang.options import SereConfig
 from sere_sglang.patches.seam import declare, require_applied
@@ -88,6 +88,8 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
     from sere_sglang.cpu.large_pages import ask_allocator_for_large_pages
     from sere_sglang.patches import engine, moe_rows, moe_runner, server_flags, shadow
     from sere_sglang.preflight import prepare
+
+    asked = for_device(asked, record.device)
 
     def restrict(asked: SereConfig) -> SereConfig:
         server_flags.require_supported(record, hf_config.get("architectures") or ())

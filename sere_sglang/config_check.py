@@ -6,6 +6,7 @@ import dataclasses
 
 from sere_sglang.config import quality_rules
 from sere_sglang.errors import SereError, shown
+from sere_sglang.names import SIMILARITY
 from sere_sglang.option import PREFIX, Option
 from sere_sglang.options import OPTIONS, SereConfig
 
@@ -74,6 +75,14 @@ def _check_policy(asked: SereConfig) -> None:
             f"--sere-max-experts is of --sere-policy static, {asked.policy} chooses it itself: "
             "change the policy or drop the flag"
         )
+
+
+def for_device(asked: SereConfig, device: str) -> SereConfig:
+    """The default rule on SGLang's `device`: on a GPU what the others cost has not been measured,
+    and one is served to those only who ask for it."""
+    if device == "cpu" or asked.sere_rule is not None or asked.sere_surrogates:
+        return asked
+    return dataclasses.replace(asked, sere_rule=SIMILARITY)
 
 
 def resolved(asked: SereConfig, *, top_k: int) -> SereConfig:

@@ -53,7 +53,8 @@ class SereConfig:
         "measured.",
         choices=(*RULES, AUTO),
         default=lambda asked, _: asked.rule,
-        default_reads=SIMILARITY,
+        default_reads="auto; similarity on a GPU, with --sere-policy static, or when only flags "
+        "of similarity are given",
         live=True,
     )
     sere_policy: str | None = option(
@@ -240,8 +241,13 @@ class SereConfig:
 
     @property
     def rule(self) -> str:
-        """The rule asked for. What ``auto`` is every rank finds out (schedule/auto_rule.py)."""
-        return self.sere_rule or SIMILARITY
+        """The rule asked for, by name or by the flags that only it has. What ``auto`` is every rank
+        finds out (schedule/auto_rule.py)."""
+        if self.sere_rule is not None:
+            return self.sere_rule
+        given = (o for o in OPTIONS.values() if getattr(self, o.name) is not None)
+        own = any(SIMILARITY in option.rules for option in given)
+        return SIMILARITY if own or self.policy == "static" else AUTO
 
     @property
     def uses_surrogates(self) -> bool:

@@ -75,7 +75,7 @@ def _check_surrogates(
     logger.warning(
         "--sere-rule %s: %s has no surrogates, so what tokens lose is made up for in part only; "
         "'%s' writes them",
-        asked.sere_rule,
+        asked.rule,
         path,
         command,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import os
@@ -13,9 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sere_sglang import config
 from sere_sglang.errors import PATH_SHOWN, PREFIX, SereError, cut
 from sere_sglang.measure.routing import Routing, routing_of
 from sere_sglang.measure.server import NotServing, Server, live_state, serve
+from sere_sglang.names import AUTO
+from sere_sglang.options import SereConfig
 from sere_sglang.schedule.auto_rule import RuleChoice
 from sere_sglang.schedule.settings import Settings
 
@@ -208,7 +212,7 @@ def _started(
         flags.append(f"--max-total-tokens={16384 + 64 * rows}")
     key = flag_value(asked.server_args, "--api-key")
     servers = {}
-    for name, own in (("plain", []), ("sere", ["--moe-backend=sere"]))[not plain :]:
+    for name, own in (("plain", []), ("sere", _sere_args(asked.server_args)))[not plain :]:
         log = logs / f"{name}.log"
         arguments = _plain_args(asked.server_args) if name == "plain" else asked.server_args
         try:
@@ -229,6 +233,19 @@ def _check_room(info: dict[str, Any], rows: int) -> None:
             f"{rows} streams at once: the server decodes {most} at most; give it more memory or a "
             "larger --max-running-requests, or ask for fewer"
         )
+
+
+def _sere_args(server_args: tuple[str, ...]) -> list[str]:
+    """The rule that a CPU engine has by default, on a GPU too, whose server under `similarity` has
+    no other to measure."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    config.add_cli_args(parser)
+    try:
+        given = config.from_namespace(parser.parse_known_args(server_args)[0])
+    except argparse.ArgumentError:  # which SGLang is about to explain
+        given = SereConfig()
+    named = given.sere_rule is None and given.rule == AUTO
+    return ["--moe-backend=sere", *(["--sere-rule=auto"] if named else [])]
 
 
 def _plain_args(server_args: tuple[str, ...]) -> list[str]:

@@ -71,8 +71,13 @@ def command(
         list[int] | None, typer.Option(help="S of static policies to compare; repeat it.")
     ] = None,
     rule: Annotated[
-        str, typer.Option(help=_RULE.help, metavar=f"[{'|'.join(_RULE.names)}]")
-    ] = SIMILARITY,
+        str | None,
+        typer.Option(
+            help=f"{_RULE.help}  [default: auto; similarity with --primary-k]",
+            metavar=f"[{'|'.join(_RULE.names)}]",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the synthetic traffic and the noise.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for simulate.json and simulate.png.")] = Path(
         "out/simulate"
@@ -98,6 +103,7 @@ def command(
     expectation = expect(statistics_of(loaded))
     compositions = [s.composition for s in read_trace(trace)] if trace is not None else []
     auto = choose_rule(loaded)
+    rule = rule or (SIMILARITY if primary_k else AUTO)
     if rule == AUTO:
         print(f"auto is {auto}")
     policies = _policies(

@@ -53,8 +53,7 @@ def command(
     rule: Annotated[
         str | None,
         typer.Option(
-            help="Tune for this --sere-rule (default: the server's, similarity unless it says "
-            "otherwise).",
+            help="Tune for this --sere-rule (default: the server's).",
             show_default=False,
         ),
     ] = None,

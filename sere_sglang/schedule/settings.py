@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sere_sglang.errors import SereError, shown
-from sere_sglang.names import AUTO
+from sere_sglang.names import AUTO, SIMILARITY
 from sere_sglang.option import fault
 from sere_sglang.options import LIVE
 from sere_sglang.schedule.auto_rule import RuleChoice
@@ -67,12 +67,21 @@ class Settings:
                 raise SereError(f"unknown key {shown(key)}; known: {every}")
         if "quality_budget" in changes:  # who names a budget means that one
             changes.setdefault("tuned", False)
+        if "rule" not in changes:
+            changes |= self._rule_meant(changes)
         if changes.get("rule") == AUTO:  # who says surrogates too means that
             changes = {**auto.settings, **changes, "rule": auto.rule}
         new = dataclasses.replace(self, **changes)
         new.check(top_k=top_k)
         new.require_rule(unavailable)
         return new
+
+    def _rule_meant(self, changes: Mapping[str, Any]) -> dict[str, str]:
+        """Who names S or rho, and no rule, means one that has it, as on the command line."""
+        needed = [rules for key in changes if (rules := LIVE[key].rules if key in LIVE else ())]
+        if any(SIMILARITY in rules and self.rule not in rules for rules in needed):
+            return {"rule": SIMILARITY}
+        return {}
 
     def require_rule(self, unavailable: Mapping[str, str]) -> None:
         """Raise `SereError` if the rule is among those."""

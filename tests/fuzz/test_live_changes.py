@@ -23,7 +23,7 @@ from tests.fuzz.outcome import cases, outcome
 from tests.schedule.toy_model import AUTO
 
 TOP_K = 4
-START = live_settings(resolved(SereConfig(moe_backend="sere"), top_k=TOP_K))
+START = live_settings(resolved(SereConfig(moe_backend="sere", sere_rule="energy"), top_k=TOP_K))
 STATE = {
     **dataclasses.asdict(START),
     "top_k": TOP_K,

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from sere_sglang.config_check import checked, for_device, resolved
+from sere_sglang.options import SereConfig
 from sere_sglang.profile import SereProfile
 from sere_sglang.profile.rule_errors import CANDIDATES
 from sere_sglang.schedule.auto_rule import RuleChoice, choose_rule
@@ -105,3 +107,25 @@ def test_errors_are_geometric_means_best_first() -> None:
 def test_surrogates_are_a_setting_of_energy_alone() -> None:
     assert RuleChoice("energy", False, "").settings == {"rule": "energy", "surrogates": False}
     assert RuleChoice("budget", False, "").settings == {"rule": "budget"}
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "rule"),
+    [
+        ({}, "cpu", "auto"),
+        ({}, "cuda", "similarity"),  # where no other has been measured
+        ({"sere_rule": "auto"}, "cuda", "auto"),
+        ({"sere_surrogates": True}, "cuda", "auto"),
+        ({"sere_policy": "static"}, "cpu", "similarity"),
+        ({"sere_primary_k": 2}, "cpu", "similarity"),
+        ({"sere_policy": "adaptive", "sere_threshold": 0.5}, "cpu", "similarity"),
+        ({"sere_scale": True}, "cpu", "similarity"),
+        ({"sere_tpot_slo_ms": 5.0, "sere_fast_primary_k": 2}, "cpu", "auto"),
+        ({"sere_rule": "energy", "sere_policy": "static"}, "cpu", "energy"),
+    ],
+)
+def test_the_rule_of_a_server_that_is_told_none(
+    given: dict[str, Any], device: str, rule: str
+) -> None:
+    asked = for_device(checked(SereConfig(moe_backend="sere", **given)), device)
+    assert asked.rule == resolved(asked, top_k=8).sere_rule == rule

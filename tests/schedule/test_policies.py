@@ -190,6 +190,16 @@ def test_auto_is_what_the_server_says_it_is() -> None:
     assert new.rule == "piggyback" and new.surrogates, "which piggyback does not look at"
 
 
+def test_who_names_s_or_rho_means_a_rule_that_has_it() -> None:
+    def rule(before: str, **changes: Any) -> str:
+        return settings(rule=before).updated(changes, top_k=TOP_K, auto=AUTO).rule
+
+    assert rule("energy", primary_k=2) == rule("piggyback", threshold=0.5) == "similarity"
+    assert rule("piggyback", primary_k=2) == "piggyback"
+    assert rule("energy", fast_primary_k=2, quality_budget=0.1) == "energy"
+    assert rule("energy", primary_k=2, rule="energy") == "energy"
+
+
 def test_settings_survive_the_trip_through_numbers() -> None:
     from sere_sglang.patches.number_keys import flatten, unflatten
 

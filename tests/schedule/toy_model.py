@@ -44,7 +44,9 @@ def decode(rows: int, **more: Any) -> BatchComposition:
 
 
 def settings(**changes: Any) -> Settings:
-    """A server's own without flags, but for a looser budget and no batch left out for its size."""
-    served = live_settings(resolved(SereConfig(moe_backend="sere"), top_k=TOP_K))
+    """A server's own under SERE's rule, but for a looser budget, and every batch re-routed."""
+    served = live_settings(
+        resolved(SereConfig(moe_backend="sere", sere_rule="similarity"), top_k=TOP_K)
+    )
     values = {"primary_k": 2, "threshold": 0.25, "min_batch": 1, "quality_budget": 0.05}
     return dataclasses.replace(served, **(values | changes))

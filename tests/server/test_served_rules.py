@@ -74,6 +74,7 @@ def profile(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) ->
 def server(
     checkpoint: Checkpoint, trace: Path, profile: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
+    # Under static the rule has to be named.
     flags = ("--sere-rule=auto", "--sere-policy=static", "--sere-quality-budget=0.5")
     model, folder = checkpoint("qwen3_moe"), tmp_path_factory.mktemp("logs")
     cost = write_cost(model, folder / "cost.json", step=StepModel())
@@ -242,7 +243,7 @@ def test_a_wrong_live_setting_is_refused(server: Server, change: Any, named: str
         (["--sere-rule=piggyback", "--sere-threshold=0.5"], "--sere-threshold is of --sere-rule"),
         (["--sere-rule=budget", "--sere-policy=static"], "needs --sere-max-experts"),
         (["--sere-max-experts=9"], "--sere-max-experts is of --sere-rule budget"),
-        (["--sere-surrogates=off"], "--sere-surrogates is of --sere-rule energy"),
+        (["--sere-primary-k=2", "--sere-surrogates=off"], "--sere-surrogates is of --sere-rule"),
         (["--sere-rule=energy", "--sere-surrogates=on"], "has none; write them with 'sere-sglang"),
         (["--sere-rule=topk", "--sere-primary-k=99"], "--sere-primary-k 99: must be smaller"),
     ],

@@ -64,9 +64,9 @@ def test_launch_server_module_with_config_file(checkpoint: Checkpoint, tmp_path:
 def test_auto_calibrates_before_it_serves(checkpoint: Checkpoint, tmp_path: Path) -> None:
     bare = without_profile(checkpoint("qwen3_moe"), tmp_path / "bare")
     log = tmp_path / "log"
-    flags = ("--moe-backend=sere", "--sere-profile=auto", "--sere-rule=auto")
-    with serve(bare, log, *flags) as server:
+    with serve(bare, log, "--moe-backend=sere", "--sere-profile=auto") as server:
         state = server.sere()
+        assert server.get("/server_info")["sere_rule"] == "auto"
         assert state["enabled"] and state["rule"] == state["auto_rule"]["rule"]
         assert "errs least on the profile's held-out text" in state["auto_rule"]["because"]
     profile = load_profile(bare / "sere_profile.safetensors")
