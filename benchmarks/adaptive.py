@@ -1,11 +1,12 @@
 """Policies on one real server under a load that rises and falls: who is fast, and at what price.
 
-    python -m benchmarks.adaptive [--seconds 20] [--rounds 5]
+    python -m benchmarks.adaptive
+    python -m benchmarks.adaptive --tokens 20 --columns 2048     a load half of which is prefill
 
 The demo model with its experts padded (serving.padded_model): its quality is real,
 and its steps are bound by the bytes of its experts. Clients come and go between 1 and 48; each asks
-one request after the other, so prefills fall in between. All policies meet the same clients, in
-turns.
+one request after the other, so prefills, which are never re-routed, fall in between. All policies
+meet the same clients, in turns.
 Writes ``adaptive.json`` and ``adaptive.png``.
 """
 
@@ -25,7 +26,7 @@ import openai
 
 from benchmarks._common import RESULTS_DIR, hardware_slug, write_result
 from benchmarks.serving.experiment import IMPORTS_CHECKOUT, heldout_prompts
-from benchmarks.serving.padded_model import write_padded_model
+from benchmarks.serving.padded_model import WIDTH, write_padded_model
 from sere_sglang.measure import forcing
 from sere_sglang.measure.divergence import mean_kl
 from sere_sglang.measure.intervals import interval
@@ -37,11 +38,8 @@ from sere_sglang.schedule.expectation import Expectation, expect, statistics_of
 from sere_sglang.schedule.trace import TraceStep, read_trace
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of an expert: 3.1 MB. The demo's 9.4 MB would make this a benchmark of prefills, whose
-# multiplications SERE leaves as they are.
-WIDTH = 2048
 MODEL = ROOT / "demo_model"
-CLIENTS, TOKENS = 48, 20
+CLIENTS, TOKENS = 48, 128
 QUALITY_LEVELS = (1, 8, 24, 48)
 POLICIES: dict[str, dict[str, Any]] = {
     "off": {"enabled": False},
@@ -68,11 +66,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="of load, per policy and round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="that each request writes")
+    parser.add_argument("--columns", type=int, default=WIDTH, help="of an expert")
     parser.add_argument("--folder", type=Path, default=ROOT / "out" / "adaptive")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     model, profile = write_padded_model(
-        folder / "padded_model", MODEL, MODEL / "sere_profile.safetensors", WIDTH
+        folder / "padded_model", MODEL, MODEL / "sere_profile.safetensors", arguments.columns
     )
     texts = heldout_prompts(MODEL)
     trace = folder / "trace.jsonl"
@@ -89,7 +89,7 @@ def main() -> None:
                 server.set_sere(**settings, reset_counters=True)
                 first = _lines(server, trace)
                 seconds = arguments.seconds if at >= 0 else 6.0
-                tok_s, gaps = asyncio.run(_load(server.url, texts, seconds))
+                tok_s, gaps = asyncio.run(_load(server.url, texts, seconds, arguments.tokens))
                 steps = list(read_trace(trace))[first : _lines(server, trace)]
                 if at >= 0:
                     found[name].tok_s.append(tok_s)
@@ -100,15 +100,28 @@ def main() -> None:
         _measure_quality(server, texts, found)
     rows = [_row(name, measured, found["off"]) for name, measured in found.items()]
     _print(rows)
-    path = write_result("adaptive", rows, model=f"demo model, experts padded to {WIDTH} columns")
+    name = "adaptive"
+    if (arguments.tokens, arguments.columns) != (TOKENS, WIDTH):
+        name += f"_{arguments.tokens}_{arguments.columns}"
+    prefill_share = _prefill_share(found["off"].steps)
+    print(f"with off, prefills take {prefill_share:.0%} of the time")
+    path = write_result(
+        name,
+        rows,
+        model=f"demo model, experts padded to {arguments.columns} columns",
+        tokens=arguments.tokens,
+        prefill_share=prefill_share,
+    )
     from benchmarks.serving.adaptive_plot import draw
 
-    picture = Path(os.environ.get("OUT") or RESULTS_DIR / hardware_slug()) / "adaptive.png"
+    picture = Path(os.environ.get("OUT") or RESULTS_DIR / hardware_slug()) / f"{name}.png"
     draw({name: measured.steps for name, measured in found.items()}, rows, expected, picture)
     print(f"wrote {path} and {picture}")
 
 
-async def _load(url: str, texts: list[Text], seconds: float) -> tuple[float, list[float]]:
+async def _load(
+    url: str, texts: list[Text], seconds: float, asked_tokens: int
+) -> tuple[float, list[float]]:
     """Client i is there for a stretch around the middle: few stay long, many come at the peak."""
     gaps: list[float] = []
     tokens = 0
@@ -127,7 +140,7 @@ async def _load(url: str, texts: list[Text], seconds: float) -> tuple[float, lis
             stream = await endpoint.completions.create(
                 model="default",
                 prompt=prompt,
-                max_tokens=TOKENS,
+                max_tokens=asked_tokens,
                 temperature=0,
                 stream=True,
                 extra_body={"ignore_eos": True},
@@ -138,7 +151,7 @@ async def _load(url: str, texts: list[Text], seconds: float) -> tuple[float, lis
                     if last is not None:
                         gaps.append(1000 * (now - last))
                     last = now
-            tokens += TOKENS
+            tokens += asked_tokens
 
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as endpoint:
         await asyncio.gather(*(client(i) for i in range(CLIENTS)))
@@ -149,6 +162,13 @@ def _lines(server: Server, trace: Path) -> int:
     """Steps traced so far; any change of settings writes out what the trace holds back."""
     server.set_sere(reset_counters=False)
     return len(trace.read_text().splitlines()) if trace.exists() else 0
+
+
+def _prefill_share(steps: list[TraceStep]) -> float:
+    """Of the time in which a step was under way."""
+    took = np.diff([step.time for step in steps])
+    decodes = np.array([step.composition.mode == "decode" for step in steps[:-1]])
+    return float(took[~decodes].sum() / took.sum())
 
 
 def _active(server: Server, steps: list[TraceStep], expected: Expectation) -> float:

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,22 @@ from benchmarks.serving.compared_answers import first_difference, last_words
 from benchmarks.serving.experiment import IMPORTS_CHECKOUT, TWO_RANKS
 from launch import gpu_moe_layer, gpu_rank_counters
 from launch.gpu_server_models import write_model
-from sere_sglang.measure.routing import ADAPTIVE, OFF, static
+from sere_sglang.measure.routing import ADAPTIVE, AUTO, OFF, Routing, routing_of, static
 from sere_sglang.measure.server import NotServing, Server, serve
 from sere_sglang.measure.turns import decode_speeds
 
 DUMMY = ("--load-format=dummy", "--skip-tokenizer-init")
 SERE = ("--moe-backend=sere", "--sere-primary-k=1")
+SIMILARITY: dict[str, Any] = {
+    "flags": (*SERE, "--sere-policy=static"),
+    "routings": (static(1), static(2), static(3), ADAPTIVE),
+}
+EVERY_RULE: dict[str, Any] = {
+    "flags": ("--moe-backend=sere", "--sere-rule=auto"),
+    # The random profile says nothing of losses: what the kernel drops is by its weights alone.
+    "routings": (routing_of("energy=0.02"), routing_of("energy=0.1"), AUTO),
+}
+"""Of a server whose CUDA graphs have the other rules' kernels as well."""
 TIE = 0.05  # nats between the two best tokens, below which either may come
 SORTS_WIDE_ROWS = "flashinfer_cutlass"  # by a kernel of its own, rows of 10 slots for instance
 NOISE = 3.0  # times as far apart as exact routing is: still the kernels' rounding
@@ -219,10 +229,12 @@ def launches(at: Machine, model: Path) -> dict[str, Any]:
     return {"passed": bool(ours), "ours": ours, "copies and waits": waits}
 
 
-def tpot(at: Machine, model: Path, *, batch: int) -> dict[str, Any]:
-    """Milliseconds per token off, at S=1 to 3 and adaptive, rounds in turns."""
-    routings = [OFF, static(1), static(2), static(3), ADAPTIVE]
-    with at.server(model, *SERE, "--sere-policy=static") as server:
+def tpot(
+    at: Machine, model: Path, *, batch: int, flags: Sequence[str], routings: Sequence[Routing]
+) -> dict[str, Any]:
+    """Milliseconds per token of a server with `flags`, off and at `routings`, rounds in turns."""
+    routings = [OFF, *routings]
+    with at.server(model, *flags) as server:
         speeds = decode_speeds(
             {"sere": server},
             routings,
@@ -252,7 +264,11 @@ def steps(at: Machine) -> dict[str, Callable[[Machine, Path], dict[str, Any]]]:
         "compile": functools.partial(with_flags, flags=compiled),
         "speculation": functools.partial(with_flags, flags=("--speculative-algorithm=NGRAM",)),
         "launches": launches,
-        **{f"tpot {n}": functools.partial(tpot, batch=n) for n in at.batches},
+        **{f"tpot {n}": functools.partial(tpot, batch=n, **SIMILARITY) for n in at.batches},
+        **{
+            f"tpot {n}, rules": functools.partial(tpot, batch=n, **EVERY_RULE)
+            for n in at.batches[1::2]
+        },
     }
 
 

@@ -94,7 +94,7 @@ def command(
     """Measure speed against quality on your machine: worth it, and at which setting?
 
     Starts one server and switches its routing while it runs: off (exact), SERE
-    at S=1, 2, 3, the adaptive policy, and the same with --sere-rule auto. They
+    at S=1, 2, 3, the adaptive policy under SERE's rule, and under rule auto. They
     take turns at the same streams, so that a slow minute hits all of them.
 
     x off is decode speed over exact routing and, in parentheses, its interval
