@@ -195,8 +195,8 @@ def _print_table(rows: list[Row], per_level: int) -> None:
         "median over interleaved rounds, and its interval. limit: what x off would be if the\n"
         f"MoE layers, {told},\n"
         "as timed alone at start, shrank as their bytes and operations do. S=1, 2, 3: the\n"
-        "published method. adaptive: its rule under the adaptive policy; auto: rule auto under it,\n"
-        "which is the default. KL (to plain) and perplexity: per token of held-out text.\n"
+        "published method. adaptive: its rule under the adaptive policy; auto: rule auto under\n"
+        "it, the default. KL (to plain) and perplexity: per token of held-out text.\n"
     )
 
 

@@ -183,6 +183,16 @@ PATCHES = (
         assigned=("sgl_kernel",),
     ),
     Patch(
+        "cpu_attention",
+        "SGLang's torch-native backend attends request by request while it decodes; one operator "
+        "does for the batch.",
+        "it does so itself, or a CPU wheel of sgl_kernel is published",
+        hooks=(
+            "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+            "._run_sdpa_forward_decode",
+        ),
+    ),
+    Patch(
         "cpu_models",
         "On the CPU engine: a torch form of Qwen2-MoE's gate, absorbed attention for DeepSeek-V2, "
         "the length of a padding row under --enable-dp-attention.",
