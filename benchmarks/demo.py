@@ -191,7 +191,7 @@ def _print_table(rows: list[Row], per_level: int) -> None:
     shares = {row.streams: row.moe_share for row in rows}
     told = ", ".join(f"{share:.0%} of a step at {n} streams" for n, share in shares.items())
     console.print(
-        "SERE off routes exactly, on our CPU MoE runner: it is the baseline of re-routing. x off:\n"
+        "SERE off routes exactly, on our CPU kernels: it is the baseline of re-routing. x off:\n"
         "median over interleaved rounds, and its interval. limit: what x off would be if the\n"
         f"MoE layers, {told},\n"
         "as timed alone at start, shrank as their bytes and operations do. S=1, 2, 3: the\n"

@@ -1,7 +1,7 @@
-"""``sglang serve`` without SERE, but with its CPU MoE runner: what re-routing is compared with.
+"""``sglang serve`` without SERE, but with its CPU kernels: what re-routing is compared with.
 
-On the CPU engine ``--moe-backend sere`` also replaces SGLang's MoE, which makes steps faster by
-itself. Takes the flags of ``sglang serve``.
+On the CPU engine ``--moe-backend sere`` also replaces SGLang's MoE and its decode attention, which
+makes steps faster by itself. Takes the flags of ``sglang serve``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def run_scheduler(*args: Any, **keywords: Any) -> None:
     """In the scheduler process."""
     from sglang.srt.managers.scheduler import run_scheduler_process
 
-    from sere_sglang.patches import cpu_moe
+    from sere_sglang.patches import cpu_attention, cpu_moe
 
+    cpu_attention.install()
     cpu_moe.install()
     run_scheduler_process(*args, **keywords)
 

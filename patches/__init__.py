@@ -184,8 +184,8 @@ PATCHES = (
     ),
     Patch(
         "cpu_attention",
-        "SGLang's torch-native backend attends request by request while it decodes; one operator "
-        "does for the batch.",
+        "SGLang's torch-native backend attends request by request while it decodes; while SERE is "
+        "on, one operator does for the batch.",
         "it does so itself, or a CPU wheel of sgl_kernel is published",
         hooks=(
             "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"

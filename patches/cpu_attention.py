@@ -1,9 +1,9 @@
 """Seam: decode attention of SGLang's torch-native backend, one operator for the whole batch.
 
-``TorchNativeAttnBackend._run_sdpa_forward_decode`` loops over requests ("inefficient", as it says
-itself), five operators and a layer each: a third of a step of 48 requests, which on a server with
-an attention kernel is next to nothing. Installed with the stand-in of ``sgl_kernel``, in servers
-with and without SERE alike, so that they compute the same.
+``TorchNativeAttnBackend._run_sdpa_forward_decode`` loops over requests (and says itself that this
+is inefficient): a third of a step of 48 requests of the padded demo model, where with an attention
+kernel it is next to nothing. Installed where SERE is on, like our CPU MoE runner: without the flag
+SGLang is what it is.
 """
 
 from __future__ import annotations

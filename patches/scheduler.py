@@ -20,10 +20,9 @@ def register() -> None:
     # Elsewhere (detokenizer, a launcher before its engine) importing it would cost seconds.
     if _MODULE in sys.modules:
         if cpu_engine.is_active():
-            from sere_sglang.patches import cpu_attention, cpu_models
+            from sere_sglang.patches import cpu_models
 
             cpu_models.install()
-            cpu_attention.install()
         target = f"{_MODULE}.Scheduler.__init__"
         declare(target, _before_init, HookType.BEFORE, needs=["server_args"])
         declare(target, _after_init, HookType.AFTER)
@@ -45,6 +44,7 @@ def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any)
     from sglang.srt.layers.moe.utils import register_moe_runner_backend_name
 
     from sere_sglang.patches import (
+        cpu_attention,
         cpu_moe,
         cuda_graphs,
         decode_log,
@@ -60,6 +60,7 @@ def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any)
     register_moe_runner_backend_name("sere")
     process.ask(asked)
     if server_args.device == "cpu":
+        cpu_attention.install()
         cpu_moe.install()
     if server_args.device == "cpu" or asked.rule != SIMILARITY:
         surrogates.install()
