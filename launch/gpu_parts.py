@@ -48,6 +48,7 @@ def machine() -> int:
 def build(arch: str | None) -> int:
     """Compile everything that the check uses, for this GPU; or for `arch`, loading no kernel."""
     from benchmarks import op_impls, published_sequence
+    from sere_sglang.ops import rules_fused
     from sere_sglang.ops.dispatch import load_impl
     from sere_sglang.ops.rules import load_rules
 
@@ -58,7 +59,9 @@ def build(arch: str | None) -> int:
             "cuda": lambda: load_impl("cuda", "cuda"),
             "fused": op_impls.load_fused,
             "triton": lambda: load_impl("triton", "cuda"),
-            "rules": lambda: load_rules("triton", "cuda"),
+            "rules in triton": lambda: load_rules("triton", "cuda"),
+            "rules in cuda": lambda: load_rules("cuda", "cuda"),
+            "rules fused": rules_fused.build,
             "published": lambda: published_sequence.native_module("cuda"),
             "cpu": lambda: load_impl("cpu", "cpu"),
         }

@@ -65,7 +65,7 @@ def test_rules_dry_run(
 ) -> None:
     monkeypatch.setenv("OUT", str(tmp_path))
     assert rules.main(["--dry-run"]) == 0
-    rows = _rows(tmp_path / "rules.json", {"rule": str, "T": int, "E": int, "us": float})
+    rows = _rows(tmp_path / "rules.json", {"rule": str, "impl": str, "E": int, "us": float})
     assert {row["rule"] for row in rows} == set(rules.NAMES)
     assert "piggyback" in capsys.readouterr().out
 
