@@ -27,8 +27,8 @@ void fused(TensorView logits, bool renormalize, TensorView ids, TensorView weigh
                          distinct, scratch, search);
   p.group_bits = 5;  // a warp ranks a row's logits, and keeps its slots
   const int spans = spans_of(p.experts);
-  const Plan plan = make_plan(p, p.scratch != nullptr, form, blocks, threads, overlaps,
-                              threads_for(spans));
+  const Plan plan =
+      make_plan(p, p.scratch != nullptr, form, blocks, threads, overlaps, threads_for(spans));
 
   const Router router = make_router(logits, renormalize);
   const Launcher launcher(ids.device(), plan);

@@ -55,7 +55,7 @@ struct Softmax {
 // Lane k gets the row's k-th expert and its weight.
 template <int kSpans>
 SERE_DEVICE Softmax select_top(const RowKeys<kSpans>& keys, int top_k, bool renormalize, int& id,
-                            float& weight) {
+                               float& weight) {
   Match mine = first_best(keys), won = {0, -1};
   uint32_t highest = 0;
   for (int k = 0; k < top_k; ++k) {

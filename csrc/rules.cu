@@ -25,8 +25,8 @@ void rules(TensorView ids, TensorView weights, Optional<TensorView> scores, Tens
   const RuleParams p = make_rule_params(ids, weights, scores, block, experts, row_class, counters,
                                         lost, lost_experts, active, scratch);
   const int spans = spans_of(p.experts);
-  const Plan plan = make_plan(p, p.scratch != nullptr, form, blocks, threads, overlaps,
-                              threads_for(spans));
+  const Plan plan =
+      make_plan(p, p.scratch != nullptr, form, blocks, threads, overlaps, threads_for(spans));
   const Launcher launcher(ids.device(), plan);
   with_spans(spans, [&](auto n) { run_rules<decltype(n)::value>(launcher, plan, p); });
 }

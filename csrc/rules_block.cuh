@@ -48,7 +48,7 @@ struct RuleShared {
   Votes votes;  // of all rows
   RuleTally tally;
   RuleBlock options;
-  uint32_t members[kExpertWords];     // A
+  uint32_t members[kExpertWords];         // A
   alignas(16) uint8_t used[kMaxExperts];  // flags of this block's rows
   alignas(16) uint8_t at_once[kMaxExperts];
   alignas(16) uint8_t loaded[kMaxExperts];

@@ -54,8 +54,15 @@ SERE_DEVICE void fill_row(RuleShared& s, const RuleParams& p, int at, uint32_t l
   const int t = thread_index(), first = t & ~31, lane = lane_index();
   s.row_own[t] = held.id;
   s.row_old[t] = held.weight;
-  RuleRow row = {s.row_own + first, s.row_old + first, nullptr, s.row_id + first,
-                 s.row_weight + first, p.top_k, live, own_in, 0};
+  RuleRow row = {s.row_own + first,
+                 s.row_old + first,
+                 nullptr,
+                 s.row_id + first,
+                 s.row_weight + first,
+                 p.top_k,
+                 live,
+                 own_in,
+                 0};
   if (p.scores != nullptr) row.scores = p.scores + int64_t(at) * p.experts;
   if (o.rule == Rule::kTopk) {
     const int rank = rank_in_row(p, held.weight, lane, held.counts);

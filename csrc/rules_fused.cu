@@ -28,14 +28,13 @@ void rules_fused(TensorView logits, bool renormalize, TensorView ids, TensorView
   const RuleParams p = make_rule_params(ids, weights, scores, block, logits.size(1), row_class,
                                         counters, lost, lost_experts, active, scratch);
   const int spans = spans_of(p.experts);
-  const Plan plan = make_plan(p, p.scratch != nullptr, form, blocks, threads, overlaps,
-                              threads_for(spans));
+  const Plan plan =
+      make_plan(p, p.scratch != nullptr, form, blocks, threads, overlaps, threads_for(spans));
   const Router router = make_router(logits, renormalize);
   float* to = static_cast<float*>(scores.data_ptr());
   const Launcher launcher(ids.device(), plan);
-  with_spans(spans, [&](auto n) {
-    run_rules_fused<decltype(n)::value>(launcher, plan, p, router, to);
-  });
+  with_spans(spans,
+             [&](auto n) { run_rules_fused<decltype(n)::value>(launcher, plan, p, router, to); });
 }
 
 }  // namespace sere

@@ -7,14 +7,11 @@
 namespace sere {
 
 // Dtypes, shapes and devices were checked by sere_sglang.ops.
-inline RuleParams make_rule_params(TensorView ids, TensorView weights,
-                                   const Optional<TensorView>& scores, TensorView block,
-                                   int64_t experts, const Optional<TensorView>& row_class,
-                                   const Optional<TensorView>& counters,
-                                   const Optional<TensorView>& lost,
-                                   const Optional<TensorView>& lost_experts,
-                                   const Optional<TensorView>& active,
-                                   const Optional<TensorView>& scratch) {
+inline RuleParams make_rule_params(
+    TensorView ids, TensorView weights, const Optional<TensorView>& scores, TensorView block,
+    int64_t experts, const Optional<TensorView>& row_class, const Optional<TensorView>& counters,
+    const Optional<TensorView>& lost, const Optional<TensorView>& lost_experts,
+    const Optional<TensorView>& active, const Optional<TensorView>& scratch) {
   RuleParams p;
   set_routing(p, ids, weights, experts, row_class, counters);
   p.group_bits = kRowBits;

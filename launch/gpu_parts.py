@@ -72,6 +72,9 @@ def small_case() -> int:
     """Every implementation once on small inputs, for compute-sanitizer; the CPU's without a GPU."""
     from benchmarks.op_cases import OpCase
     from benchmarks.op_impls import load_impls
+    from benchmarks.rules import RuleCase
+    from sere_sglang.names import RULES
+    from sere_sglang.ops.rules_call import MAX_ROWS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     impls, missing, _ = load_impls(device, ("cuda", "published", "empty", "fused"))
@@ -88,9 +91,16 @@ def small_case() -> int:
                     torch.cuda.synchronize()
             case.check(name)
 
+    def run_rule(name: str) -> None:
+        for tokens, experts, top_k in SMALL_SIZES:
+            RuleCase(min(tokens, MAX_ROWS), experts, top_k, 1, device).candidate(name, "cuda")
+            if device == "cuda":
+                torch.cuda.synchronize()
+
     chosen: dict[str, Callable[[], object]] = {
         name: functools.partial(run, name, make_calls) for name, make_calls in impls.items()
     }
+    chosen |= {f"rule {name}": functools.partial(run_rule, name) for name in RULES[1:]}
     return max(_each(chosen), 1 if missing else 0)
 
 
