@@ -146,7 +146,7 @@ def present(impls: Sequence[str]) -> tuple[list[str], list[str]]:
         try:
             load_rules(impl, "cuda")
         except UnavailableError as error:
-            print(f"not timed: {first_line(error)}")
+            print(f"not timed: {error}")
         except Exception as error:  # one that does not build must not take the other along
             failed.append(f"{impl}: {first_line(error)}")
         else:

@@ -12,6 +12,8 @@ import torch
 
 from benchmarks import layer, moe_layer, op, rules
 from benchmarks._timing import Candidate, GraphTimer, copy_bandwidth
+from sere_sglang.ops.dispatch import UnavailableError
+from sere_sglang.ops.jit import BuildError
 
 TOP_LEVEL = {"hardware", "torch", "cuda", "date", "rows", "failed"}
 OP_ROW = {"impl": str, "T": int, "E": int, "K": int, "us": float}
@@ -68,6 +70,26 @@ def test_rules_dry_run(
     rows = _rows(tmp_path / "rules.json", {"rule": str, "impl": str, "E": int, "us": float})
     assert {row["rule"] for row in rows} == set(rules.NAMES)
     assert "piggyback" in capsys.readouterr().out
+
+
+def test_rules_are_timed_in_what_a_machine_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot be had is said; what should be there and breaks is a failure."""
+
+    def load(impl: str, device: str) -> None:
+        if impl == "cuda":
+            raise UnavailableError("impl 'cuda': no nvcc found")
+        if impl == "broken":
+            raise BuildError("error: expected ';'")
+
+    monkeypatch.setattr(rules, "load_rules", load)
+    assert rules.present(["triton", "cuda", "broken"]) == (
+        ["triton"], ["broken: BuildError: error: expected ';'"],
+    )  # fmt: skip
+    assert "not timed: impl 'cuda': no nvcc found" in capsys.readouterr().out
+    assert ("energy", "cuda") in rules.candidates_of(["triton", "cuda"])
+    assert ("surrogates", "cuda") not in rules.candidates_of(["triton", "cuda"])
 
 
 @pytest.mark.parametrize("benchmark", [op, rules, layer], ids=["op", "rules", "layer"])
