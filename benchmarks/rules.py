@@ -5,9 +5,11 @@
 Timed as in benchmarks/op.py, by replays of a CUDA graph. ``off`` is a layer whose rule block names
 ``similarity``, ``surrogates`` what one of rank 8 adds before and behind the experts under
 ``energy``, ``surrogates off`` the same where nothing was lost. Every rule is timed in Triton and,
-where that is at hand, in CUDA C++, and compared with the reference first. Writes ``rules.json``:
-rows ``{"rule", "impl", "T", "E", "K", "us", "us_warm", ...}``. ``--dry-run`` goes the same way on a
-CPU, with tiny sizes and the CPU's implementations in place of the GPU's; its figures mean nothing.
+where that is at hand, in CUDA C++, behind top-k and fused with it (``fused``: softmax and top-k are
+in its figure, and ``off`` is those alone), and compared with the reference first. Writes
+``rules.json``: rows ``{"rule", "impl", "T", "E", "K", "us", "us_warm", ...}``. ``--dry-run`` goes
+the same way on a CPU, with tiny sizes and the CPU's implementations in place of the GPU's; its
+figures mean nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +27,14 @@ import torch
 from benchmarks._common import write_result
 from benchmarks._timing import Candidate, GraphTimer, HostTimer, Timer, cuda_info, first_line
 from benchmarks.op import arguments
+from sere_sglang.ops import cuda, rules_fused
 from sere_sglang.ops.dispatch import UnavailableError
 from sere_sglang.ops.rule_block import block_of, encode_rule
 from sere_sglang.ops.rule_ops import add_compensation_, begin_compensation
 from sere_sglang.ops.rules import load_rules
 from sere_sglang.ops.rules_call import LostSlots, RuleCall
 from sere_sglang.ops.rules_device import ApplyInPlace
+from sere_sglang.ops.rules_fused import Selected, fused_topk_rule
 from sere_sglang.ops.surrogates import Surrogates, compensate_
 
 TOKENS: tuple[int, ...] = (1, 8, 32, 128, 256, 1024)
@@ -37,7 +42,7 @@ SHAPES: tuple[tuple[int, int], ...] = ((128, 8), (512, 10))  # (E, K); Triton co
 CALLS = 16
 RANK, HIDDEN = 8, 2048
 NAMES = ("off", "piggyback", "topk", "budget", "energy", "surrogates", "surrogates off")
-IMPLS = ("triton", "cuda")
+IMPLS = ("triton", "cuda", "fused")
 
 
 class RuleCase:
@@ -49,7 +54,8 @@ class RuleCase:
         generator = torch.Generator().manual_seed(tokens * experts + top_k)
         popular = torch.randn(experts, generator=generator)
         logits = popular + torch.randn(calls, tokens, experts, generator=generator)
-        self.scores = logits.softmax(-1).to(device)
+        self.logits = logits.to(device)
+        self.scores = self.logits.softmax(-1)
         weights, ids = self.scores.topk(top_k, dim=-1)
         self._ids = ids.to(torch.int32)
         self._weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -87,6 +93,8 @@ class RuleCase:
         """Raises where its first call does not give what the reference does."""
         if name.startswith("surrogates"):
             return Candidate(self._surrogates(name == "surrogates"))
+        if impl == "fused":
+            return self._fused(name)
         calls = self._off(impl) if name == "off" else self._rule(name, impl)
         self.restore()
         calls[0]()
@@ -118,6 +126,27 @@ class RuleCase:
         on_device = block.to(self.device)
         return [partial(self._apply, module.apply_, on_device, i) for i in range(self.calls)]
 
+    def _fused(self, name: str) -> Candidate:
+        """On the weights and scores that the kernel itself computes the rule is the reference's."""
+        switched_off, call = encode_rule("similarity").to(self.device), self.rule_call(name)
+        block = switched_off if name == "off" else block_of(call).to(self.device)
+
+        def run(i: int, block: torch.Tensor = block) -> Selected:
+            return fused_topk_rule(
+                self.logits[i], self.top_k, True, block,
+                counters=self.counters[i], lost=LostSlots.none(self.ids[i]),
+            )  # fmt: skip
+
+        plain, got = run(0, switched_off), run(0)
+        if not torch.equal(plain.ids, self._ids[0]):
+            raise AssertionError("ids differ from torch's top-k")
+        if name != "off":
+            call = replace(call, ids=plain.ids, weights=plain.weights, scores=got.scores)
+            want = load_rules("torch", self.device).apply(call)
+            if not (torch.equal(got.ids, want.ids) and torch.equal(got.weights, want.weights)):
+                raise AssertionError("ids or weights differ from the reference")
+        return Candidate([partial(run, i) for i in range(self.calls)])
+
     def _stand_in(self, rule: str, i: int) -> None:
         routed = load_rules("auto", "cpu").apply(self.rule_call(rule, i), self.counters[i])
         self.ids[i].copy_(routed.ids)
@@ -144,7 +173,7 @@ def present(impls: Sequence[str]) -> tuple[list[str], list[str]]:
     found, failed = [], []
     for impl in impls:
         try:
-            load_rules(impl, "cuda")
+            _build(impl)
         except UnavailableError as error:
             print(f"not timed: {error}")
         except Exception as error:  # one that does not build must not take the other along
@@ -152,6 +181,16 @@ def present(impls: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             found.append(impl)
     return found, failed
+
+
+def _build(impl: str) -> None:
+    if impl != "fused":
+        load_rules(impl, "cuda")
+        return
+    reason = cuda.is_available("cuda")
+    if reason is not None:
+        raise UnavailableError(f"fused: {reason}")
+    rules_fused.build()
 
 
 def candidates_of(impls: Sequence[str]) -> list[tuple[str, str]]:
