@@ -4,10 +4,12 @@
 
 Timed as in benchmarks/op.py, by replays of a CUDA graph. ``off`` is a layer whose rule block names
 ``similarity``, ``surrogates`` what one of rank 8 adds before and behind the experts under
-``energy``, ``surrogates off`` the same where nothing was lost. Every rule is compared with the
-reference first. Writes ``rules.json``: rows ``{"rule", "T", "E", "K", "us", "us_warm", ...}``.
-``--dry-run`` goes the same way on a CPU, with tiny sizes and the CPU's implementations in place of
-Triton's; its figures mean nothing.
+``energy``, ``surrogates off`` the same where nothing was lost. Every rule is timed in Triton and,
+where that is at hand, in CUDA C++, behind top-k and fused with it (``fused``: softmax and top-k are
+in its figure, and ``off`` is those alone), and compared with the reference first. Writes
+``rules.json``: rows ``{"rule", "impl", "T", "E", "K", "us", "us_warm", ...}``. ``--dry-run`` goes
+the same way on a CPU, with tiny sizes and the CPU's implementations in place of the GPU's; its
+figures mean nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +27,14 @@ import torch
 from benchmarks._common import write_result
 from benchmarks._timing import Candidate, GraphTimer, HostTimer, Timer, cuda_info, first_line
 from benchmarks.op import arguments
+from sere_sglang.ops import cuda, rules_fused
+from sere_sglang.ops.dispatch import UnavailableError
 from sere_sglang.ops.rule_block import block_of, encode_rule
-from sere_sglang.ops.rule_ops import add_compensation_, apply_rule_, begin_compensation
+from sere_sglang.ops.rule_ops import add_compensation_, begin_compensation
 from sere_sglang.ops.rules import load_rules
 from sere_sglang.ops.rules_call import LostSlots, RuleCall
+from sere_sglang.ops.rules_device import ApplyInPlace
+from sere_sglang.ops.rules_fused import Selected, fused_topk_rule
 from sere_sglang.ops.surrogates import Surrogates, compensate_
 
 TOKENS: tuple[int, ...] = (1, 8, 32, 128, 256, 1024)
@@ -35,6 +42,7 @@ SHAPES: tuple[tuple[int, int], ...] = ((128, 8), (512, 10))  # (E, K); Triton co
 CALLS = 16
 RANK, HIDDEN = 8, 2048
 NAMES = ("off", "piggyback", "topk", "budget", "energy", "surrogates", "surrogates off")
+IMPLS = ("triton", "cuda", "fused")
 
 
 class RuleCase:
@@ -46,7 +54,8 @@ class RuleCase:
         generator = torch.Generator().manual_seed(tokens * experts + top_k)
         popular = torch.randn(experts, generator=generator)
         logits = popular + torch.randn(calls, tokens, experts, generator=generator)
-        self.scores = logits.softmax(-1).to(device)
+        self.logits = logits.to(device)
+        self.scores = self.logits.softmax(-1)
         weights, ids = self.scores.topk(top_k, dim=-1)
         self._ids = ids.to(torch.int32)
         self._weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -80,11 +89,13 @@ class RuleCase:
             renormalize=1.0,
         )
 
-    def candidate(self, name: str) -> Candidate:
+    def candidate(self, name: str, impl: str) -> Candidate:
         """Raises where its first call does not give what the reference does."""
         if name.startswith("surrogates"):
             return Candidate(self._surrogates(name == "surrogates"))
-        calls = self._off() if name == "off" else self._rule(name)
+        if impl == "fused":
+            return self._fused(name)
+        calls = self._off(impl) if name == "off" else self._rule(name, impl)
         self.restore()
         calls[0]()
         want: Sequence[Any] = (self._ids[0], self._weights[0])
@@ -94,23 +105,47 @@ class RuleCase:
             raise AssertionError("ids or weights differ from the reference")
         return Candidate(calls, self.restore)
 
-    def _apply(self, block: torch.Tensor, i: int) -> None:
-        apply_rule_(
+    def _apply(self, apply_: ApplyInPlace, block: torch.Tensor, i: int) -> None:
+        apply_(
             self.ids[i], self.weights[i], self.scores[i], block, self.experts,
             counters=self.counters[i], lost=LostSlots.none(self.ids[i]),
         )  # fmt: skip
 
-    def _off(self) -> list[Any]:
+    def _off(self, impl: str) -> list[Any]:
         if self.device == "cpu":
             return [lambda: None] * self.calls
-        block = encode_rule("similarity").to(self.device)
-        return [partial(self._apply, block, i) for i in range(self.calls)]
+        return self._calls(impl, encode_rule("similarity"))
 
-    def _rule(self, rule: str) -> list[Any]:
+    def _rule(self, rule: str, impl: str) -> list[Any]:
         if self.device == "cpu":
             return [partial(self._stand_in, rule, i) for i in range(self.calls)]
-        block = block_of(self.rule_call(rule)).to(self.device)
-        return [partial(self._apply, block, i) for i in range(self.calls)]
+        return self._calls(impl, block_of(self.rule_call(rule)))
+
+    def _calls(self, impl: str, block: torch.Tensor) -> list[Any]:
+        module: Any = load_rules(impl, self.device)
+        on_device = block.to(self.device)
+        return [partial(self._apply, module.apply_, on_device, i) for i in range(self.calls)]
+
+    def _fused(self, name: str) -> Candidate:
+        """On the weights and scores that the kernel itself computes the rule is the reference's."""
+        switched_off, call = encode_rule("similarity").to(self.device), self.rule_call(name)
+        block = switched_off if name == "off" else block_of(call).to(self.device)
+
+        def run(i: int, block: torch.Tensor = block) -> Selected:
+            return fused_topk_rule(
+                self.logits[i], self.top_k, True, block,
+                counters=self.counters[i], lost=LostSlots.none(self.ids[i]),
+            )  # fmt: skip
+
+        plain, got = run(0, switched_off), run(0)
+        if not torch.equal(plain.ids, self._ids[0]):
+            raise AssertionError("ids differ from torch's top-k")
+        if name != "off":
+            call = replace(call, ids=plain.ids, weights=plain.weights, scores=got.scores)
+            want = load_rules("torch", self.device).apply(call)
+            if not (torch.equal(got.ids, want.ids) and torch.equal(got.weights, want.weights)):
+                raise AssertionError("ids or weights differ from the reference")
+        return Candidate([partial(run, i) for i in range(self.calls)])
 
     def _stand_in(self, rule: str, i: int) -> None:
         routed = load_rules("auto", "cpu").apply(self.rule_call(rule, i), self.counters[i])
@@ -133,19 +168,55 @@ class RuleCase:
         return [call] * self.calls
 
 
-def measure(case: RuleCase, timer: Timer, rounds: int) -> tuple[list[dict[str, Any]], list[str]]:
+def present(impls: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those that this machine's GPU can have, and what broke."""
+    found, failed = [], []
+    for impl in impls:
+        try:
+            _build(impl)
+        except UnavailableError as error:
+            print(f"not timed: {error}")
+        except Exception as error:  # one that does not build must not take the other along
+            failed.append(f"{impl}: {first_line(error)}")
+        else:
+            found.append(impl)
+    return found, failed
+
+
+def _build(impl: str) -> None:
+    if impl != "fused":
+        load_rules(impl, "cuda")
+        return
+    reason = cuda.is_available("cuda")
+    if reason is not None:
+        raise UnavailableError(f"fused: {reason}")
+    rules_fused.build()
+
+
+def candidates_of(impls: Sequence[str]) -> list[tuple[str, str]]:
+    """Names with the implementations that they are timed in; surrogates are in Triton alone."""
+    return [
+        (name, impl) for name in NAMES for impl in (IMPLS[:1] if name.startswith("surr") else impls)
+    ]
+
+
+def measure(
+    case: RuleCase, impls: Sequence[str], timer: Timer, rounds: int
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of one size, and what was wrong or broke."""
     candidates: dict[str, Candidate] = {}
+    named: dict[str, dict[str, str]] = {}
     failed = []
-    for name in NAMES:
+    for name, impl in candidates_of(impls):
         try:
-            candidates[name] = case.candidate(name)
+            candidates[f"{name}, {impl}"] = case.candidate(name, impl)
         except Exception as error:  # one that breaks must not take the others along
-            failed.append(f"{name} at {case}: {first_line(error)}")
+            failed.append(f"{name}, {impl} at {case}: {first_line(error)}")
+        named[f"{name}, {impl}"] = {"rule": name, "impl": impl}
     size = {"T": case.tokens, "E": case.experts, "K": case.top_k}
     rows: list[dict[str, Any]] = [
         {
-            "rule": name,
+            **named[name],
             **size,
             "us": round(timing.cold, 3),
             "us_warm": round(timing.warm, 3),
@@ -170,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = "cpu" if options.dry_run else "cuda"
     timer: Timer = HostTimer() if options.dry_run else GraphTimer()
     rows: list[dict[str, Any]] = []
-    failed: list[str] = []
+    impls, failed = (list(IMPLS[:1]), []) if options.dry_run else present(IMPLS)
 
     def write() -> Path:
         return write_result(
@@ -185,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 break
             try:
                 case = RuleCase(num_tokens, experts, top_k, 3 if options.dry_run else CALLS, device)
-                new_rows, new_failed = measure(case, timer, rounds)
+                new_rows, new_failed = measure(case, impls, timer, rounds)
             except Exception as error:
                 failed.append(f"T={num_tokens} E={experts} K={top_k}: {first_line(error)}")
                 continue
@@ -204,15 +275,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def print_tables(rows: Sequence[dict[str, Any]]) -> None:
-    """A line per size: every rule."""
-    sizes: dict[tuple[int, int, int], dict[str, float]] = {}
-    for row in rows:
-        sizes.setdefault((row["E"], row["K"], row["T"]), {})[row["rule"]] = row["us"]
+    """For each implementation a line per size: every rule."""
     print("us per layer, tables not in L2")
-    print("   E  K    T " + "".join(f"{name:>15}" for name in NAMES))
-    for (experts, top_k, num_tokens), us in sizes.items():
+    print("  impl    E  K    T " + "".join(f"{name:>15}" for name in NAMES))
+    sizes: dict[tuple[str, int, int, int], dict[str, float]] = {}
+    for row in rows:
+        size = (row["impl"], row["E"], row["K"], row["T"])
+        sizes.setdefault(size, {})[row["rule"]] = row["us"]
+    for (impl, experts, top_k, num_tokens), us in sizes.items():
         cells = "".join(f"{us[name]:15.2f}" if name in us else f"{'-':>15}" for name in NAMES)
-        print(f"{experts:4} {top_k:2} {num_tokens:4} {cells}")
+        print(f"{impl:>6} {experts:4} {top_k:2} {num_tokens:4} {cells}")
 
 
 if __name__ == "__main__":

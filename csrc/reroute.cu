@@ -11,7 +11,7 @@ void reroute(TensorView ids, Optional<TensorView> weights, TensorView similarity
              int64_t threads, bool overlaps) {
   const Params p = make_params(ids, weights, similarity, neighbors, scale, control, row_class,
                                counters, distinct, scratch, search);
-  const Plan plan = make_plan(p, form, blocks, threads, overlaps);
+  const Plan plan = make_plan(p, p.scratch != nullptr, form, blocks, threads, overlaps);
   const Launcher launcher(ids.device(), plan);
   switch (plan.form) {
     case kBlock: launcher.run(reroute_kernel<false>, p); break;

@@ -32,22 +32,26 @@ struct GridScratch {
 };
 static_assert(sizeof(GridScratch) <= 1024, "what sere_sglang/ops/cuda.py allocates");
 
-struct Params {
+// The routed rows that a kernel changes in place, and how they lie among its threads.
+struct Routing {
   int32_t* ids;              // [rows, top_k], rows id_stride apart
   float* weights;            // likewise, or null: slots are ranked already
-  const float* similarity;   // [experts, experts]
-  const int16_t* neighbors;  // [experts, experts] or null
-  const float* scale;        // [experts, experts] or null; needs weights
-  const int32_t* control;
-  const uint8_t* row_class;  // or null
+  const uint8_t* row_class;  // [rows] or null
   int64_t* counters;         // or null
-  GridScratch* scratch;      // grid form only
   int64_t id_stride;
   int64_t weight_stride;
   int rows;
   int top_k;
   int experts;
   int group_bits;  // a row takes 2^group_bits lanes, at least top_k
+};
+
+struct Params : Routing {
+  const float* similarity;   // [experts, experts]
+  const int16_t* neighbors;  // [experts, experts] or null
+  const float* scale;        // [experts, experts] or null; needs weights
+  const int32_t* control;
+  GridScratch* scratch;  // grid form only
   Search search;
   bool distinct;  // no expert twice in a row; needs weights
   bool quads;     // rows of the tables are aligned for loads of four
@@ -90,14 +94,14 @@ struct Rows {
 
 SERE_HD int rows_per_block(int rows, int blocks) { return (rows + blocks - 1) / blocks; }
 
-SERE_DEVICE Rows rows_of_block(const Params& p, int rank, int blocks) {
+SERE_DEVICE Rows rows_of_block(const Routing& p, int rank, int blocks) {
   const int share = rows_per_block(p.rows, blocks), per_pass = num_threads() >> p.group_bits;
   const int first = rank * share < p.rows ? rank * share : p.rows;
   const int end = p.rows - first < share ? p.rows : first + share;
   return {first, end, per_pass, (end - first + per_pass - 1) / per_pass, 0};
 }
 
-SERE_DEVICE bool has_padding(const Params& p, const Rows& rows) { return rows.valid < p.rows; }
+SERE_DEVICE bool has_padding(const Routing& p, const Rows& rows) { return rows.valid < p.rows; }
 SERE_DEVICE bool pads_here(const Rows& rows) { return rows.end > rows.valid; }
 
 // Slot of this thread in a pass; the lanes of a row are neighbours.
@@ -106,7 +110,7 @@ struct Slot {
   bool exists;
 };
 
-SERE_DEVICE Slot slot_of(const Params& p, const Rows& rows, int pass) {
+SERE_DEVICE Slot slot_of(const Routing& p, const Rows& rows, int pass) {
   const int k = thread_index() & ((1 << p.group_bits) - 1);
   const int row = rows.first + pass * rows.per_pass + (thread_index() >> p.group_bits);
   return {row, k, row < rows.end && k < p.top_k};
@@ -145,6 +149,16 @@ SERE_DEVICE void load_classes(const Params& p, const Rows& rows, Held& held) {
       held.classes |= uint32_t(p.row_class[slot.row]) << 8 * pass;
     }
   }
+}
+
+// Whether every other block of the grid has come here already; what those wrote is visible then.
+SERE_DEVICE bool is_last_block(int* arrived) {
+  fence_device();
+  sync_block();
+  const bool is_last =
+      elect_any_block(thread_index() == 0 && atomic_add(arrived, 1) == num_blocks() - 1);
+  if (is_last) fence_device();
+  return is_last;
 }
 
 SERE_DEVICE int32_t load_control(const Params& p) {

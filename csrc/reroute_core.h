@@ -48,9 +48,10 @@ SERE_HD bool is_active(const Control& c, int top_k) {
   return some_class_moves;
 }
 
-SERE_HD int valid_rows(const Control& c, int rows) {
-  return c.num_valid < 0 || c.num_valid > rows ? rows : c.num_valid;
+SERE_HD int valid_rows(int num_valid, int rows) {
+  return num_valid < 0 || num_valid > rows ? rows : num_valid;
 }
+SERE_HD int valid_rows(const Control& c, int rows) { return valid_rows(c.num_valid, rows); }
 
 // Classes beyond the block's are read as its last one.
 SERE_HD int clamp_class(const Control& c, int row_class) {

@@ -69,9 +69,11 @@ SERE_DEVICE void atomic_add(int64_t* at, int64_t value) {
 }
 SERE_DEVICE void fence_device() { __threadfence(); }
 
-// Another block may be writing the word; old or new are both fine for the caller.
-SERE_DEVICE int32_t load_racing(const int32_t* at) {
-  return *reinterpret_cast<const volatile int32_t*>(at);
+// Past the first-level cache: another block may have written it while this one ran, or be writing
+// it now, where old or new are both fine for the caller.
+template <typename T>
+SERE_DEVICE T load_racing(const T* at) {
+  return *reinterpret_cast<const volatile T*>(at);
 }
 
 SERE_DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }

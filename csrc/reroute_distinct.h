@@ -21,6 +21,14 @@ SERE_HD float add_rounded(float a, float b) {
 #endif
 }
 
+SERE_HD float multiply_rounded(float a, float b) {  // nor the first half
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 SERE_HD int first_bit(uint32_t bits) {  // not 0
 #ifdef __CUDA_ARCH__
   return __ffs(bits) - 1;

@@ -7,10 +7,6 @@ namespace sere {
 
 template <int kSpans>
 void run_fused(const Launcher& launcher, const Plan& plan, const Params& p, const Router& router) {
-  if (plan.threads > fused_threads(kSpans)) {
-    TVM_FFI_THROW(ValueError) << "re-routing: at most " << fused_threads(kSpans) << " threads for "
-                              << p.experts << " experts";
-  }
   switch (plan.form) {
     case kBlock: launcher.run(fused_kernel<kSpans, false>, p, router); break;
     case kCluster: launcher.run(fused_kernel<kSpans, true>, p, router); break;
@@ -30,28 +26,13 @@ void fused(TensorView logits, bool renormalize, TensorView ids, TensorView weigh
   Params p = make_params(ids, weights, similarity, neighbors, scale, control, row_class, counters,
                          distinct, scratch, search);
   p.group_bits = 5;  // a warp ranks a row's logits, and keeps its slots
-  const Plan plan = make_plan(p, form, blocks, threads, overlaps);
+  const int spans = spans_of(p.experts);
+  const Plan plan =
+      make_plan(p, p.scratch != nullptr, form, blocks, threads, overlaps, threads_for(spans));
 
-  Router router;
-  const DLDataType type = logits.dtype();
-  router.type = type.bits == 32 ? kFloat32 : type.code == kDLBfloat ? kBFloat16 : kFloat16;
-  router.logits = logits.data_ptr();
-  router.logit_stride = logits.stride(0);
-  router.quads = p.experts % 4 == 0 && router.logit_stride % 4 == 0 &&
-                 is_aligned(router.logits, type.bits / 8 * 4);
-  router.renormalize = renormalize;
-
+  const Router router = make_router(logits, renormalize);
   const Launcher launcher(ids.device(), plan);
-  const int spans = (p.experts + kQuadSpan - 1) / kQuadSpan;
-  if (spans <= 1) {
-    run_fused<1>(launcher, plan, p, router);
-  } else if (spans <= 2) {
-    run_fused<2>(launcher, plan, p, router);
-  } else if (spans <= 4) {
-    run_fused<4>(launcher, plan, p, router);
-  } else {
-    run_fused<8>(launcher, plan, p, router);
-  }
+  with_spans(spans, [&](auto n) { run_fused<decltype(n)::value>(launcher, plan, p, router); });
 }
 
 }  // namespace sere

@@ -60,9 +60,6 @@ reroute_kernel(SERE_PARAMS Params p) {
   reroute_held<kCluster, false>(s, p, rows, held);
 }
 
-// More logits per lane, more registers.
-constexpr int fused_threads(int spans) { return spans > 2 ? kMaxThreads / 2 : kMaxThreads; }
-
 template <int kSpans>
 SERE_DEVICE Rows start_fused(Shared& s, const Params& p, const Router& router, Held& held) {
   wait_for_prior_kernels();
@@ -77,7 +74,7 @@ SERE_DEVICE Rows start_fused(Shared& s, const Params& p, const Router& router, H
 }
 
 template <int kSpans, bool kCluster>
-SERE_KERNEL(fused_threads(kSpans))
+SERE_KERNEL(threads_for(kSpans))
 fused_kernel(SERE_PARAMS Params p, SERE_PARAMS Router router) {
   SERE_SHARED(Shared, s);
   prefetch_tables(p);
@@ -89,12 +86,8 @@ fused_kernel(SERE_PARAMS Params p, SERE_PARAMS Router router) {
 // Once all blocks have voted: the ids of the first usable row, which its owner is going to rewrite
 // while others' padding rows copy them.
 SERE_DEVICE void publish_grid_padding(const Params& p) {
-  fence_device();  // a fused launch has just stored the ids
-  sync_block();
-  const bool is_last = elect_any_block(thread_index() == 0 &&
-                                       atomic_add(&p.scratch->blocks_voted, 1) == num_blocks() - 1);
-  if (!is_last || thread_index() >= p.top_k) return;
-  fence_device();
+  // A fused launch has just stored the ids.
+  if (!is_last_block(&p.scratch->blocks_voted) || thread_index() >= p.top_k) return;
   const int from_end = atomic_max(&p.scratch->usable_from_end, 0);
   if (from_end == 0) return;
   const int32_t* ids = p.ids + (p.rows - from_end) * p.id_stride;
@@ -139,7 +132,7 @@ SERE_KERNEL(kGridThreads) vote_grid_kernel(SERE_PARAMS Params p) {
 }
 
 template <int kSpans>
-SERE_KERNEL(fused_threads(kSpans))
+SERE_KERNEL(threads_for(kSpans))
 fused_vote_grid_kernel(SERE_PARAMS Params p, SERE_PARAMS Router router) {
   SERE_SHARED(Shared, s);
   Held held;
@@ -192,12 +185,7 @@ SERE_DEVICE void count_in_grid(Shared& s, const Params& p, const Rows& rows) {
     if (s.tally.rerouted) atomic_add(&all.rerouted, s.tally.rerouted);
     if (s.tally.critical) atomic_add(&all.critical, s.tally.critical);
   }
-  fence_device();
-  sync_block();
-  const bool is_last = elect_any_block(thread_index() == 0 &&
-                                       atomic_add(&p.scratch->blocks_done, 1) == num_blocks() - 1);
-  if (!is_last || thread_index() >= kNumCounters) return;
-  fence_device();
+  if (!is_last_block(&p.scratch->blocks_done) || thread_index() >= kNumCounters) return;
   Tally total;  // through the atomics' path: other blocks wrote these while this one ran
   total.rerouted = atomic_add(&all.rerouted, 0);
   total.critical = atomic_add(&all.critical, 0);

@@ -8,7 +8,9 @@
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
 
-#include "reroute_block.cuh"
+#include <type_traits>
+
+#include "reroute_topk.cuh"
 
 namespace sere {
 
@@ -106,6 +108,25 @@ inline bool is_aligned(const void* at, size_t bytes) {
 }
 
 // Dtypes, shapes and devices were checked by sere_sglang.ops.
+inline void set_routing(Routing& p, TensorView ids, const Optional<TensorView>& weights,
+                        int64_t experts, const Optional<TensorView>& row_class,
+                        const Optional<TensorView>& counters) {
+  p.ids = static_cast<int32_t*>(ids.data_ptr());
+  p.weights = pointer<float>(weights);
+  p.row_class = pointer<const uint8_t>(row_class);
+  p.counters = pointer<int64_t>(counters);
+  p.id_stride = ids.stride(0);
+  p.weight_stride = weights.has_value() ? weights.value().stride(0) : 0;
+  p.rows = int(ids.size(0));
+  p.top_k = int(ids.size(1));
+  p.experts = int(experts);
+  if (experts > kMaxExperts || p.top_k > kMaxTopK) {
+    TVM_FFI_THROW(ValueError) << "re-routing: at most 1024 experts and top-32";
+  }
+  p.group_bits = 0;
+  while (1 << p.group_bits < p.top_k) ++p.group_bits;
+}
+
 inline Params make_params(TensorView ids, const Optional<TensorView>& weights,
                           TensorView similarity, const Optional<TensorView>& neighbors,
                           const Optional<TensorView>& scale, TensorView control,
@@ -113,25 +134,12 @@ inline Params make_params(TensorView ids, const Optional<TensorView>& weights,
                           const Optional<TensorView>& counters, bool distinct,
                           const Optional<TensorView>& scratch, int64_t search) {
   Params p;
-  p.ids = static_cast<int32_t*>(ids.data_ptr());
-  p.weights = pointer<float>(weights);
+  set_routing(p, ids, weights, similarity.size(0), row_class, counters);
   p.similarity = static_cast<const float*>(similarity.data_ptr());
   p.neighbors = pointer<const int16_t>(neighbors);
   p.scale = p.weights != nullptr ? pointer<const float>(scale) : nullptr;
   p.control = static_cast<const int32_t*>(control.data_ptr());
-  p.row_class = pointer<const uint8_t>(row_class);
-  p.counters = pointer<int64_t>(counters);
   p.scratch = pointer<GridScratch>(scratch);
-  p.id_stride = ids.stride(0);
-  p.weight_stride = weights.has_value() ? weights.value().stride(0) : 0;
-  p.rows = int(ids.size(0));
-  p.top_k = int(ids.size(1));
-  p.experts = int(similarity.size(0));
-  if (p.experts > kMaxExperts || p.top_k > kMaxTopK) {
-    TVM_FFI_THROW(ValueError) << "re-routing: at most 1024 experts and top-32";
-  }
-  p.group_bits = 0;
-  while (1 << p.group_bits < p.top_k) ++p.group_bits;
   p.search = Search(search);
   p.distinct = distinct && p.weights != nullptr;
   p.quads = p.experts % 4 == 0 && is_aligned(p.similarity, sizeof(Quad<float>)) &&
@@ -139,22 +147,53 @@ inline Params make_params(TensorView ids, const Optional<TensorView>& weights,
   return p;
 }
 
-inline Plan make_plan(const Params& p, int64_t form, int64_t blocks, int64_t threads,
-                      bool overlaps) {
+// Of logits [rows, experts] with unit stride within a row.
+inline Router make_router(TensorView logits, bool renormalize) {
+  const DLDataType type = logits.dtype();
+  Router router;
+  router.type = type.bits == 32 ? kFloat32 : type.code == kDLBfloat ? kBFloat16 : kFloat16;
+  router.logits = logits.data_ptr();
+  router.logit_stride = logits.stride(0);
+  router.quads = logits.size(1) % 4 == 0 && router.logit_stride % 4 == 0 &&
+                 is_aligned(router.logits, type.bits / 8 * 4);
+  router.renormalize = renormalize;
+  return router;
+}
+
+// `most_threads`: of a block, in the forms other than the grid.
+inline Plan make_plan(const Routing& p, bool has_scratch, int64_t form, int64_t blocks,
+                      int64_t threads, bool overlaps, int most_threads = kMaxThreads) {
   const Plan plan = {Form(form), int(blocks), int(threads), overlaps};
   const int per_pass = plan.threads >> p.group_bits;
-  const int most = plan.form == kGrid ? kGridThreads : kMaxThreads;
+  const int most = plan.form == kGrid ? kGridThreads : most_threads;
   const bool fits = plan.threads > 0 && plan.threads <= most && plan.threads % 32 == 0 &&
                     plan.blocks > 0 && (plan.form != kBlock || plan.blocks == 1) &&
                     (plan.form != kCluster || plan.blocks <= kMaxCluster) &&
-                    (plan.form != kGrid || p.scratch != nullptr) &&
+                    (plan.form != kGrid || has_scratch) &&
                     rows_per_block(p.rows, plan.blocks) <= per_pass * kHeldSlots;
   if (!fits) {
-    TVM_FFI_THROW(ValueError) << "re-routing: " << p.rows << " rows of top-" << p.top_k
-                              << " do not fit form " << form << " of " << blocks << " blocks with "
-                              << threads << " threads";
+    TVM_FFI_THROW(ValueError) << "re-routing: " << p.rows << " rows of top-" << p.top_k << " of "
+                              << p.experts << " experts do not fit form " << form << " of "
+                              << blocks << " blocks with " << threads << " threads";
   }
   return plan;
+}
+
+// Spans of a row of so many experts (reroute_best.cuh), rounded up to what kernels are made for.
+inline int spans_of(int experts) {
+  const int spans = (experts + kQuadSpan - 1) / kQuadSpan;
+  return spans <= 2 ? spans : spans <= 4 ? 4 : 8;
+}
+
+// Calls `run` with it as a constant.
+template <typename Run>
+void with_spans(int spans, const Run& run) {
+  switch (spans) {
+    case 1: return run(std::integral_constant<int, 1>());
+    case 2: return run(std::integral_constant<int, 2>());
+    case 4: return run(std::integral_constant<int, 4>());
+    default: return run(std::integral_constant<int, 8>());
+  }
 }
 
 }  // namespace sere

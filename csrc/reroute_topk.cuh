@@ -2,8 +2,7 @@
 // softmax keeps the order, and so does SGLang's router kernel.
 #pragma once
 
-#include "reroute_block.cuh"
-#include "reroute_match.cuh"
+#include "reroute_best.cuh"
 
 namespace sere {
 
@@ -17,18 +16,12 @@ struct Router {
   bool renormalize;
 };
 
-// A lane holds experts lane * 4 + i of every span of 128.
-template <int kSpans>
-struct LogitKeys {
-  uint32_t at[kSpans][4];  // 0: no such expert
-};
-
 SERE_DEVICE uint32_t logit_key(float logit) {
   return ordered_key(logit == logit ? logit : -1e30f);  // NaN ranks where SGLang ranks it
 }
 
 template <int kSpans>
-SERE_DEVICE void load_keys(const Router& router, int row, int experts, LogitKeys<kSpans>& keys) {
+SERE_DEVICE void load_keys(const Router& router, int row, int experts, RowKeys<kSpans>& keys) {
 #pragma unroll
   for (int span = 0; span < kSpans; ++span) {
     const int at = span * kQuadSpan + lane_index() * 4;
@@ -52,48 +45,23 @@ SERE_DEVICE void load_keys(const Router& router, int row, int experts, LogitKeys
   }
 }
 
-// This lane's best expert behind `last` in the order of (key descending, id ascending).
-template <int kSpans>
-SERE_DEVICE Match next_best(const LogitKeys<kSpans>& keys, const Match& last) {
-  Match best = {0, kMaxExperts};
-#pragma unroll
-  for (int span = 0; span < kSpans; ++span) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t key = keys.at[span][i];
-      const int id = span * kQuadSpan + lane_index() * 4 + i;
-      const bool behind = key < last.key || (key == last.key && id > last.id);
-      if (behind && key > best.key) best = {key, id};
-    }
-  }
-  return best;
-}
+// What a row's logits are divided by, in every lane.
+struct Softmax {
+  float top, sum;
 
-SERE_DEVICE float warp_sum(float value) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask >>= 1) value += shuffle_xor(value, mask);
-  return value;
-}
+  SERE_DEVICE float of(uint32_t key) const { return exponential(from_key(key) - top) / sum; }
+};
 
 // Lane k gets the row's k-th expert and its weight.
 template <int kSpans>
-SERE_DEVICE void select_top(const LogitKeys<kSpans>& keys, int top_k, bool renormalize, int& id,
-                            float& weight) {
-  Match mine = next_best(keys, {~0u, -1}), won = {0, -1};
+SERE_DEVICE Softmax select_top(const RowKeys<kSpans>& keys, int top_k, bool renormalize, int& id,
+                               float& weight) {
+  Match mine = first_best(keys), won = {0, -1};
   uint32_t highest = 0;
   for (int k = 0; k < top_k; ++k) {
-    const uint32_t key = warp_max(mine.key);
-    const uint32_t lanes = ballot(mine.key == key);
-    int winner = lowest_bit(lanes);
-    if (kSpans > 1 &&
-        (lanes & (lanes - 1)) != 0) {  // of one span, the lowest lane is the lowest id
-      const uint32_t lowest = warp_min(mine.key == key ? uint32_t(mine.id) : uint32_t(kMaxExperts));
-      winner = lowest_bit(ballot(mine.key == key && uint32_t(mine.id) == lowest));
-    }
-    const int expert = shuffle(mine.id, winner);
-    if (lane_index() == k) won = {key, expert};
-    if (lane_index() == winner) mine = next_best(keys, mine);
-    if (k == 0) highest = key;
+    const Match best = take_best(keys, mine);
+    if (lane_index() == k) won = best;
+    if (k == 0) highest = best.key;
   }
   const float top = from_key(highest);
   float sum = 0.0f;
@@ -105,13 +73,14 @@ SERE_DEVICE void select_top(const LogitKeys<kSpans>& keys, int top_k, bool renor
       if (key != 0) sum += exponential(from_key(key) - top);
     }
   }
-  sum = warp_sum(sum);
+  const Softmax softmax = {top, warp_sum(sum)};
   id = won.id;
-  weight = lane_index() < top_k ? exponential(from_key(won.key) - top) / sum : 0.0f;
+  weight = lane_index() < top_k ? softmax.of(won.key) : 0.0f;
   if (renormalize) {
     const float total = warp_sum(weight);
     weight /= total > 0.0f ? total : 1.0f;
   }
+  return softmax;
 }
 
 // The slots of this block, a row per warp and pass. Their weights are written at once: from here
@@ -123,7 +92,7 @@ SERE_DEVICE void select_slots(const Router& router, const Params& p, const Rows&
     held.id[pass] = -1;
     const Slot slot = slot_of(p, rows, pass);
     if (pass >= rows.passes || slot.row >= rows.end) continue;
-    LogitKeys<kSpans> keys;
+    RowKeys<kSpans> keys;
     load_keys(router, slot.row, p.experts, keys);
     float weight;
     select_top(keys, p.top_k, router.renormalize, held.id[pass], weight);

@@ -8,7 +8,7 @@
 namespace sere {
 
 // Rank of this lane's slot among the `width` lanes of its row: weight descending, ties by slot.
-SERE_DEVICE int rank_in_row(const Params& p, float weight, int k, bool counts) {
+SERE_DEVICE int rank_in_row(const Routing& p, float weight, int k, bool counts) {
   const int width = 1 << p.group_bits;
   const float before = shuffle(weight, k > 0 ? k - 1 : 0, width);
   // Routers hand over sorted slots; then one step is enough.

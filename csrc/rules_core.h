@@ -1,10 +1,10 @@
-// What the rules beside re-routing decide: set A from the whole batch, then one row at a time.
+// What the rules beside re-routing decide, an expert or a row at a time: shared by the CPU
+// (rules_batch.h) and the CUDA kernels (rules_kernels.cuh).
 // Semantics: docs/semantics.md, "Rules beside similarity"; oracle: tests/ops/rules_oracle.py.
-// Weights are summed slot after slot in float32 as the torch reference does, so that both give the
-// same bits: compile without contraction of a * b + c.
+// Weights are summed slot after slot in float32 and rounded after each operation as the torch
+// reference does, so that all give the same bits: compile without contraction of a * b + c.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 
 #include "reroute_distinct.h"
@@ -12,191 +12,160 @@
 namespace sere {
 
 // sere_sglang/ops/rules_call.py
-enum class Rule : int { kSimilarity, kPiggyback, kBudget, kTopk, kEnergy };
+enum class Rule : int32_t { kSimilarity, kPiggyback, kBudget, kTopk, kEnergy };
 constexpr float kFixedOne = 4294967296.0f;         // 2^32: FRACTION_BITS
 constexpr float kLargestTerm = 17592186044416.0f;  // 2^44: LARGEST_TERM
 
-struct RuleProblem {
-  const int32_t* ids;           // [T, K]
-  const float* weights;         // [T, K]
-  const float* scores;          // [T, E] or null
-  const float* similarity;      // [E, E] or null
-  const uint8_t* is_protected;  // [T] or null
-  const uint8_t* is_fast;       // [T] or null
-  int rows, valid, top_k, experts;
-  Rule rule;
-  int keep, fast_keep;  // S, k0 or 1
-  int budget;
-  bool warmup, truncate;
-  int64_t loss_limit;
-  float threshold, fill_weight, renormalize;
-  // Out: copies of ids and weights, to be changed; zeros.
-  int32_t* new_ids;
-  float* new_weights;
-  uint8_t* active;  // [E]
-  float* lost;      // [T, E]
+// sere_sglang/ops/rule_block.py
+enum RuleFlag { kWarmup = 1, kTruncate = 2, kWritesLost = 4, kHasClasses = 8 };
+enum RowKind { kProtectedRow = 1, kFastRow = 2 };
 
-  bool keeps_row(int row) const { return is_protected != nullptr && is_protected[row] != 0; }
-  bool is_fast_row(int row) const { return is_fast != nullptr && is_fast[row] != 0; }
-  int sure_slots(int row) const { return is_fast_row(row) ? fast_keep : keep; }
-  const int32_t* row_ids(int row) const { return ids + int64_t(row) * top_k; }
-  const float* row_weights(int row) const { return weights + int64_t(row) * top_k; }
-  const float* row_scores(int row) const { return scores + int64_t(row) * experts; }
+struct RuleBlock {
+  Rule rule;
+  int32_t num_valid;
+  int32_t keep, fast_keep;  // S, k0 or 1: of normal rows, of fast ones
+  int32_t budget;
+  int32_t flags;
+  double loss;
+  float fill_weight, renormalize;
+  int32_t reserved[6];
 };
+static_assert(sizeof(RuleBlock) == 64, "16 words");
+
+// ---- numbers
 
 // To nearest, ties to even; scaling by a power of two is exact.
-inline int64_t fixed_point(float value) {
-  const float scaled = value * kFixedOne;
-  return int64_t(std::nearbyint(scaled < kLargestTerm ? scaled : kLargestTerm));
+SERE_HD int64_t fixed_point(float value) {
+  const float scaled = multiply_rounded(value, kFixedOne);
+  const float term = scaled < kLargestTerm ? scaled : kLargestTerm;
+#ifdef __CUDA_ARCH__
+  return __float2ll_rn(term);
+#else
+  return int64_t(std::nearbyint(term));
+#endif
 }
 
-inline float ratio(float above, float below, float otherwise) {
+SERE_HD int64_t fixed_square(float weight) { return fixed_point(multiply_rounded(weight, weight)); }
+
+// What `energy` may drop in units of the sums, rounded down; exact, the loss being a float32.
+SERE_HD int64_t loss_limit(const RuleBlock& o, int valid) {
+  return int64_t(o.loss * valid * double(kFixedOne));
+}
+
+SERE_HD float ratio(float above, float below, float otherwise) {
   return below == 0.0f ? otherwise : above / below;
 }
 
-// A set of experts that is also listed, lowest id first, once `list` was called.
-struct ExpertSet {
-  uint8_t has[kMaxExperts];
-  int32_t ids[kMaxExperts];
-  uint32_t words[kExpertWords];
-  int count = 0;
-
-  explicit ExpertSet(int experts) { std::memset(has, 0, experts); }
-
-  void list(int experts) {
-    count = 0;
-    std::memset(words, 0, sizeof(words));
-    for (int e = 0; e < experts; ++e) {
-      ids[count] = e;
-      count += has[e];
-      words[e >> 5] |= uint32_t(has[e]) << (e & 31);
-    }
-  }
-  ExpertBits bits() const { return {words, kExpertWords}; }
-};
-
-// One row while it gets its new experts.
-struct NewRow {
-  int32_t ids[kMaxTopK];
-  float weights[kMaxTopK];
-  uint32_t taken;  // bit k: slot k is decided
-
-  void put(int slot, int32_t id, float weight) {
-    ids[slot] = id;
-    weights[slot] = weight;
-    taken |= 1u << slot;
-  }
-  bool holds(int32_t id, int top_k) const {
-    for (int k = 0; k < top_k; ++k) {
-      if (taken >> k & 1 && ids[k] == id) return true;
-    }
-    return false;
-  }
-  float sum(int top_k) const {
-    float total = 0.0f;
-    for (int k = 0; k < top_k; ++k) total += taken >> k & 1 ? weights[k] : 0.0f;
-    return total;
-  }
-};
-
 // ---- set A
 
-// Experts in a row's sure slots, if they `count`, and all of protected rows; `used`: of any slot.
-inline void vote(const RuleProblem& p, bool count, ExpertSet& in, ExpertSet& used) {
-  for (int row = 0; row < p.valid; ++row) {
-    const int32_t* ids = p.row_ids(row);
-    uint32_t chosen = 0xffffffffu;
-    if (!p.keeps_row(row)) {
-      chosen = count ? primary_slots(p.row_weights(row), p.top_k, p.sure_slots(row)) : 0;
-    }
-    for (int k = 0; k < p.top_k; ++k) {
-      if (!is_expert(ids[k], p.experts)) continue;
-      used.has[ids[k]] = 1;
-      in.has[ids[k]] |= chosen >> k & 1;
-    }
-  }
+// Whether a row's sure slots put their experts into A.
+SERE_HD bool sure_slots_vote(const RuleBlock& o) {
+  return o.rule != Rule::kBudget || (o.flags & kWarmup) != 0;
 }
 
-// The first `count` of `ids` by value, ties by the lowest id.
-template <typename Before>
-void sort_first(int32_t* ids, int size, int count, Before before) {
-  std::partial_sort(ids, ids + std::min(count, size), ids + size, before);
+SERE_HD int sure_slots(const RuleBlock& o, int row_kind) {
+  const int slots = row_kind & kFastRow ? o.fast_keep : o.keep;
+  return slots < 1 ? 1 : slots;
 }
 
-inline void add_within_budget(const RuleProblem& p, ExpertSet& in) {
-  int64_t sums[kMaxExperts] = {};
-  for (int row = 0; row < p.valid; ++row) {
-    if (p.is_fast_row(row)) continue;
-    const float* scores = p.row_scores(row);
-    for (int e = 0; e < p.experts; ++e) sums[e] += fixed_point(scores[e]);
-  }
-  int32_t others[kMaxExperts];
-  int size = 0;
-  for (int e = 0; e < p.experts; ++e) {
-    others[size] = e;
-    size += !in.has[e];
-  }
-  const int room = std::max(0, p.budget - (p.experts - size));
-  sort_first(others, size, room,
-             [&](int32_t a, int32_t b) { return sums[a] != sums[b] ? sums[a] > sums[b] : a < b; });
-  for (int i = 0; i < std::min(room, size); ++i) in.has[others[i]] = 1;
-}
+// Whose weights count in the sums of `energy`, and whose scores in those of `budget`.
+SERE_HD bool weights_count(int row_kind) { return (row_kind & (kProtectedRow | kFastRow)) == 0; }
+SERE_HD bool scores_count(int row_kind) { return (row_kind & kFastRow) == 0; }
 
-inline void add_within_loss(const RuleProblem& p, const ExpertSet& used, ExpertSet& in) {
-  int64_t energy[kMaxExperts] = {};
-  for (int row = 0; row < p.valid; ++row) {
-    if (p.keeps_row(row) || p.is_fast_row(row)) continue;
-    const int32_t* ids = p.row_ids(row);
-    const float* weights = p.row_weights(row);
-    for (int k = 0; k < p.top_k; ++k) {
-      if (is_expert(ids[k], p.experts)) energy[ids[k]] += fixed_point(weights[k] * weights[k]);
-    }
-  }
-  int32_t droppable[kMaxExperts];
-  int size = 0;
-  for (int e = 0; e < p.experts; ++e) {
-    droppable[size] = e;
-    size += used.has[e] && !in.has[e];
-  }
-  sort_first(droppable, size, size, [&](int32_t a, int32_t b) {
-    return energy[a] != energy[b] ? energy[a] < energy[b] : a < b;
-  });
-  int64_t spent = 0;
-  int drops = 0;
-  while (drops < size && (spent += energy[droppable[drops]]) <= p.loss_limit) ++drops;
-  for (int i = drops; i < size; ++i) in.has[droppable[i]] = 1;
+// The order in which `budget` loads experts, and that in which `energy` drops them.
+SERE_HD bool loads_before(const int64_t* sums, int a, int b) {
+  return sums[a] != sums[b] ? sums[a] > sums[b] : a < b;
+}
+SERE_HD bool drops_before(const int64_t* sums, int a, int b) {
+  return sums[a] != sums[b] ? sums[a] < sums[b] : a < b;
 }
 
 // ---- what a row holds, in which slot and with which weight
 
-// `slots`, in slot order, get the row's best of A by score that it does not hold yet, times factor.
-inline void put_next_best(const RuleProblem& p, const ExpertSet& a, const float* scores,
-                          uint32_t slots, NewRow& row) {
-  const int wanted = __builtin_popcount(slots);
-  int32_t best[kMaxTopK];
-  int found = 0;
-  const uint32_t before = row.taken;
-  for (int i = 0; i < a.count && wanted > 0; ++i) {
-    const int32_t id = a.ids[i];
-    if (found == wanted && !(scores[id] > scores[best[found - 1]])) continue;
-    if (before != 0 && row.holds(id, p.top_k)) continue;
-    int at = found < wanted ? found++ : found - 1;
-    for (; at > 0 && scores[id] > scores[best[at - 1]]; --at) best[at] = best[at - 1];
-    best[at] = id;
+// A row that a rule may change; in a mask bit k is slot k.
+struct RuleRow {
+  const int32_t* own;  // [top_k], before the rule
+  const float* old;
+  const float* scores;  // [experts], or null
+  int32_t* ids;         // [top_k], after it
+  float* weights;
+  int top_k;
+  uint32_t live;    // slots that hold an expert
+  uint32_t own_in;  // ... that is in A
+  uint32_t sure;    // slots that are sure of theirs; `topk` alone asks
+};
+
+// Whether a row takes the best of A instead of those that it has.
+SERE_HD bool reorders(const RuleBlock& o) {
+  return o.rule == Rule::kPiggyback || (o.rule == Rule::kBudget && !(o.flags & kTruncate));
+}
+
+// Whether it looks at scores at all.
+SERE_HD bool takes_scores(const RuleBlock& o) {
+  return reorders(o) || o.rule == Rule::kBudget ||
+         (o.rule == Rule::kEnergy && o.fill_weight > 0.0f);
+}
+
+// Slots that keep their expert.
+SERE_HD uint32_t kept_slots(const RuleBlock& o, const RuleRow& row) {
+  if (reorders(o)) return 0;
+  return o.rule == Rule::kTopk ? row.sure & row.live : row.own_in;
+}
+
+// Slots that get, in slot order, the row's best of A by score that it does not hold.
+SERE_HD uint32_t wanted_slots(const RuleBlock& o, const RuleRow& row) {
+  if (reorders(o)) return row.live;
+  const bool tops_up = o.rule == Rule::kEnergy && o.fill_weight > 0.0f;
+  return tops_up ? row.live & ~kept_slots(o, row) : 0;
+}
+
+SERE_HD float sum_slots(const float* values, uint32_t slots, int top_k) {
+  float total = 0.0f;
+  for (int k = 0; k < top_k; ++k) {
+    if (slots >> k & 1) total = add_rounded(total, values[k]);
   }
-  for (int k = 0, i = 0; k < p.top_k && i < found; ++k) {
-    if (!(slots >> k & 1)) continue;
-    row.put(k, best[i], scores[best[i]]);
-    ++i;
+  return total;
+}
+
+SERE_HD void multiply_slots(float* values, uint32_t slots, int top_k, float factor) {
+  for (int k = 0; k < top_k; ++k) {
+    if (slots >> k & 1) values[k] = multiply_rounded(values[k], factor);
   }
 }
 
-// Times (original mass / new mass)^exponent, unless the row kept all its slots.
-inline void scale(NewRow& row, int top_k, float mass, float exponent, bool lossless) {
-  if (exponent == 0.0f || lossless) return;
-  float factor = ratio(mass, row.sum(top_k), 1.0f);
-  if (exponent != 1.0f) factor = std::pow(std::max(factor, 0.0f), exponent);
-  for (int k = 0; k < top_k; ++k) row.weights[k] *= factor;
+// `found`, some of the wanted slots: where ids and weights are the best of A and their scores
+// already. Settles the others, and what all of them weigh.
+SERE_HD void settle_row(const RuleBlock& o, const ExpertBits& a, const RuleRow& row,
+                        uint32_t found) {
+  const int top_k = row.top_k;
+  const uint32_t kept = kept_slots(o, row), taken = kept | found;
+  const float mass = sum_slots(row.old, row.live, top_k);
+  for (int k = 0; k < top_k; ++k) {
+    if (!(kept >> k & 1)) continue;
+    row.ids[k] = row.own[k];
+    row.weights[k] = row.old[k];
+  }
+  if (reorders(o)) {
+    multiply_slots(row.weights, found, top_k,
+                   ratio(mass, sum_slots(row.weights, found, top_k), 0.0f));
+  } else {
+    if (found != 0) {
+      float total = 0.0f;
+      for (int k = 0; k < top_k; ++k) {
+        if (row.live >> k & 1) total = add_rounded(total, row.scores[row.own[k]]);
+      }
+      multiply_slots(row.weights, found, top_k, ratio(mass, total, 0.0f));
+      multiply_slots(row.weights, found, top_k, o.fill_weight);
+    }
+    // Times (original mass / new mass)^exponent, unless the row kept all its slots.
+    const float exponent = o.rule == Rule::kEnergy ? o.renormalize : 1.0f;
+    if (exponent != 0.0f && kept != row.live) {
+      float factor = ratio(mass, sum_slots(row.weights, taken, top_k), 1.0f);
+      if (exponent != 1.0f) factor = powf(factor < 0.0f ? 0.0f : factor, exponent);
+      multiply_slots(row.weights, taken, top_k, factor);
+    }
+  }
+  fill_free_slots(a, top_k, row.live, taken, row.own, row.ids, row.weights);
 }
 
 }  // namespace sere

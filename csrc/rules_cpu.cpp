@@ -4,7 +4,7 @@
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
 
-#include "rules_core.h"
+#include "rules_batch.h"
 
 namespace sere {
 
@@ -32,13 +32,13 @@ struct StandIns {
 // A, and for `similarity` the stand-ins that its rows take.
 void choose(const RuleProblem& p, ExpertSet& a, StandIns& stand_ins) {
   ExpertSet used(p.experts);
-  vote(p, p.rule != Rule::kBudget || p.warmup, a, used);
+  vote(p, a, used);
   used.list(p.experts);
   if (used.count == 0) return;
-  if (p.rule == Rule::kBudget) add_within_budget(p, a);
-  if (p.rule == Rule::kEnergy) add_within_loss(p, used, a);
+  if (p.is_rule(Rule::kBudget)) add_within_budget(p, a);
+  if (p.is_rule(Rule::kEnergy)) add_within_loss(p, used, a);
   a.list(p.experts);
-  if (p.rule != Rule::kSimilarity || a.count == 0) return;
+  if (!p.is_rule(Rule::kSimilarity) || a.count == 0) return;
   // The critical experts join after all have looked for a stand-in among the primary ones.
   for (int i = 0; i < used.count; ++i) stand_ins.of(p, a, used.ids[i]);
   for (int i = 0; i < used.count; ++i) {
@@ -48,58 +48,37 @@ void choose(const RuleProblem& p, ExpertSet& a, StandIns& stand_ins) {
 }
 
 void fill_row(const RuleProblem& p, const ExpertSet& a, const StandIns& stand_ins, int at) {
-  const int32_t* own = p.row_ids(at);
-  const float* weights = p.row_weights(at);
   const int top_k = p.top_k;
-  uint32_t live = 0, own_in = 0;
-  float mass = 0.0f;
+  int32_t ids[kMaxTopK];
+  float weights[kMaxTopK];
+  RuleRow row = {p.row_ids(at), p.row_weights(at), p.row_scores(at), ids, weights, top_k, 0, 0, 0};
+  const int32_t* own = row.own;
   for (int k = 0; k < top_k; ++k) {
     if (!is_expert(own[k], p.experts)) continue;
-    live |= 1u << k;
-    own_in |= uint32_t(a.has[own[k]]) << k;
-    mass += weights[k];
-    if (!a.has[own[k]]) p.lost[int64_t(at) * p.experts + own[k]] = weights[k];
+    row.live |= 1u << k;
+    row.own_in |= uint32_t(a.has[own[k]]) << k;
+    if (!a.has[own[k]]) p.lost[int64_t(at) * p.experts + own[k]] = row.old[k];
   }
-  NewRow row;
-  row.taken = 0;
-  std::fill(row.weights, row.weights + top_k, 0.0f);
-  const auto keep = [&](uint32_t slots) {
+  if (p.is_rule(Rule::kSimilarity)) {
     for (int k = 0; k < top_k; ++k) {
-      if (slots >> k & 1) row.put(k, own[k], weights[k]);
+      if (!(row.live >> k & 1)) continue;
+      ids[k] = a.has[own[k]] ? own[k] : stand_ins.ids[own[k]];
+      weights[k] = row.old[k];
     }
-  };
-  if (p.rule == Rule::kSimilarity) {
-    for (int k = 0; k < top_k; ++k) {
-      if (live >> k & 1) row.put(k, a.has[own[k]] ? own[k] : stand_ins.ids[own[k]], weights[k]);
-    }
-    row.taken = merge_slots(top_k, live, row.ids, row.weights);
-  } else if (p.rule == Rule::kTopk || p.rule == Rule::kEnergy || p.truncate) {
-    const bool topk = p.rule == Rule::kTopk, energy = p.rule == Rule::kEnergy;
-    const uint32_t kept = topk ? primary_slots(weights, top_k, p.sure_slots(at)) & live : own_in;
-    keep(kept);
-    if (energy && p.fill_weight > 0.0f && kept != live) {
-      const float* scores = p.row_scores(at);
-      float total = 0.0f;
-      for (int k = 0; k < top_k; ++k) total += live >> k & 1 ? scores[own[k]] : 0.0f;
-      const float unit = ratio(mass, total, 0.0f);
-      put_next_best(p, a, scores, live & ~kept, row);
-      for (int k = 0; k < top_k; ++k) {
-        if (row.taken >> k & 1 && !(kept >> k & 1)) {
-          row.weights[k] = row.weights[k] * unit * p.fill_weight;
-        }
-      }
-    }
-    scale(row, top_k, mass, energy ? p.renormalize : 1.0f, kept == live);
+    const uint32_t taken = merge_slots(top_k, row.live, ids, weights);
+    fill_free_slots(a.bits(), top_k, row.live, taken, own, ids, weights);
   } else {
-    put_next_best(p, a, p.row_scores(at), live, row);
-    const float factor = ratio(mass, row.sum(top_k), 0.0f);
-    for (int k = 0; k < top_k; ++k) row.weights[k] *= factor;
+    if (p.is_rule(Rule::kTopk)) {
+      row.sure = primary_slots(row.old, top_k, sure_slots(p.options, p.kind_of(at)));
+    }
+    const uint32_t wanted = wanted_slots(p.options, row);
+    const uint32_t kept = kept_slots(p.options, row);
+    settle_row(p.options, a.bits(), row, wanted ? put_next_best(a, row, kept, wanted) : 0);
   }
-  fill_free_slots(a.bits(), top_k, live, row.taken, own, row.ids, row.weights);
   for (int k = 0; k < top_k; ++k) {
-    if (!(live >> k & 1)) continue;
-    p.new_ids[int64_t(at) * top_k + k] = row.ids[k];
-    p.new_weights[int64_t(at) * top_k + k] = row.weights[k];
+    if (!(row.live >> k & 1)) continue;
+    p.new_ids[int64_t(at) * top_k + k] = ids[k];
+    p.new_weights[int64_t(at) * top_k + k] = weights[k];
   }
 }
 
@@ -107,7 +86,7 @@ void fill_row(const RuleProblem& p, const ExpertSet& a, const StandIns& stand_in
 void fill_padding(const RuleProblem& p, const ExpertSet& a) {
   int32_t ids[kMaxTopK];
   float weights[kMaxTopK] = {};
-  for (int k = 0; k < p.top_k; ++k) ids[k] = a.ids[k < a.count ? k : 0];
+  fill_padding_slots(a.bits(), p.top_k, ids);
   for (int row = 0; row < p.valid; ++row) {
     const int32_t* from = p.new_ids + int64_t(row) * p.top_k;
     const auto held = [&](int32_t id) { return is_expert(id, p.experts); };
@@ -151,7 +130,7 @@ void add_counters(const RuleProblem& p, int64_t* counters) {
       moved += own[k] != now[k];
       if (p.is_fast_row(row)) continue;
       const float weight = p.lost[int64_t(row) * p.experts + own[k]];
-      lost += fixed_point(weight * weight);
+      lost += fixed_square(weight);
     }
   }
   used.list(p.experts);
@@ -188,16 +167,16 @@ void apply_rule(TensorView ids, TensorView weights, Optional<TensorView> scores,
   p.valid = int(num_valid);
   p.top_k = int(ids.size(1));
   p.experts = int(active.size(0));
-  p.rule = Rule(rule);
-  p.keep = int(keep);
-  p.fast_keep = int(fast_keep);
-  p.budget = int(budget);
-  p.warmup = warmup;
-  p.truncate = truncate;
+  p.options = {};
+  p.options.rule = Rule(rule);
+  p.options.keep = int(keep);
+  p.options.fast_keep = int(fast_keep);
+  p.options.budget = int(budget);
+  p.options.flags = (warmup ? kWarmup : 0) | (truncate ? kTruncate : 0);
+  p.options.fill_weight = float(fill_weight);
+  p.options.renormalize = float(renormalize);
   p.loss_limit = loss_limit;
   p.threshold = float(threshold);
-  p.fill_weight = float(fill_weight);
-  p.renormalize = float(renormalize);
   p.new_ids = static_cast<int32_t*>(new_ids.data_ptr());
   p.new_weights = static_cast<float*>(new_weights.data_ptr());
   p.active = static_cast<uint8_t*>(active.data_ptr());

@@ -109,11 +109,11 @@ export -f sanitize gpu_tests
 export PYTHON scratch
 
 check_on_gpu() {
-  part "build" 110 "$PYTHON" -m launch.gpu_parts build
+  part "build" 130 "$PYTHON" -m launch.gpu_parts build
   part "tests/gpu" 130 bash -c "gpu_tests 120 $(($(nproc) > 16 ? 8 : ($(nproc) + 1) / 2))"
   part "compute-sanitizer" 65 bash -c 'sanitize 60'
   part "benchmarks.op" 145 "$PYTHON" -m benchmarks.op ${quick[@]+"${quick[@]}"} --budget 130
-  part "benchmarks.rules" 75 "$PYTHON" -m benchmarks.rules ${quick[@]+"${quick[@]}"} --budget 60
+  part "benchmarks.rules" 90 "$PYTHON" -m benchmarks.rules ${quick[@]+"${quick[@]}"} --budget 75
   part "benchmarks.layer" 200 "$PYTHON" -m benchmarks.layer ${quick[@]+"${quick[@]}"} \
     --budget $((LIMIT_S - TABLES_S - SECONDS > 200 ? 180 : LIMIT_S - TABLES_S - SECONDS - 20))
   say "tables"

@@ -48,6 +48,7 @@ def machine() -> int:
 def build(arch: str | None) -> int:
     """Compile everything that the check uses, for this GPU; or for `arch`, loading no kernel."""
     from benchmarks import op_impls, published_sequence
+    from sere_sglang.ops import rules_fused
     from sere_sglang.ops.dispatch import load_impl
     from sere_sglang.ops.rules import load_rules
 
@@ -58,7 +59,9 @@ def build(arch: str | None) -> int:
             "cuda": lambda: load_impl("cuda", "cuda"),
             "fused": op_impls.load_fused,
             "triton": lambda: load_impl("triton", "cuda"),
-            "rules": lambda: load_rules("triton", "cuda"),
+            "rules in triton": lambda: load_rules("triton", "cuda"),
+            "rules in cuda": lambda: load_rules("cuda", "cuda"),
+            "rules fused": rules_fused.build,
             "published": lambda: published_sequence.native_module("cuda"),
             "cpu": lambda: load_impl("cpu", "cpu"),
         }
@@ -69,6 +72,9 @@ def small_case() -> int:
     """Every implementation once on small inputs, for compute-sanitizer; the CPU's without a GPU."""
     from benchmarks.op_cases import OpCase
     from benchmarks.op_impls import load_impls
+    from benchmarks.rules import RuleCase
+    from sere_sglang.names import RULES
+    from sere_sglang.ops.rules_call import MAX_ROWS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     impls, missing, _ = load_impls(device, ("cuda", "published", "empty", "fused"))
@@ -85,9 +91,16 @@ def small_case() -> int:
                     torch.cuda.synchronize()
             case.check(name)
 
+    def run_rule(name: str) -> None:
+        for tokens, experts, top_k in SMALL_SIZES:
+            RuleCase(min(tokens, MAX_ROWS), experts, top_k, 1, device).candidate(name, "cuda")
+            if device == "cuda":
+                torch.cuda.synchronize()
+
     chosen: dict[str, Callable[[], object]] = {
         name: functools.partial(run, name, make_calls) for name, make_calls in impls.items()
     }
+    chosen |= {f"rule {name}": functools.partial(run_rule, name) for name in RULES[1:]}
     return max(_each(chosen), 1 if missing else 0)
 
 

@@ -148,7 +148,7 @@ def _report_implementations(build: bool) -> list[str]:
 
     import torch
 
-    from sere_sglang.ops import fused
+    from sere_sglang.ops import fused, rules_cuda, rules_fused
     from sere_sglang.ops.dispatch import IMPLEMENTATIONS, PREFERENCE, load_impl
     from sere_sglang.ops.jit import BuildError
 
@@ -168,6 +168,8 @@ def _report_implementations(build: bool) -> list[str]:
                     load_impl(name, device)
                     if name == "cuda":
                         fused.build()
+                        rules_cuda.build()
+                        rules_fused.build()
                 except BuildError as error:
                     problems.append(f"reroute {name} on {device} does not build: {error}")
                     reason = "does not build"

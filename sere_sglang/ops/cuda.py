@@ -16,7 +16,12 @@ from sere_sglang.ops.cuda_plan import Form, Plan, plan_reroute
 from sere_sglang.ops.jit import BuildError, compile_ahead, find_nvcc, load_module
 from sere_sglang.ops.table import LayerTable
 
-LIBRARIES = {"reroute": "reroute.cu", "fused": "reroute_fused.cu"}
+LIBRARIES = {
+    "reroute": "reroute.cu",
+    "fused": "reroute_fused.cu",
+    "rules": "rules.cu",
+    "rules_fused": "rules_fused.cu",
+}
 """Library, and exported function -> source."""
 
 SCRATCH_BYTES = 1024  # at least sizeof(GridScratch)
@@ -112,15 +117,20 @@ def operands(
 
 
 def launch_operands(plan: Plan, device: torch.device, overlaps: bool) -> tuple[Any, ...]:
-    """The last arguments of a native function: the grid form's scratch, and the launch.
-
-    The scratch is fresh memory of the current stream (or of the graph being captured), zeroed by
-    the launch itself, so calls on several streams do not meet in it.
-    """
-    scratch = None
-    if plan.form is Form.GRID:
-        scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=device)
+    """The last arguments of a native function: the grid form's scratch, and the launch."""
+    scratch = grid_scratch(plan, device, SCRATCH_BYTES)
     return scratch, int(plan.search), int(plan.form), plan.blocks, plan.threads, overlaps
+
+
+def grid_scratch(plan: Plan, device: torch.device, num_bytes: int) -> torch.Tensor | None:
+    """What the grid form pools its votes in; None for other forms.
+
+    Fresh memory of the current stream (or of the graph being captured), zeroed by the launch
+    itself, so calls on several streams do not meet in it.
+    """
+    if plan.form is not Form.GRID:
+        return None
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 @functools.cache

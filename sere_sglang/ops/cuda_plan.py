@@ -69,6 +69,14 @@ def plan_fused(num_rows: int, num_experts: int, clusters: bool) -> Plan:
     return Plan(Form.GRID, _ceil_div(num_rows, 2 * MIN_THREADS // 32), MIN_THREADS)
 
 
+def plan_rule(num_rows: int, num_experts: int, clusters: bool) -> Plan:
+    """For the rules beside ``similarity``, where a warp takes a row of slots and its scores."""
+    plan = plan_fused(num_rows, num_experts, clusters)
+    if plan.form is not Form.GRID:
+        return plan
+    return Plan(Form.GRID, _ceil_div(num_rows, 2 * GRID_THREADS // 32), GRID_THREADS)
+
+
 def _held(plan: Plan, num_rows: int, lanes: int) -> Plan:
     """`plan`, or the grid form where uneven rows leave a block more than it holds."""
     rows_per_block = _ceil_div(num_rows, plan.blocks)

@@ -95,7 +95,7 @@ def build() -> None:
     logits = torch.zeros(1, 2, device=device)
     switched_off = torch.zeros(CONTROL_WORDS, dtype=torch.int32, device=device)
     table = LayerTable(torch.eye(2, device=device))
-    weights, ids = _outputs(logits, 1)
+    weights, ids = new_slots(logits, 1)
     try:
         _launch(logits, True, weights, ids, table, switched_off, None, None, True)
     except RuntimeError as error:
@@ -167,8 +167,8 @@ def _op(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     table = LayerTable(similarity, neighbors, scale)
-    _check(router_logits, top_k, table)
-    weights, ids = _outputs(router_logits, top_k)
+    check_logits(router_logits, top_k, table.num_experts)
+    weights, ids = new_slots(router_logits, top_k)
     check_arguments(ids, weights, table, control, row_class, counters)
     on_cuda = _chooses_cuda(impl, router_logits.device)
     if ids.numel() == 0:
@@ -207,20 +207,21 @@ def _op_fake(
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     table = LayerTable(similarity, neighbors, scale)
-    _check(router_logits, top_k, table)
-    weights, ids = _outputs(router_logits, top_k)
+    check_logits(router_logits, top_k, table.num_experts)
+    weights, ids = new_slots(router_logits, top_k)
     check_arguments(ids, weights, table, control, row_class, counters)
     return weights, ids
 
 
-def _outputs(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def new_slots(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for weights float32 and ids int32 ``[T, K]``."""
     shape = (router_logits.shape[0], top_k)
     weights = torch.empty(shape, dtype=torch.float32, device=router_logits.device)
     return weights, torch.empty(shape, dtype=torch.int32, device=router_logits.device)
 
 
-def _check(router_logits: torch.Tensor, top_k: int, table: LayerTable) -> None:
-    num_experts = table.num_experts
+def check_logits(router_logits: torch.Tensor, top_k: int, num_experts: int) -> None:
+    """Raises ValueError, naming the argument, where a fused kernel would not take them."""
     if router_logits.dim() != 2 or router_logits.shape[1] != num_experts:
         raise ValueError(
             f"router_logits must be [T, E={num_experts}], got {list(router_logits.shape)}"

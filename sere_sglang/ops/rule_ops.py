@@ -113,7 +113,7 @@ def _apply(
     lost: torch.Tensor | None,
     lost_experts: torch.Tensor | None,
 ) -> None:
-    _check_apply(
+    check_apply(
         topk_ids, topk_weights, scores, block, num_experts, row_class, counters, lost, lost_experts
     )
     implementation: Any = load_rules("triton", topk_ids.device.type)
@@ -132,7 +132,7 @@ def _apply(
     )
 
 
-def _check_apply(
+def check_apply(
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
     scores: torch.Tensor | None,
@@ -143,6 +143,7 @@ def _check_apply(
     lost: torch.Tensor | None,
     lost_experts: torch.Tensor | None,
 ) -> None:
+    """Raises ValueError where arguments of `apply_rule_` do not fit, naming the argument."""
     if topk_ids.dim() != 2 or topk_ids.shape[0] > MAX_ROWS:
         raise ValueError(f"topk_ids must be [T <= {MAX_ROWS}, K], got {list(topk_ids.shape)}")
     shape = tuple(topk_ids.shape)
@@ -231,7 +232,7 @@ _library.define(
     "Tensor outward, Tensor bias, float share) -> ()"
 )
 for _name, _kernel, _fake in (
-    ("apply_rule_", _apply, _check_apply),
+    ("apply_rule_", _apply, check_apply),
     ("begin_compensation", _begin, _begin_fake),
     ("add_compensation_", _add, _add_fake),
 ):

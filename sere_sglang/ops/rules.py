@@ -9,7 +9,6 @@ from typing import Protocol, cast
 
 import torch
 
-from sere_sglang.ops import dispatch
 from sere_sglang.ops.dispatch import UnavailableError
 from sere_sglang.ops.jit import BuildError
 from sere_sglang.ops.reference import _expert_set
@@ -22,8 +21,13 @@ IMPLEMENTATIONS = {
     "torch": "sere_sglang.ops.rules_reference",
     "cpu": "sere_sglang.ops.rules_cpu",
     "triton": "sere_sglang.ops.rules_triton",
+    "cuda": "sere_sglang.ops.rules_cuda",
 }
 """Name -> module with ``is_available`` and ``build`` as in `dispatch`, and ``apply``."""
+
+PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+"""Device type -> the order in which ``auto`` tries, before torch. On a GPU Triton is first because
+it is what servers capture in their graphs; neither has been measured on one yet."""
 
 
 class Implementation(Protocol):
@@ -87,7 +91,7 @@ def apply_rule(
             (original mass / new mass)^gamma.
         num_valid: rows from this one on are padding and repeat a valid row; None for none.
         protected: bool ``[T]``; such a row loads all its experts and is left as it is.
-        impl: ``auto``, ``torch``, ``cpu`` or ``triton``.
+        impl: ``auto``, ``torch``, ``cpu``, ``triton`` or ``cuda``.
 
     Returns:
         `Routed`, new tensors. ``similarity`` with S <= 0 or S >= K changes nothing, and has no
@@ -114,8 +118,7 @@ def applied(call: RuleCall, impl: str = "auto") -> Routed:
 
 
 def load_rules(impl: str, device_type: str) -> Implementation:
-    """The module behind `impl`, built; ``auto`` is C++ for CPU tensors and Triton for CUDA's, torch
-    where those do not build.
+    """The module behind `impl`, built; ``auto`` is the first of `PREFERENCE` that builds, or torch.
 
     Raises:
         ValueError: no such name.
@@ -128,22 +131,24 @@ def load_rules(impl: str, device_type: str) -> Implementation:
 
 @functools.cache
 def _auto(device_type: str) -> str:
-    name = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "torch")
-    try:
-        _load(name, device_type)
-    except (BuildError, UnavailableError) as error:
-        logger.warning("the rules run in torch: %s", error)
-        return "torch"
+    passed_over = []
+    for name in PREFERENCE.get(device_type, ()):
+        try:
+            _load(name, device_type)
+        except (BuildError, UnavailableError) as error:
+            passed_over.append(str(error))
+            continue
+        break
+    else:
+        name = "torch"
+    if passed_over:
+        logger.warning("the rules run in %s: %s", name, "; ".join(passed_over))
     return name
 
 
 @functools.cache
 def _load(name: str, device_type: str) -> Implementation:
     choices = ", ".join(["auto", *IMPLEMENTATIONS])
-    if name not in IMPLEMENTATIONS and name in dispatch.IMPLEMENTATIONS:
-        raise UnavailableError(
-            f"impl {name!r} has no rules; impl 'triton' has them on a GPU. One of: {choices}"
-        )
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"impl {name!r} is no implementation; choose one of: {choices}")
     try:

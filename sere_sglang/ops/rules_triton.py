@@ -16,8 +16,9 @@ from sere_sglang.ops import rules_reference
 from sere_sglang.ops import triton as rerouting
 from sere_sglang.ops import triton_rule_kernels as kernels
 from sere_sglang.ops.jit import BuildError
-from sere_sglang.ops.rule_block import block_of, classes_of, encode_rule
+from sere_sglang.ops.rule_block import encode_rule
 from sere_sglang.ops.rules_call import LostSlots, Routed, RuleCall
+from sere_sglang.ops.rules_device import apply_copy
 from sere_sglang.ops.triton_phases import SCRATCH_ROWS
 from sere_sglang.ops.triton_rule_phases import TOTAL_SUMS
 
@@ -57,22 +58,7 @@ def apply(call: RuleCall, counters: torch.Tensor | None = None) -> Routed:
     """See `Implementation.apply`."""
     if call.rule == "similarity":
         return rules_reference.apply(call, counters, reroute_impl="triton")
-    device = call.ids.device
-    ids, weights = call.ids.clone(), call.weights.clone()
-    active = torch.zeros(call.num_experts, dtype=torch.bool, device=device)
-    lost = LostSlots.none(ids)
-    apply_(
-        ids,
-        weights,
-        call.scores,
-        block_of(call).to(device),
-        call.num_experts,
-        row_class=classes_of(call),
-        counters=counters,
-        lost=lost,
-        active=active,
-    )
-    return Routed(ids, weights, active, lost.by_expert(call.num_experts))
+    return apply_copy(apply_, call, counters)
 
 
 def apply_(
@@ -87,19 +73,7 @@ def apply_(
     lost: LostSlots | None = None,
     active: torch.Tensor | None = None,
 ) -> None:
-    """In place, at what `block` says on the device; may be captured in a CUDA graph.
-
-    Args:
-        ids: int32 ``[T, K]``, mutated, unit stride within a row; T and K at least 1.
-        weights: float32 ``[T, K]``, likewise.
-        scores: float32 ``[T, E]``, contiguous; None if no rule that `block` may name takes them.
-        block: int32 ``[16]`` (rule_block.py).
-        num_experts: E.
-        row_class: uint8 ``[>= T]``, or None: no row has a class.
-        counters: int64 ``[7]`` to add to (`rules.Implementation`), or None.
-        lost: `LostSlots.none`, written where the block asks for it; or None.
-        active: zeros, bool ``[E]``, or None.
-    """
+    """See `rules_device.ApplyInPlace`."""
     num_rows, top_k = ids.shape
     plan = plan_rule(num_rows, top_k, num_experts)
     experts, slots, rows = plan.experts, plan.slots, {"TILE": plan.tile}

@@ -12,6 +12,10 @@ import torch
 
 from benchmarks import layer, moe_layer, op, rules
 from benchmarks._timing import Candidate, GraphTimer, copy_bandwidth
+from sere_sglang.ops.cuda_plan import Form, Plan
+from sere_sglang.ops.dispatch import UnavailableError
+from sere_sglang.ops.jit import BuildError
+from tests.ops import emulated
 
 TOP_LEVEL = {"hardware", "torch", "cuda", "date", "rows", "failed"}
 OP_ROW = {"impl": str, "T": int, "E": int, "K": int, "us": float}
@@ -65,9 +69,51 @@ def test_rules_dry_run(
 ) -> None:
     monkeypatch.setenv("OUT", str(tmp_path))
     assert rules.main(["--dry-run"]) == 0
-    rows = _rows(tmp_path / "rules.json", {"rule": str, "T": int, "E": int, "us": float})
+    rows = _rows(tmp_path / "rules.json", {"rule": str, "impl": str, "E": int, "us": float})
     assert {row["rule"] for row in rows} == set(rules.NAMES)
     assert "piggyback" in capsys.readouterr().out
+
+
+def test_rules_are_timed_in_what_a_machine_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot be had is said; what should be there and breaks is a failure."""
+
+    def load(impl: str, device: str) -> None:
+        if impl == "cuda":
+            raise UnavailableError("impl 'cuda': no nvcc found")
+        if impl == "broken":
+            raise BuildError("error: expected ';'")
+
+    monkeypatch.setattr(rules, "load_rules", load)
+    assert rules.present(["triton", "cuda", "broken"]) == (
+        ["triton"], ["broken: BuildError: error: expected ';'"],
+    )  # fmt: skip
+    assert "not timed: impl 'cuda': no nvcc found" in capsys.readouterr().out
+    assert ("energy", "cuda") in rules.candidates_of(["triton", "cuda"])
+    assert ("surrogates", "cuda") not in rules.candidates_of(["triton", "cuda"])
+
+
+@pytest.mark.parametrize("name", ["off", "piggyback", "energy"])
+def test_the_fused_rule_is_compared_before_it_is_timed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The emulator in the GPU's place, and one that is wrong."""
+    plan = Plan(Form.BLOCK, 1, 64)
+
+    def right(*arguments: Any, **outputs: Any) -> Any:
+        return emulated.fused_rule(plan, *arguments, **outputs)
+
+    def wrong(*arguments: Any, **outputs: Any) -> Any:
+        selected = right(*arguments, **outputs)
+        return selected._replace(ids=selected.ids.flip(1))
+
+    case = rules.RuleCase(5, 16, 4, 2, "cpu")
+    monkeypatch.setattr(rules, "fused_topk_rule", right)
+    assert len(case.candidate(name, "fused").calls) == 2
+    monkeypatch.setattr(rules, "fused_topk_rule", wrong)
+    with pytest.raises(AssertionError, match="differ from"):
+        case.candidate(name, "fused")
 
 
 @pytest.mark.parametrize("benchmark", [op, rules, layer], ids=["op", "rules", "layer"])

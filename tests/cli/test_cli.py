@@ -138,13 +138,13 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cuda"
 
 
-def test_doctor_compiles_both_forms_ahead_of_time(toolkit: Path) -> None:
+def test_doctor_compiles_every_library_ahead_of_time(toolkit: Path) -> None:
     fake_nvcc(toolkit, 'while [ "$1" != -o ]; do shift; done; echo library > "$2"')
     code, output = run("doctor", "--build", "--cuda-arch", "sm_90a")
     assert code == 0, output
     assert "CUDA kernels for sm_90a" in output
     built = sorted(path.name.split("-")[0] for path in (toolkit.parent / "cache").glob("*.so"))
-    assert built == ["fused", "reroute"]
+    assert built == ["fused", "reroute", "rules", "rules_fused"]
 
 
 def test_doctor_shows_the_compilers_error(toolkit: Path) -> None:

@@ -7,6 +7,8 @@ import functools
 import pytest
 import torch
 
+from tests.gpu.shared import not_for_this_gpu
+
 NO_GPU = "no CUDA GPU on this machine; `bash launch/gpu_check.sh` on one runs these tests"
 
 
@@ -20,19 +22,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
-
-
-def not_for_this_gpu(name: str) -> str | None:
-    """Why an implementation does not apply to this GPU. A missing compiler is no such reason."""
-    from sere_sglang.ops.cuda import OLDEST_GPU
-
-    if name != "cuda":
-        return None
-    if torch.version.cuda is None:
-        return "cuda needs an NVIDIA GPU"
-    if torch.cuda.get_device_capability() < OLDEST_GPU:
-        return f"cuda needs sm_80 or newer, not {torch.cuda.get_device_name()}"
-    return None
 
 
 @functools.cache

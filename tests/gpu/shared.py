@@ -1,4 +1,4 @@
-"""What the GPU tests share: shapes of published models, and a CUDA graph of a step."""
+"""What the GPU tests share: shapes of published models, what a GPU has, a CUDA graph of a step."""
 
 from __future__ import annotations
 
@@ -21,3 +21,16 @@ def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         step()
     return graph
+
+
+def not_for_this_gpu(name: str) -> str | None:
+    """Why an implementation does not apply to this GPU. A missing compiler is no such reason."""
+    from sere_sglang.ops.cuda import OLDEST_GPU
+
+    if name != "cuda":
+        return None
+    if torch.version.cuda is None:
+        return "cuda needs an NVIDIA GPU"
+    if torch.cuda.get_device_capability() < OLDEST_GPU:
+        return f"cuda needs sm_80 or newer, not {torch.cuda.get_device_name()}"
+    return None

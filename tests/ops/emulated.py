@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 
-from sere_sglang.ops import LayerTable, cuda
+from sere_sglang.ops import LayerTable, cuda, rules_cuda
 from sere_sglang.ops.cuda_plan import Plan
+from sere_sglang.ops.fused import new_slots
 from sere_sglang.ops.jit import load_module
+from sere_sglang.ops.rules_call import LostSlots, Routed, RuleCall
+from sere_sglang.ops.rules_device import apply_copy
+from sere_sglang.ops.rules_fused import Selected
 
 NATIVE = Path(__file__).parent / "native"
 
@@ -74,3 +78,53 @@ def fused(
         *cuda.launch_operands(plan, ids.device, False),
     )
     return weights, ids
+
+
+@dataclass
+class EmulatedRules:
+    """As an implementation of rules beside ``similarity`` (`sere_sglang.ops.rules`)."""
+
+    plan: Plan
+
+    def apply(self, call: RuleCall, counters: torch.Tensor | None = None) -> Routed:
+        return apply_copy(self.apply_, call, counters)
+
+    def apply_(
+        self,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        scores: torch.Tensor | None,
+        block: torch.Tensor,
+        num_experts: int,
+        *,
+        row_class: torch.Tensor | None = None,
+        counters: torch.Tensor | None = None,
+        lost: LostSlots | None = None,
+        active: torch.Tensor | None = None,
+    ) -> None:
+        library().rules(
+            *(ids, weights, scores, block, num_experts, row_class, counters),
+            *rules_cuda.outputs(lost, active),
+            *rules_cuda.launch_operands(self.plan, ids.device, False),
+        )
+
+
+def fused_rule(
+    plan: Plan,
+    logits: torch.Tensor,
+    top_k: int,
+    renormalize: bool,
+    block: torch.Tensor,
+    row_class: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
+    lost: LostSlots | None = None,
+) -> Selected:
+    """As `sere_sglang.ops.rules_fused.fused_topk_rule`."""
+    weights, ids = new_slots(logits, top_k)
+    scores = torch.full(logits.shape, -1.0)
+    library().rules_fused(
+        *(logits, renormalize, ids.fill_(-2), weights.fill_(-1.0), scores, block),
+        *(row_class, counters, *rules_cuda.outputs(lost, None)),
+        *rules_cuda.launch_operands(plan, ids.device, False),
+    )
+    return Selected(weights, ids, scores)

@@ -14,7 +14,7 @@ import torch
 
 from sere_sglang.names import RULES
 from sere_sglang.ops import Routed
-from sere_sglang.ops.rules import applied
+from sere_sglang.ops.rules import applied, load_rules
 from sere_sglang.ops.rules_call import RuleCall
 from sere_sglang.ops.rules_check import checked
 from tests.ops import rules_oracle
@@ -58,6 +58,11 @@ class Batch:
         there = {name: tensor.to(device) for name, tensor in tensors.items()}
         ids, weights = self.ids.to(device), self.weights.to(device)
         return checked(self.rule, ids, weights, **(self.options | there))
+
+    @property
+    def is_power(self) -> bool:
+        """Whether weights are multiplied by a power, which rounds differently on every machine."""
+        return self.rule == "energy" and 0.0 < self.options["renormalize"] < 1.0
 
     def run(self, impl: str, device: str = "cpu") -> Routed:
         return applied(self.call(device), impl)
@@ -170,4 +175,66 @@ def make_batch(
             "fast": (uniform(rows) < 0.5) if rule != "similarity" and maybe() else None,
             "fast_k": choices.between(1, max(1, top_k - 1)),
         },
+    )
+
+
+class Applies(Protocol):
+    """Of `sere_sglang.ops.rules.Implementation`."""
+
+    def apply(self, call: RuleCall, counters: torch.Tensor | None = None) -> Routed: ...
+
+
+def check(batch: Batch, implementation: Applies, device: str = "cpu") -> None:
+    """Counters, ids, active experts and what was lost are the reference's and the oracle's, bit for
+    bit; weights are the reference's, up to the rounding of a power. The counters of ``similarity``
+    are its own kernels'."""
+    call = batch.call(device)
+    if call.ids.numel() == 0:
+        return
+    got, counted = _counted(implementation, call)
+    want, wanted = _counted(load_rules("torch", "cpu"), batch.call())
+    oracle = batch.expected()
+    assert torch.equal(counted, wanted)
+    assert got.ids.tolist() == want.ids.tolist() == oracle.ids
+    assert set(got.active.nonzero().flatten().tolist()) == oracle.active
+    assert_routed_equal(got, want, is_power=batch.is_power)
+
+
+def assert_routed_equal(got: Routed, want: Routed, *, is_power: bool) -> None:
+    """Bit for bit; weights but for the rounding of a power, where there is one."""
+    assert torch.equal(got.ids.cpu(), want.ids.cpu())
+    assert torch.equal(got.active.cpu(), want.active.cpu())
+    torch.testing.assert_close(
+        got.weights.cpu(), want.weights.cpu(), rtol=3e-6 if is_power else 0, atol=0, equal_nan=True
+    )
+    assert got.lost is not None and want.lost is not None
+    assert torch.equal(got.lost.cpu(), want.lost.cpu())
+
+
+def _counted(implementation: Applies, call: RuleCall) -> tuple[Routed, torch.Tensor]:
+    counters = torch.full((7,), 3, dtype=torch.int64, device=call.ids.device)
+    routed = implementation.apply(call, None if call.rule == "similarity" else counters)
+    return routed, counters.cpu()
+
+
+def large_call(rule: str, num_tokens: int, experts: int, top_k: int, device: str) -> RuleCall:
+    """With padding, protected and fast rows; too large for the oracle."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    logits = torch.randn(num_tokens, experts, generator=generator)
+    scores = (logits + torch.randn(experts, generator=generator)).softmax(-1).to(device)
+    weights, ids = scores.topk(top_k)
+    return RuleCall(
+        rule=rule,
+        ids=ids.to(torch.int32),
+        weights=weights / weights.sum(1, keepdim=True),
+        num_experts=experts,
+        num_valid=num_tokens - num_tokens // 9,
+        protected=torch.rand(num_tokens, generator=generator).to(device) < 0.01,
+        fast=torch.rand(num_tokens, generator=generator).to(device) < 0.2,
+        scores=scores,
+        keep=2 if rule in ("piggyback", "topk") else 1,
+        budget=experts // 3,
+        loss=0.05,
+        fill_weight=0.5,
+        renormalize=1.0,
     )

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from sere_sglang import apply_rule
 from sere_sglang.cpu.moe import fused_moe
-from sere_sglang.ops import available_impls, reroute
+from sere_sglang.ops import available_impls, reroute, rules
+from sere_sglang.ops.jit import BuildError
 from sere_sglang.ops.rules import IMPLEMENTATIONS, load_rules
 from sere_sglang.ops.rules_call import LARGEST_TERM, MAX_ROWS
 from sere_sglang.ops.rules_check import checked
@@ -19,7 +20,8 @@ from tests.ops.rules_cases import Batch
 from tests.ops.rules_oracle import fixed, float32
 from tests.ops.rules_strategies import batches
 
-# torch and cpu; Triton's interpreter has tests of its own (tests/gpu/test_triton_rules.py).
+# torch and cpu; those of a GPU have tests of their own: tests/gpu/test_gpu_rules.py, Triton's
+# interpreter included, and test_rules_emulation.py.
 IMPLS = [name for name in available_impls("cpu") if name in IMPLEMENTATIONS and name != "triton"]
 MANY = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -273,10 +275,34 @@ def test_what_is_no_tensor_is_named(name: str) -> None:
         checked("topk", k0=1, **(arguments | {name: [[0.5, 0.5]]}))
 
 
-def test_a_kernel_without_rules_says_so() -> None:
+def test_a_gpus_kernel_says_what_it_serves() -> None:
     ids, weights = torch.tensor([[0, 1]]), torch.tensor([[0.6, 0.4]])
-    with pytest.raises(RuntimeError, match="impl 'cuda' has no rules; impl 'triton' has them"):
+    with pytest.raises(RuntimeError, match="impl 'cuda': serves CUDA tensors, not cpu"):
         apply_rule("topk", ids, weights, similarity=torch.eye(2), k0=1, impl="cuda")
+
+
+@pytest.mark.parametrize(
+    ("broken", "chosen"), [([], "triton"), (["triton"], "cuda"), (["triton", "cuda"], "torch")]
+)
+def test_what_auto_is_on_a_gpu(
+    broken: list[str],
+    chosen: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The first that builds; the log has what was passed over."""
+
+    def load(name: str, device_type: str) -> str:
+        if name in broken:
+            raise BuildError(f"{name} is broken")
+        return f"{name} on {device_type}"
+
+    monkeypatch.setattr(rules, "_load", load)
+    rules._auto.cache_clear()
+    assert load_rules("auto", "cuda") == f"{chosen} on cuda"
+    rules._auto.cache_clear()
+    assert all(f"{name} is broken" in caplog.text for name in broken)
+    assert bool(caplog.text) == bool(broken)
 
 
 def test_more_rows_than_the_sums_hold_are_refused() -> None:

@@ -32,7 +32,7 @@ def run(*command: str, **env: str) -> str:
 
 
 def test_in_the_interpreter() -> None:
-    files = [f"tests/gpu/{name}.py" for name in ("test_triton_rules", "test_graph_rules")]
+    files = [f"tests/gpu/{name}.py" for name in ("test_gpu_rules", "test_graph_rules")]
     out = run("-m", "pytest", *files, "-q", "-p", "no:cacheprovider", TRITON_INTERPRET="1")
     assert " passed" in out
 

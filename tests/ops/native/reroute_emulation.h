@@ -284,7 +284,10 @@ inline int atomic_min(int* at, int value) { return atomic_update(at, *at < value
 inline int atomic_max(int* at, int value) { return atomic_update(at, *at > value ? *at : value); }
 inline void atomic_add(int64_t* at, int64_t value) { *at += value; }
 inline void fence_device() {}
-inline int32_t load_racing(const int32_t* at) { return *at; }
+template <typename T>
+T load_racing(const T* at) {
+  return *at;
+}
 inline void prefetch(const void*) {}
 inline void wait_for_prior_kernels() {}
 inline void let_next_kernel_start() {}
