@@ -32,8 +32,8 @@ def server(
     model = checkpoint("qwen3_moe")
     profile = write_tuned(write_profile(model, folder / "profile.safetensors"))
     cost = write_cost(model, folder / "cost.json", step=StepModel())
-    flags = ("--moe-backend=sere", f"--sere-profile={profile}", f"--sere-cost={cost}",
-             FORCING_FLAG, "--sere-min-gain=0")  # fmt: skip
+    flags = ("--moe-backend=sere", "--sere-rule=similarity", f"--sere-profile={profile}",
+             f"--sere-cost={cost}", FORCING_FLAG, "--sere-min-gain=0")  # fmt: skip
     with serve(model, folder / "log", *flags, whole_batches=False) as server:
         yield server
 
