@@ -1,7 +1,7 @@
 """Policies on one real server under a load that rises and falls: who is fast, and at what price.
 
     python -m benchmarks.adaptive
-    python -m benchmarks.adaptive --tokens 20 --columns 2048     a load half of which is prefill
+    python -m benchmarks.adaptive --tokens 20 --columns 2048     a load with more prefill
 
 The demo model with its experts padded (serving.padded_model): its quality is real,
 and its steps are bound by the bytes of its experts. Clients come and go between 1 and 48; each asks

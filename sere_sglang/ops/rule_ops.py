@@ -65,8 +65,7 @@ def apply_rule_(
         num_experts,
         row_class,
         counters,
-        None if lost is None else lost.weights,
-        None if lost is None else lost.experts,
+        *(lost or (None, None)),
     )
 
 

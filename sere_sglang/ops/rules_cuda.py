@@ -66,7 +66,7 @@ def apply_(
 
 def outputs(lost: LostSlots | None, active: torch.Tensor | None) -> tuple[Any, ...]:
     """What the native function writes besides the rows, in its order."""
-    return (None, None, active) if lost is None else (lost.weights, lost.experts, active)
+    return (*(lost or (None, None)), active)
 
 
 def launch_operands(plan: Plan, device: torch.device, overlaps: bool) -> tuple[Any, ...]:

@@ -63,7 +63,7 @@ def fused_topk_rule(
     check_logits(router_logits, top_k, num_experts)
     weights, ids = new_slots(router_logits, top_k)
     scores = torch.empty(num_rows, num_experts, dtype=torch.float32, device=ids.device)
-    gone = (None, None) if lost is None else (lost.weights, lost.experts)
+    gone = lost or (None, None)
     check_apply(ids, weights, scores, block, num_experts, row_class, counters, *gone)
     reason = cuda.is_available(ids.device.type)
     if reason is not None:

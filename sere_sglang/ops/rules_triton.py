@@ -81,7 +81,7 @@ def apply_(
     # Weights are rounded after each operation, as in the other implementations.
     how = {"num_warps": plan.warps, "enable_fp_fusion": False}
     strides = (ids.stride(0), weights.stride(0))
-    gone = (None, None) if lost is None else (lost.weights, lost.experts)
+    gone = lost or (None, None)
     active = None if active is None else active.view(torch.uint8)
 
     with rerouting._on_device(ids):

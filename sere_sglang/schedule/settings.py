@@ -78,10 +78,9 @@ class Settings:
 
     def _rule_meant(self, changes: Mapping[str, Any]) -> dict[str, str]:
         """Who names S or rho, and no rule, means one that has it, as on the command line."""
-        needed = [rules for key in changes if (rules := LIVE[key].rules if key in LIVE else ())]
-        if any(SIMILARITY in rules and self.rule not in rules for rules in needed):
-            return {"rule": SIMILARITY}
-        return {}
+        own = (LIVE[key].rules for key in changes if key in LIVE)
+        foreign = any(SIMILARITY in rules and self.rule not in rules for rules in own)
+        return {"rule": SIMILARITY} if foreign else {}
 
     def require_rule(self, unavailable: Mapping[str, str]) -> None:
         """Raise `SereError` if the rule is among those."""
