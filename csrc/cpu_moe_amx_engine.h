@@ -16,6 +16,7 @@ class Engine {
   static constexpr int kPanelRows = 2 * kTile;
   static constexpr int kPanelUnit = kTile;
   static constexpr int kWeightUnit = 2 * kTile;
+  static constexpr int64_t kMostUnitBytes = 64 << 10;
 
   struct Memory {
     Scratch hidden, inter;
@@ -27,6 +28,9 @@ class Engine {
     hidden_ = memory.hidden.get<uint32_t>(panels * kPanelRows * p.hidden_size / 2);
     inter_ = memory.inter.get<uint32_t>(panels * kPanelRows * p.inter_size / 2);
   }
+
+  // Rows of a panel at most.
+  static int panel_rows(const Problem<bf16>&) { return kPanelRows; }
 
   // Tiles are configured for as long as a thread is in a call: other code may use them between.
   struct Thread {

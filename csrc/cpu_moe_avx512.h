@@ -5,13 +5,11 @@
 
 namespace sere::moe {
 
-// Rows at a time, and for so many of them, weight rows at a time: up to 24 sums in 32 registers. Many
-// rows, because widening a weight takes the ports of the FMA units; more weight rows beside fewer,
-// so that a load serves more multiplications.
+// Rows at a time, and for so many of them, weight rows at a time. Many rows, because widening a
+// weight takes the ports of the FMA units; two weight rows, because memory gives most where few
+// of its rows are read at once, and sixteen sums hide the latency.
 inline constexpr int kTileRows = 8;
-inline constexpr int tile_weights(int rows) {
-  return rows <= 2 ? 8 : rows <= 4 ? 6 : rows <= 6 ? 4 : 3;
-}
+inline constexpr int tile_weights(int) { return 2; }
 
 template <typename Vector>
 inline void keep_in_register(Vector& value) {

@@ -6,6 +6,8 @@
 // are done, and request its weights while they work on the one before.
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -16,12 +18,22 @@
 
 namespace sere::moe {
 
-inline constexpr int64_t kUnitBytes = 64 << 10;  // of one matrix
+// Bytes of one matrix in a unit: gate and up rows and those of the unit that comes next must fit into
+// the second-level cache beside each other.
+inline int64_t unit_bytes(int64_t most) {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 512 << 10);
+#else
+  constexpr int64_t cache = 512 << 10;
+#endif
+  return std::min(most, cache / 8);
+}
 
-// Weight rows of a unit: `most_bytes` of them, fewer where threads would go without.
-inline int64_t rows_per_unit(int64_t size, int64_t row_bytes, int64_t unit, int64_t groups) {
+// Weight rows of a unit: as many as are `bytes`, fewer where threads would go without.
+inline int64_t rows_per_unit(int64_t size, int64_t bytes, int64_t row_bytes, int64_t unit,
+                             int64_t groups) {
   const int64_t wanted = 8 * int64_t{omp_get_max_threads()};
-  int64_t rows = std::max(unit, std::min(kUnitBytes / row_bytes, size) / unit * unit);
+  int64_t rows = std::max(unit, std::min(bytes / row_bytes, size) / unit * unit);
   while (rows > unit && groups * ((size + rows - 1) / rows) < wanted) {
     rows = (rows / 2 + unit - 1) / unit * unit;
   }
@@ -48,12 +60,14 @@ class Run {
         engine_(engine),
         num_active_(routing.active.size()) {
     const int64_t element = sizeof(T);
-    up_rows_ = rows_per_unit(p.inter_size, p.hidden_size * element, Engine::kWeightUnit,
+    const int64_t bytes = unit_bytes(Engine::kMostUnitBytes);
+    up_rows_ = rows_per_unit(p.inter_size, bytes, p.hidden_size * element, Engine::kWeightUnit,
                              std::max<int64_t>(num_active_, 1));
     up_units_ = (p.inter_size + up_rows_ - 1) / up_rows_;
-    down_rows_ = rows_per_unit(p.hidden_size, p.inter_size * element, Engine::kWeightUnit, 1);
+    down_rows_ =
+        rows_per_unit(p.hidden_size, bytes, p.inter_size * element, Engine::kWeightUnit, 1);
     down_units_ = (p.hidden_size + down_rows_ - 1) / down_rows_;
-    stride_ = (std::max(up_rows_, down_rows_) + 3 + 15) / 16 * 16;
+    stride_ = (std::max(up_rows_, down_rows_) + 15) / 16 * 16;
   }
 
   void operator()() {
@@ -200,7 +214,7 @@ class Run {
 template <typename Engine, Activation kActivation>
 void run(const Problem<typename Engine::Weight>& p, int64_t first_token, int64_t num_tokens,
          Workspace<Engine>& workspace) {
-  workspace.routing.build(p, first_token, num_tokens, Engine::kPanelRows, Engine::kPanelUnit);
+  workspace.routing.build(p, first_token, num_tokens, Engine::panel_rows(p), Engine::kPanelUnit);
   Engine engine(p, workspace.routing, first_token, num_tokens, workspace.memory);
   Run<Engine, kActivation>(p, first_token, num_tokens, workspace.routing, engine)();
 }

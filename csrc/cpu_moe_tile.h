@@ -23,6 +23,7 @@ struct Float32 {
   using Weight = T;
   using Row = float;
   static constexpr int kParts = 2;
+  static constexpr int64_t kPanelBytes = 32 << 10;
   static constexpr int kStep = kParts * kLanes;
 
   // Part of a step, for a tile of kSums.
@@ -76,6 +77,7 @@ struct NativeBf16 {
   using Weight = bf16;
   using Row = bf16;
   static constexpr int kParts = 1;
+  static constexpr int64_t kPanelBytes = 24 << 10;
   static constexpr int kStep = 2 * kLanes;
 
   template <int kPart, int kSums>
@@ -113,7 +115,7 @@ inline int64_t depth_block(int64_t depth) {
 
 // The operands of a multiplication: out[r * out_stride + w] = weight row w times token row r.
 // Weight rows are `depth` apart, `columns` of them are multiplied, and are added to `out` unless
-// they are the first. Up to three more floats are written. Token rows are zero from there to the next step.
+// they are the first. Token rows are zero from there to the next step.
 template <typename Math>
 struct Operands {
   const typename Math::Weight* weights;
@@ -129,26 +131,29 @@ struct Operands {
 template <typename Math, int kWeights, int kRows>
 inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead) {
   using T = typename Math::Weight;
-  constexpr int kQuads = (kWeights + 3) / 4;  // sums of a row are written four at a time
+  constexpr int kSums = kRows * kWeights, kQuads = (kSums + 3) / 4;
   constexpr int kStepsPerLine = std::max(1, 64 / (Math::kStep * int(sizeof(T))));
   constexpr int kLine = Math::kStep * kStepsPerLine;
+  constexpr int kRequests = kWeights * kLine * int(sizeof(T)) / 64;
   const T* w_row[kWeights];
   const typename Math::Row* x_row[kRows];
   for (int i = 0; i < kWeights; ++i) w_row[i] = o.weights + (w + i) * o.depth;
   for (int r = 0; r < kRows; ++r) x_row[r] = o.rows[r];
-  // Where to request: at a place of their own, which costs little, if it is another panel's turn.
-  const bool requests = ahead.has_turn(w / kWeights);
-  const char* next[kWeights];
-  for (int i = 0; i < kWeights; ++i) {
-    const int64_t offset = (w + i) * ahead.row_bytes + ahead.column_bytes;
-    const bool within = requests & (offset < ahead.next.bytes);
-    next[i] = within ? ahead.next.begin + offset : (const char*)w_row[i];
-  }
+  // As many bytes are requested as are multiplied, in a row, as a prefetcher likes best. A request is
+  // dropped while too many are on their way, so that weights are requested twice: as part of
+  // what comes next, and again while the tile before theirs is multiplied. Where nothing comes
+  // next, weights at hand are requested, which costs little.
+  const int64_t skipped = kWeights * ahead.column_bytes;
+  const char* at_hand = (const char*)w_row[0] - ahead.column_bytes + skipped;
+  const bool last = w + 2 * kWeights > o.num_weights;
+  const char* soon = last ? at_hand : at_hand + kWeights * ahead.row_bytes;
+  const int64_t turns = (o.columns / kLine + ahead.num_panels - 1) / ahead.num_panels;
+  const int64_t next = w * ahead.row_bytes + skipped + ahead.panel * turns * kRequests * 64;
+  const char* early = next < ahead.next.bytes ? ahead.next.begin + next : at_hand;
+  int until_turn = 1;
 
-  Floats sums[kRows][4 * kQuads];
-  unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
-    unrolled<4 * kQuads>([&]<int i>() __attribute__((always_inline)) { sums[r][i] = Floats{}; });
-  });
+  Floats sums[4 * kQuads];  // weight by weight of the first token row, then of the next
+  unrolled<4 * kQuads>([&]<int i>() __attribute__((always_inline)) { sums[i] = Floats{}; });
   const auto part = [&]<int kPart>(const T* const* from, int64_t k_from,
                                    int64_t k) __attribute__((always_inline)) {
     decltype(Math::template weight<kPart, kRows * kWeights>(from[0])) values[kWeights];
@@ -159,7 +164,8 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead
       auto x = Math::template row<kPart>(x_row[r] + k);
       keep_in_register(x);  // else a compiler may load it again for every weight
       unrolled<kWeights>([&]<int i>() __attribute__((always_inline)) {
-        sums[r][i] = Math::multiply_add(sums[r][i], values[i], x);
+        Floats& sum = sums[r * kWeights + i];
+        sum = Math::multiply_add(sum, values[i], x);
       });
     });
   };
@@ -177,9 +183,17 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead
     unrolled<kStepsPerLine>([&]<int i>() __attribute__((always_inline)) {
       step(w_row, k + i * Math::kStep, k + i * Math::kStep);
     });
-    unrolled<kWeights>([&]<int i>() __attribute__((always_inline)) {
-      __builtin_prefetch(next[i] + k * sizeof(T), 0, 2);
+    unrolled<kRequests>([&]<int i>() __attribute__((always_inline)) {
+      __builtin_prefetch(soon + i * 64, 0, 3);
     });
+    soon += kRequests * 64;
+    if (--until_turn == 0) {
+      until_turn = ahead.num_panels;
+      unrolled<kRequests>([&]<int i>() __attribute__((always_inline)) {
+        __builtin_prefetch(early + i * 64, 0, 3);
+      });
+      early += kRequests * 64;
+    }
   }
   for (; k + Math::kStep <= o.columns; k += Math::kStep) step(w_row, k, k);
   if (k < o.columns) {
@@ -192,13 +206,15 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead
     step(rest_row, 0, k);
   }
 
-  unrolled<kRows>([&]<int r>() __attribute__((always_inline)) {
-    unrolled<kQuads>([&]<int q>() __attribute__((always_inline)) {
-      const Floats* four = sums[r] + 4 * q;
-      float* out = o.out + r * o.out_stride + w + 4 * q;
-      Quad total = sum4(four[0], four[1], four[2], four[3]);
-      if (!o.first) total += load_as<Quad>(out);
-      std::memcpy(out, &total, sizeof(total));
+  unrolled<kQuads>([&]<int q>() __attribute__((always_inline)) {
+    const Floats* four = sums + 4 * q;
+    const Quad totals = sum4(four[0], four[1], four[2], four[3]);
+    unrolled<4>([&]<int i>() __attribute__((always_inline)) {
+      constexpr int kSum = 4 * q + i;
+      if constexpr (kSum < kSums) {
+        float& out = o.out[kSum / kWeights * o.out_stride + w + kSum % kWeights];
+        out = o.first ? totals[i] : out + totals[i];
+      }
     });
   });
 }

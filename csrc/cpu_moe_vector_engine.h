@@ -17,9 +17,11 @@ template <typename Math>
 class VectorEngine {
  public:
   using Weight = typename Math::Weight;
+  using Row = typename Math::Row;
   static constexpr int kPanelRows = kTileRows;
   static constexpr int kPanelUnit = 1;
   static constexpr int kWeightUnit = 24;  // weight rows at a time: a multiple of every tile's
+  static constexpr int64_t kMostUnitBytes = 128 << 10;
 
   struct Memory {
     Scratch hidden, inter;
@@ -32,6 +34,15 @@ class VectorEngine {
     inter_stride_ = stride_of(p.inter_size);
     hidden_ = memory.hidden.template get<Row>(num_tokens * hidden_stride_);
     inter_ = memory.inter.template get<Row>(routing.token.size() * inter_stride_);
+  }
+
+  // Rows of a panel at most: their columns at hand should leave the first-level cache room for the
+  // weights that pass.
+  static int panel_rows(const Problem<Weight>& p) {
+    const int64_t columns =
+        std::max(depth_block<Math>(p.hidden_size), depth_block<Math>(p.inter_size));
+    const int64_t rows = Math::kPanelBytes / (columns * int64_t{sizeof(Row)});
+    return int(std::min<int64_t>(rows, kPanelRows));
   }
 
   // What a thread needs, between multiplications and during a call.
@@ -77,8 +88,6 @@ class VectorEngine {
   }
 
  private:
-  using Row = typename Math::Row;
-
   static int64_t whole_steps(int64_t depth) {
     return (depth + Math::kStep - 1) / Math::kStep * Math::kStep;
   }
