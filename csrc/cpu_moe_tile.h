@@ -104,8 +104,9 @@ struct NativeBf16 {
 };
 #endif
 
-// Columns that are multiplied before the next ones: a panel of token rows stays in the first-level
-// cache. Its sums are added up block by block.
+// Columns whose products are summed up in registers; the sums of blocks are added up one by one. Of
+// token rows so wide that the first-level cache does not hold a panel, a block is multiplied with
+// all weight rows before the next one.
 template <typename Math>
 inline int64_t depth_block(int64_t depth) {
   constexpr int64_t kMost = 4096 / sizeof(typename Math::Row);
@@ -114,12 +115,12 @@ inline int64_t depth_block(int64_t depth) {
 }
 
 // The operands of a multiplication: out[r * out_stride + w] = weight row w times token row r.
-// Weight rows are `depth` apart, `columns` of them are multiplied, and are added to `out` unless
-// they are the first. Token rows are zero from there to the next step.
+// Weight rows are `depth` apart, `columns` of them are multiplied, `block` at a time, and are added
+// to `out` unless they are the first. Token rows are zero from there to the next step.
 template <typename Math>
 struct Operands {
   const typename Math::Weight* weights;
-  int64_t num_weights, depth, columns;
+  int64_t num_weights, depth, columns, block;
   const typename Math::Row* const* rows;
   bool first;
   float* out;
@@ -153,7 +154,6 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead
   int until_turn = 1;
 
   Floats sums[4 * kQuads];  // weight by weight of the first token row, then of the next
-  unrolled<4 * kQuads>([&]<int i>() __attribute__((always_inline)) { sums[i] = Floats{}; });
   const auto part = [&]<int kPart>(const T* const* from, int64_t k_from,
                                    int64_t k) __attribute__((always_inline)) {
     decltype(Math::template weight<kPart, kRows * kWeights>(from[0])) values[kWeights];
@@ -178,45 +178,50 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead
                             part.template operator()<1>(from, k_from, k);
                           }
                         };
-  int64_t k = 0;
-  for (; k + kLine <= o.columns; k += kLine) {
-    unrolled<kStepsPerLine>([&]<int i>() __attribute__((always_inline)) {
-      step(w_row, k + i * Math::kStep, k + i * Math::kStep);
-    });
-    unrolled<kRequests>([&]<int i>() __attribute__((always_inline)) {
-      __builtin_prefetch(soon + i * 64, 0, 3);
-    });
-    soon += kRequests * 64;
-    if (--until_turn == 0) {
-      until_turn = ahead.num_panels;
-      unrolled<kRequests>([&]<int i>() __attribute__((always_inline)) {
-        __builtin_prefetch(early + i * 64, 0, 3);
+  for (int64_t begin = 0; begin < o.columns; begin += o.block) {
+    const int64_t end = std::min(begin + o.block, o.columns);
+    unrolled<4 * kQuads>([&]<int i>() __attribute__((always_inline)) { sums[i] = Floats{}; });
+    int64_t k = begin;
+    for (; k + kLine <= end; k += kLine) {
+      unrolled<kStepsPerLine>([&]<int i>() __attribute__((always_inline)) {
+        step(w_row, k + i * Math::kStep, k + i * Math::kStep);
       });
-      early += kRequests * 64;
-    }
-  }
-  for (; k + Math::kStep <= o.columns; k += Math::kStep) step(w_row, k, k);
-  if (k < o.columns) {
-    T rest[kWeights][Math::kStep] = {};
-    const T* rest_row[kWeights];
-    for (int i = 0; i < kWeights; ++i) {
-      std::copy_n(w_row[i] + k, o.columns - k, rest[i]);
-      rest_row[i] = rest[i];
-    }
-    step(rest_row, 0, k);
-  }
-
-  unrolled<kQuads>([&]<int q>() __attribute__((always_inline)) {
-    const Floats* four = sums + 4 * q;
-    const Quad totals = sum4(four[0], four[1], four[2], four[3]);
-    unrolled<4>([&]<int i>() __attribute__((always_inline)) {
-      constexpr int kSum = 4 * q + i;
-      if constexpr (kSum < kSums) {
-        float& out = o.out[kSum / kWeights * o.out_stride + w + kSum % kWeights];
-        out = o.first ? totals[i] : out + totals[i];
+      unrolled<kRequests>([&]<int i>() __attribute__((always_inline)) {
+        __builtin_prefetch(soon + i * 64, 0, 3);
+      });
+      soon += kRequests * 64;
+      if (--until_turn == 0) {
+        until_turn = ahead.num_panels;
+        unrolled<kRequests>([&]<int i>() __attribute__((always_inline)) {
+          __builtin_prefetch(early + i * 64, 0, 3);
+        });
+        early += kRequests * 64;
       }
+    }
+    for (; k + Math::kStep <= end; k += Math::kStep) step(w_row, k, k);
+    if (k < end) {
+      T rest[kWeights][Math::kStep] = {};
+      const T* rest_row[kWeights];
+      for (int i = 0; i < kWeights; ++i) {
+        std::copy_n(w_row[i] + k, end - k, rest[i]);
+        rest_row[i] = rest[i];
+      }
+      step(rest_row, 0, k);
+    }
+
+    const bool first = o.first && begin == 0;
+    unrolled<kQuads>([&]<int q>() __attribute__((always_inline)) {
+      const Floats* four = sums + 4 * q;
+      const Quad totals = sum4(four[0], four[1], four[2], four[3]);
+      unrolled<4>([&]<int i>() __attribute__((always_inline)) {
+        constexpr int kSum = 4 * q + i;
+        if constexpr (kSum < kSums) {
+          float& out = o.out[kSum / kWeights * o.out_stride + w + kSum % kWeights];
+          out = first ? totals[i] : out + totals[i];
+        }
+      });
     });
-  });
+  }
 }
 
 // All weight rows from row `w` on, kWeights at a time and the rest in smaller tiles.

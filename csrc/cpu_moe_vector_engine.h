@@ -88,6 +88,8 @@ class VectorEngine {
   }
 
  private:
+  static constexpr int64_t kFirstLevel = 24 << 10;  // bytes that stay in it
+
   static int64_t whole_steps(int64_t depth) {
     return (depth + Math::kStep - 1) / Math::kStep * Math::kStep;
   }
@@ -104,15 +106,18 @@ class VectorEngine {
     for (int64_t k = depth; k < whole_steps(depth); ++k) row[Math::position(k)] = Row{};
   }
 
-  // Over blocks of columns.
+  // Weight rows from their begin to their end where the panel's rows stay in the first-level cache,
+  // else a block of columns of all of them, then the next.
   void multiply(const Weight* weights, int64_t num_weights, int64_t depth, const Row* const* rows,
                 int count, const Ahead& ahead, float* out, int64_t stride) const {
     const int64_t block = depth_block<Math>(depth);
-    for (int64_t k = 0; k < depth; k += block) {
-      const int64_t columns = std::min(block, depth - k);
+    const int64_t at_once = count * depth * int64_t{sizeof(Row)} <= kFirstLevel ? depth : block;
+    for (int64_t k = 0; k < depth; k += at_once) {
+      const int64_t columns = std::min(at_once, depth - k);
       const Row* rows_here[kPanelRows];
       for (int r = 0; r < count; ++r) rows_here[r] = rows[r] + k;
-      Operands<Math> o{weights + k, num_weights, depth, columns, rows_here, k == 0, out, stride};
+      Operands<Math> o{weights + k, num_weights, depth, columns, block,
+                       rows_here,   k == 0,      out,   stride};
       multiply_panel<Math>(o, count, ahead.from(k * sizeof(Weight)));
     }
   }
