@@ -2,11 +2,13 @@
 
     python -m benchmarks.adaptive
     python -m benchmarks.adaptive --tokens 20 --columns 2048     a load with more prefill
+    python -m benchmarks.adaptive --tuned FILE                   also a profile that `tune` wrote
 
 The demo model with its experts padded (serving.padded_model): its quality is real,
 and its steps are bound by the bytes of its experts. Clients come and go between 1 and 48; each asks
 one request after the other, so prefills, which are never re-routed, fall in between. All policies
-meet the same clients, in turns.
+meet the same clients, in turns. Clients and HTTP processes share the engine's cores, so streams
+send eight tokens at a time, which are not parsed.
 Writes ``adaptive.json`` and ``adaptive.png``.
 """
 
@@ -21,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
-import openai
 
 from benchmarks._common import RESULTS_DIR, hardware_slug, write_result
 from benchmarks.serving.experiment import IMPORTS_CHECKOUT, heldout_prompts
@@ -30,6 +32,7 @@ from benchmarks.serving.padded_model import WIDTH, write_padded_model
 from sere_sglang.measure import forcing
 from sere_sglang.measure.divergence import mean_kl
 from sere_sglang.measure.intervals import interval
+from sere_sglang.measure.load import events, tokens_so_far
 from sere_sglang.measure.routing import ADAPTIVE, AUTO, static_settings
 from sere_sglang.measure.server import Server, serve
 from sere_sglang.measure.texts import Text
@@ -47,8 +50,9 @@ POLICIES: dict[str, dict[str, Any]] = {
     "static S=2": static_settings(2),
     "piggyback k0=2": static_settings(2) | {"rule": "piggyback"},
     "adaptive": ADAPTIVE.settings or {},
-    "auto": AUTO.settings or {},
+    "auto": (AUTO.settings or {}) | {"tuned": False},
 }
+TUNED = {"auto, tuned": (AUTO.settings or {}) | {"tuned": True}}
 
 
 @dataclass
@@ -68,24 +72,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="that each request writes")
     parser.add_argument("--columns", type=int, default=WIDTH, help="of an expert")
+    parser.add_argument("--tuned", type=Path, metavar="PROFILE", help="of the demo model, with "
+                        "budgets by sere-sglang tune for rule auto")  # fmt: skip
     parser.add_argument("--folder", type=Path, default=ROOT / "out" / "adaptive")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     model, profile = write_padded_model(
-        folder / "padded_model", MODEL, MODEL / "sere_profile.safetensors", arguments.columns
+        folder / "padded_model",
+        MODEL,
+        arguments.tuned or MODEL / "sere_profile.safetensors",
+        arguments.columns,
     )
+    policies = POLICIES | (TUNED if arguments.tuned else {})
     texts = heldout_prompts(MODEL)
     trace = folder / "trace.jsonl"
     trace.unlink(missing_ok=True)
     flags = [
         "--moe-backend=sere", f"--sere-profile={profile}", f"--sere-trace={trace}",
-        "--chunked-prefill-size=16384", "--served-model-name=default", forcing.SERVER_FLAG,
+        "--chunked-prefill-size=16384", "--stream-interval=8", forcing.SERVER_FLAG,
     ]  # fmt: skip
     expected = expect(statistics_of(load_profile(profile)))
-    found = {name: Measured() for name in POLICIES}
+    found = {name: Measured() for name in policies}
     with serve(model, folder / "server.log", *flags, env=IMPORTS_CHECKOUT) as server:
         for at in range(-1, arguments.rounds):  # the first one warms up
-            for name, settings in POLICIES.items():
+            for name, settings in policies.items():
                 server.set_sere(**settings, reset_counters=True)
                 first = _lines(server, trace)
                 seconds = arguments.seconds if at >= 0 else 6.0
@@ -97,7 +107,7 @@ def main() -> None:
                     found[name].active.append(_active(server, steps, expected))
                     found[name].steps = steps
                 print(f"round {at + 1}: {name}: {tok_s:.0f} tok/s", flush=True)
-        _measure_quality(server, texts, found)
+        _measure_quality(server, texts, policies, found)
     rows = [_row(name, measured, found["off"]) for name, measured in found.items()]
     _print(rows)
     name = "adaptive"
@@ -127,34 +137,31 @@ async def _load(
     tokens = 0
     began = time.perf_counter()
 
-    async def client(i: int) -> None:
+    async def client(i: int, session: aiohttp.ClientSession) -> None:
         nonlocal tokens
         share = i / CLIENTS
         await asyncio.sleep(0.5 * seconds * share)
         end = began + seconds * (1.0 - 0.5 * share)
         turn = i
+        sampling = {"temperature": 0, "max_new_tokens": asked_tokens, "ignore_eos": True}
         while time.perf_counter() < end:
-            prompt = texts[turn % len(texts)].prompt * (1 + 3 * (turn % 5 == 0))
+            prompt = texts[turn % len(texts)].prompt_ids * (1 + 3 * (turn % 5 == 0))
             turn += 7
-            last = None
-            stream = await endpoint.completions.create(
-                model="default",
-                prompt=prompt,
-                max_tokens=asked_tokens,
-                temperature=0,
-                stream=True,
-                extra_body={"ignore_eos": True},
-            )
-            async for piece in stream:
-                if piece.choices:
-                    now = time.perf_counter()
-                    if last is not None:
-                        gaps.append(1000 * (now - last))
-                    last = now
-            tokens += asked_tokens
+            body = {"input_ids": prompt, "sampling_params": sampling, "stream": True}
+            had, before = 0, 0.0
+            async with session.post(f"{url}/generate", json=body) as answer:
+                answer.raise_for_status()
+                async for event in events(answer):
+                    has, now = tokens_so_far(event) or had, time.perf_counter()
+                    if had:
+                        gaps.extend([1000 * (now - before) / max(has - had, 1)] * (has - had))
+                    had, before = has, now
+            tokens += had
 
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as endpoint:
-        await asyncio.gather(*(client(i) for i in range(CLIENTS)))
+    async with aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=600), connector=aiohttp.TCPConnector(limit=0)
+    ) as session:
+        await asyncio.gather(*(client(i, session) for i in range(CLIENTS)))
     return tokens / (time.perf_counter() - began), gaps
 
 
@@ -184,10 +191,15 @@ def _active(server: Server, steps: list[TraceStep], expected: Expectation) -> fl
     return (counted + sum(exact)) / max(forwards + len(exact), 1)
 
 
-def _measure_quality(server: Server, texts: list[Text], found: dict[str, Measured]) -> None:
+def _measure_quality(
+    server: Server,
+    texts: list[Text],
+    policies: dict[str, dict[str, Any]],
+    found: dict[str, Measured],
+) -> None:
     """KL to exact routing, teacher-forced, over batches of several sizes, per token."""
     reference: dict[int, np.ndarray] = {}
-    for name, settings in POLICIES.items():
+    for name, settings in policies.items():
         server.set_sere(**settings)
         total, weight = 0.0, 0
         for level in QUALITY_LEVELS:

@@ -50,7 +50,7 @@ def draw(
     panels[-1].set_xlabel("seconds")
     right = figure.add_subplot(grid[:, 1])
     for row in rows:
-        adaptive = row["policy"] in ("adaptive", "auto")
+        adaptive = row["policy"].startswith(("adaptive", "auto"))
         low, high = row["ratio_interval"]
         right.errorbar(
             row["kl"], row["ratio"], [[row["ratio"] - low], [high - row["ratio"]]],

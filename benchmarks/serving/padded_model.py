@@ -27,6 +27,7 @@ def write_padded_model(
     """Write the model folder (1.2 GB, once) and its profile; returns both paths."""
     own_profile = folder / "profile.safetensors"
     if own_profile.exists() and _width(folder) == width:  # the profile is written last
+        _write_profile(profile, folder.name, own_profile)
         return folder, own_profile
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -39,11 +40,15 @@ def write_padded_model(
     with safe_open(source / "model.safetensors", framework="pt") as file:
         padded = {name: _padded(name, file.get_tensor(name), width) for name in file.keys()}  # noqa: SIM118
     save_file(padded, folder / "model.safetensors", {"format": "pt"})
-    found = load_profile(profile)
-    # The same similarities; only the bytes of the checkpoint are others.
-    found.metadata = dataclasses.replace(found.metadata, model=folder.name, weights="")
-    save_profile(found, own_profile)
+    _write_profile(profile, folder.name, own_profile)
     return folder, own_profile
+
+
+def _write_profile(source: Path, model: str, path: Path) -> None:
+    """The same tables; only the bytes of the checkpoint are others."""
+    found = load_profile(source)
+    found.metadata = dataclasses.replace(found.metadata, model=model, weights="")
+    save_profile(found, path)
 
 
 def _width(folder: Path) -> int:

@@ -51,12 +51,37 @@ def chart(
     middle = (_TOP + HEIGHT - _BOTTOM) / 2
     turned = f' transform="rotate(-90 14 {middle:.1f})"'
     parts.append(_text(14, middle, y_label, "middle", turned))
+    words = _Words([(place_x(m.x), place_y(m.y)) for m in marks])
     for at, (name, own) in enumerate(series.items()):
         color = _COLORS[at % len(_COLORS)]
-        parts += _series(sorted(own, key=lambda m: m.x), color, place_x, place_y)
+        parts += _series(sorted(own, key=lambda m: m.x), color, place_x, place_y, words)
         parts.append(f'<rect x="{_LEFT + 90 * at}" y="20" width="9" height="9" fill="{color}"/>')
         parts.append(_text(_LEFT + 90 * at + 13, 28, name, "start"))
     return "\n".join([*parts, "</svg>"])
+
+
+class _Words:
+    """Where dots and words of one picture lie, so that the next word finds a free line."""
+
+    def __init__(self, dots: Sequence[tuple[float, float]]) -> None:
+        self._taken = [(x - 4, x + 4, y + 4) for x, y in dots]
+
+    def line(self, x: float, y: float, word: str, anchor: str) -> float:
+        """The nearest free line, above the point or below it."""
+        width = 6.5 * len(word)
+        left = x if anchor == "start" else x - width
+        for distance in (-5.0, 14.0, -18.0, 27.0, -31.0, 40.0):
+            inside = _TOP < y + distance < HEIGHT - _BOTTOM
+            if inside and not any(
+                left < end and start < left + width and abs(y + distance - line) < 11
+                for start, end, line in self._taken
+            ):
+                break
+        else:
+            distance = -5.0
+        if word:
+            self._taken.append((left, left + width, y + distance))
+        return y + distance
 
 
 def _series(
@@ -64,6 +89,7 @@ def _series(
     color: str,
     place_x: Callable[[float], float],
     place_y: Callable[[float], float],
+    words: _Words,
 ) -> list[str]:
     dots = [(place_x(m.x), place_y(m.y)) for m in marks]
     joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in dots)
@@ -73,7 +99,8 @@ def _series(
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>')
         left = x > 0.8 * WIDTH  # where a word to the right would leave the picture
         side, anchor = (-6, "end") if left else (6, "start")
-        parts.append(_text(x + side, y - 5, mark.label, anchor, f' fill="{color}"'))
+        line = words.line(x + side, y, mark.label, anchor)
+        parts.append(_text(x + side, line, mark.label, anchor, f' fill="{color}"'))
     return parts
 
 

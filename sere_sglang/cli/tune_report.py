@@ -13,9 +13,9 @@ _HOW = (
     "Each point is a quality budget of the adaptive policy at one decode batch size: how many "
     "times as fast a step is expected to be as under exact routing, and the KL to exact routing's "
     "next-token distributions that was measured on the text, with its 95 % interval; "
-    "what was dropped early was measured on less text. Default and tuned were timed in "
-    "interleaved rounds."
+    "what was dropped early was measured on less text."
 )
+_TIMED = " Default and tuned were timed in interleaved rounds."
 
 
 def line(each: dict[str, Any]) -> str:
@@ -51,7 +51,9 @@ def page(payload: dict[str, Any]) -> str:
     lines = "\n".join(f"<li>{escape(line(each))}</li>" for each in payload["batches"])
     pictures = "\n".join(_picture(each) for each in payload["batches"])
     title = f"sere-sglang tune: {payload['model']}"
-    body = f"<ul>{lines}</ul>\n<p>{escape(_HOW)}</p>\n{pictures}"
+    timed = any("tuned_over_exact" in each for each in payload["batches"])
+    how = _HOW + (_TIMED if timed else "")
+    body = f"<ul>{lines}</ul>\n<p>{escape(how)}</p>\n{pictures}"
     return report_page(title, "What each batch size may spend", facts, body)
 
 

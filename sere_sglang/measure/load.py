@@ -88,12 +88,18 @@ async def _streams(
         answer.raise_for_status()
         async for event in events(answer):
             # Under load SGLang puts several tokens in a piece. JSON is read of the last one only.
-            count, index = _COUNT.search(event), _INDEX.search(event)
-            if count and index:
-                arrived[int(index[1])].append((time.perf_counter(), int(count[1])))
+            count, index = tokens_so_far(event), _INDEX.search(event)
+            if count is not None and index:
+                arrived[int(index[1])].append((time.perf_counter(), count))
                 first = event if index[1] == b"0" else first
     # Without a tokenizer a server answers with ids alone.
     return arrived, json.loads(first).get("text", "") if first else ""
+
+
+def tokens_so_far(event: bytes) -> int | None:
+    """Of the stream that a piece belongs to; None where it does not say."""
+    count = _COUNT.search(event)
+    return int(count[1]) if count else None
 
 
 async def events(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from sere_sglang.schedule.cost import StepModel
 from sere_sglang.schedule.trace import TraceStep, read_trace
@@ -177,7 +178,20 @@ def test_the_dashboard_asks_for_metrics_that_exist(server: Server) -> None:
     server.set_sere(**STATIC)
     server.generate(PROMPTS, 60)
     dashboard = (Path(__file__).parents[2] / "launch" / "grafana.json").read_text()
-    assert set(re.findall(r"sglang:sere_\w+", dashboard)) <= _metrics(server).keys()
+    asked = set(re.findall(r"sglang:sere_\w+", dashboard))
+    assert asked <= _metrics(server).keys()
+    # As Prometheus asks before 3.0, and keeps what it gets under deploy/'s configuration.
+    config = Path(__file__).parents[2] / "deploy" / "prometheus" / "prometheus.yml"
+    (job,) = yaml.safe_load(config.read_text())["scrape_configs"]
+    (rule,) = job["metric_relabel_configs"]
+    accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+    request = urllib.request.Request(server.url + "/metrics", headers={"Accept": accept})
+    with urllib.request.urlopen(request) as answer:
+        samples = re.findall(r"^([\w:]+)\{", answer.read().decode(), re.MULTILINE)
+    new_name = rule["replacement"].replace("$1", r"\1")
+    kept = {re.sub(f"^{rule['regex']}$", new_name, name) for name in samples}
+    assert rule["source_labels"] == ["__name__"] and rule["target_label"] == "__name__"
+    assert asked <= kept
 
 
 def test_the_decode_line(server: Server) -> None:
