@@ -6,6 +6,7 @@ import importlib.util
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from sere_sglang.cli import svg_chart
 from sere_sglang.cli.evaluate_report import difference, page
 from sere_sglang.cli.evaluate_run import Grid
 from sere_sglang.cli.main import app
@@ -139,6 +141,18 @@ def test_a_chart_of_one_point_and_of_zeros() -> None:
             root = ElementTree.fromstring(chart("t", {"s": marks}, "x", "y", log_y=log_y))
             places = [float(e.get("cy", "nan")) for e in root if e.tag == "circle"]
             assert np.isfinite(places).all()
+
+
+def test_words_of_a_chart_lie_apart_and_inside() -> None:
+    series: dict[str, Sequence[Mark]] = {
+        name: [Mark(1.0, y, y, y, f"{name} 0.02"), Mark(2.0, 9.0, 9.0, 9.0, "")]
+        for name, y in (("default", 1.0), ("tuned", 1.01), ("tried", 1.02))
+    }
+    root = ElementTree.fromstring(chart("t", series, "x", "y", log_y=True))
+    words = [e for e in root if e.tag == "text" and (e.text or "").endswith("0.02")]
+    lines = sorted(float(e.get("y", "nan")) for e in words)
+    assert len(lines) == 3 and np.diff(lines).min() >= 11
+    assert lines[-1] < svg_chart.HEIGHT - 46 and lines[0] > 34
 
 
 def test_a_difference_claims_no_more_than_its_interval() -> None:
