@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools import coverage_page, troubleshooting
+from tools import cookbook_page, coverage_page, troubleshooting
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [
@@ -64,6 +64,14 @@ def test_every_refusal_is_in_the_troubleshooting_page() -> None:
 def test_coverage_is_what_the_runs_saw() -> None:
     assert coverage_page.PAGE.read_text() == coverage_page.page(), (
         "write it again: python -m tools.coverage_page"
+    )
+
+
+def test_the_cookbook_has_every_launch_script() -> None:
+    scripts = {path.stem for path in (ROOT / "launch" / "models").glob("*.sh")}
+    assert cookbook_page.SHAPES.keys() == scripts
+    assert cookbook_page.PAGE.read_text() == cookbook_page.page(), (
+        "write it again: python -m tools.cookbook_page"
     )
 
 
