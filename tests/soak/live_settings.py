@@ -102,8 +102,8 @@ async def _ask(
 
 async def _load(server: Server, seconds: float, report: Report, seed: int) -> None:
     until = time.monotonic() + seconds
-    # SGLang closes a connection that is idle for five seconds: after a stall of this process, one that
-    # it still holds may be gone.
+    # SGLang closes a connection that is idle for five seconds: after a stall of this process, one
+    # that it still holds may be gone.
     limits = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(connector=limits, timeout=timeout) as session:
