@@ -54,8 +54,9 @@ class Asked:
 
     @property
     def command(self) -> str:
-        """What was typed, for the results."""
-        return shlex.join(without_keys(sys.argv))
+        """What was typed, for the results; where the program lies is nobody's business."""
+        program, *arguments = sys.argv
+        return shlex.join([Path(program).name, *without_keys(arguments)])
 
     def log(self, folder: Path) -> str:
         """Where the server says what went wrong."""
