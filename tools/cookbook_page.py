@@ -12,6 +12,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+from tools.markdown import table_row
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "cookbook.md"
 BATCHES = (4, 16, 64)
@@ -76,8 +78,8 @@ def page() -> str:
     rows = [f"{batch} rows" for batch in BATCHES]
     parts = [
         HEAD,
-        _line(["model", "MoE layers", "experts, per token", "an expert", *rows]),
-        _line(["---"] * (4 + len(rows))),
+        table_row(["model", "MoE layers", "experts, per token", "an expert", *rows]),
+        table_row(["---"] * (4 + len(rows))),
     ]
     for name, shape in SHAPES.items():
         counts = [
@@ -85,7 +87,7 @@ def page() -> str:
             for batch in BATCHES
         ]
         chosen = f"{shape.experts}, {shape.top_k}"
-        parts.append(_line([name, str(shape.layers), chosen, f"{shape.expert_mb:.1f} MB", *counts]))
+        parts.append(table_row([name, shape.layers, chosen, f"{shape.expert_mb:.1f} MB", *counts]))
     parts += [_section(name) for name in SHAPES]
     return "".join(parts)
 
@@ -102,10 +104,6 @@ def _section(name: str) -> str:
     lines = "\n".join(line.rstrip() for line in commands.splitlines())
     title, _, needs = first.removeprefix("# ").partition(": ")
     return f"\n## {name}\n{title}: {needs}.\n\n```\n{lines}\n```\n"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |\n"
 
 
 if __name__ == "__main__":

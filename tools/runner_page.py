@@ -21,6 +21,7 @@ from sere_sglang.errors import SereError
 from sere_sglang.options import SereConfig
 from sere_sglang.runtime.runner_choice import layer_runner
 from sere_sglang.runtime.runners import DISPATCHERS, RUNNERS, Runner
+from tools.markdown import table_row
 from tools.runner_models import MODELS, QUANTIZATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +60,11 @@ def page() -> str:
 
     moe_runner.register()
     columns = [f"{name}, SM {sm}" for name, sm in ARCHITECTURES.items()]
-    parts = [HEAD, _line(["model", "weights", *columns]), _line(["---"] * (2 + len(columns)))]
+    parts = [
+        HEAD,
+        table_row(["model", "weights", *columns]),
+        table_row(["---"] * (2 + len(columns))),
+    ]
     with tempfile.TemporaryDirectory() as folder, _quiet():
         for model, (config, weights) in MODELS.items():
             for name in weights:
@@ -69,7 +74,7 @@ def page() -> str:
                 given = {**config, **({"quantization_config": stated} if stated else {})}
                 (checkpoint / "config.json").write_text(json.dumps(given))
                 cells = [_shown(cell(checkpoint, sm)) for sm in ARCHITECTURES.values()]
-                parts.append(_line([model, name, *cells]))
+                parts.append(table_row([model, name, *cells]))
     parts.append(_capabilities())
     return "".join(parts)
 
@@ -169,26 +174,22 @@ def _capabilities() -> str:
         for name, part in table.items():
             assert isinstance(part, Runner)
             own = [getattr(part, "rows", None)] if table is DISPATCHERS else []
-            yield _line([f"`{name}`", kinds[part.ids], *own, part.skips_minus_one, part.read])
+            yield table_row([f"`{name}`", kinds[part.ids], *own, part.skips_minus_one, part.read])
 
     return "".join(
         [
             "\n## What they make of rows\n",
             "From `sere_sglang/runtime/runners.py`, which decides by it. Rows are made distinct\n"
             "unless both may hold an expert twice; re-routing never writes -1.\n\n",
-            _line(["`--moe-runner-backend`", "rows", "skips -1", "read in"]),
-            _line(["---"] * 4),
+            table_row(["`--moe-runner-backend`", "rows", "skips -1", "read in"]),
+            table_row(["---"] * 4),
             *rows(RUNNERS),
             "\n",
-            _line(["`--moe-a2a-backend`", "rows", "whose", "skips -1", "read in"]),
-            _line(["---"] * 5),
+            table_row(["`--moe-a2a-backend`", "rows", "whose", "skips -1", "read in"]),
+            table_row(["---"] * 5),
             *rows(DISPATCHERS),
         ]
     )
-
-
-def _line(cells: list[Any]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |\n"
 
 
 if __name__ == "__main__":
