@@ -8,7 +8,7 @@ namespace sere::moe {
 // Rows at a time, and for so many of them, weight rows at a time: with 16 registers, up to twelve
 // sums. Where memory sets the pace, few weight rows: it gives most where few are read at once.
 inline constexpr int kTileRows = 4;
-inline constexpr int tile_weights(int rows) { return rows <= 3 ? 2 : 3; }
+inline constexpr int tile_weights(int rows, int) { return rows <= 3 ? 2 : 3; }
 
 template <typename Vector>
 inline void keep_in_register(Vector& value) {

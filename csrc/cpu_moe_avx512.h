@@ -7,9 +7,10 @@ namespace sere::moe {
 
 // Rows at a time, and for so many of them, weight rows at a time. Many rows, because widening a
 // weight takes the ports of the FMA units; two weight rows, because memory gives most where few
-// of its rows are read at once, and sixteen sums hide the latency.
+// of its rows are read at once, and sixteen sums hide the latency. Three where arithmetic sets the
+// pace: a token row's load then serves more of them.
 inline constexpr int kTileRows = 8;
-inline constexpr int tile_weights(int) { return 2; }
+inline constexpr int tile_weights(int rows, int parts) { return parts == 2 && rows > 4 ? 3 : 2; }
 
 template <typename Vector>
 inline void keep_in_register(Vector& value) {

@@ -5,7 +5,7 @@ namespace sere::moe {
 
 // Rows at a time, and for so many of them, weight rows at a time: as for 16 registers.
 inline constexpr int kTileRows = 4;
-inline constexpr int tile_weights(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 3; }
+inline constexpr int tile_weights(int rows, int) { return rows == 1 ? 8 : rows == 2 ? 4 : 3; }
 
 template <typename Vector>
 inline void keep_in_register(Vector&) {}

@@ -143,7 +143,8 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead
   // As many bytes are requested as are multiplied, in a row, as a prefetcher likes best. A request is
   // dropped while too many are on their way, so that weights are requested twice: as part of
   // what comes next, and again while the tile before theirs is multiplied. Where nothing comes
-  // next, weights at hand are requested, which costs little.
+  // next, weights at hand are requested, which costs little. The first-level cache is the panel's.
+  constexpr int kSecondLevel = 2;
   const int64_t skipped = kWeights * ahead.column_bytes;
   const char* at_hand = (const char*)w_row[0] - ahead.column_bytes + skipped;
   const bool last = w + 2 * kWeights > o.num_weights;
@@ -187,13 +188,13 @@ inline void multiply_tile(const Operands<Math>& o, int64_t w, const Ahead& ahead
         step(w_row, k + i * Math::kStep, k + i * Math::kStep);
       });
       unrolled<kRequests>([&]<int i>() __attribute__((always_inline)) {
-        __builtin_prefetch(soon + i * 64, 0, 3);
+        __builtin_prefetch(soon + i * 64, 0, kSecondLevel);
       });
       soon += kRequests * 64;
       if (--until_turn == 0) {
         until_turn = ahead.num_panels;
         unrolled<kRequests>([&]<int i>() __attribute__((always_inline)) {
-          __builtin_prefetch(early + i * 64, 0, 3);
+          __builtin_prefetch(early + i * 64, 0, kSecondLevel);
         });
         early += kRequests * 64;
       }
@@ -237,7 +238,7 @@ template <typename Math>
 inline void multiply_panel(const Operands<Math>& o, int num_rows, const Ahead& ahead) {
   const auto run = [&]<int kRows>() {
     if constexpr (kRows <= kTileRows) {
-      multiply_rows<Math, tile_weights(kRows), kRows>(o, 0, ahead);
+      multiply_rows<Math, tile_weights(kRows, Math::kParts), kRows>(o, 0, ahead);
     }
   };
   switch (num_rows) {

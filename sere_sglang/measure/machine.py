@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+_AMD_FAMILIES = {25: "Zen 3", 26: "Zen 5"}
 _FEATURES = {"avx2": "avx2", "avx512": "avx512f", "avx512bf16": "avx512_bf16", "amx": "amx_bf16"}
 
 
@@ -16,11 +17,20 @@ def cpu_info() -> dict[str, Any]:
     """CPU model, cores of this process, the instruction sets that matter, memory."""
     flags = set(_proc_cpuinfo("flags").split())
     return {
-        "cpu": re.sub(r"\s+", " ", _proc_cpuinfo("model name")) or "unknown cpu",
+        "cpu": _cpu_name(flags),
         "cores": len(os.sched_getaffinity(0)),
         "cpu_features": [name for name, flag in _FEATURES.items() if flag in flags],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
     }
+
+
+def _cpu_name(flags: set[str]) -> str:
+    """The processor's own, with the core's generation where a cloud's "AMD EPYC" hides it."""
+    name = re.sub(r"\s+", " ", _proc_cpuinfo("model name")) or "unknown cpu"
+    core = _AMD_FAMILIES.get(int(_proc_cpuinfo("cpu family") or 0))
+    if core is None or _proc_cpuinfo("vendor_id") != "AuthenticAMD" or re.search(r"\d", name):
+        return name
+    return f"{name} ({'Zen 4' if core == 'Zen 3' and 'avx512f' in flags else core})"
 
 
 def gpu_names() -> list[str]:
