@@ -113,6 +113,7 @@ def _measure(
                 rounds=args.rounds,
                 tokens=args.tokens,
                 advance=lambda: progress.advance(task),
+                seconds=60 * args.minutes / len(args.streams),
             )
             progress.update(task, description=f"quality, {streams} streams")
             found = {}
@@ -250,7 +251,10 @@ def _arguments() -> argparse.Namespace:
         "--streams", type=int, nargs="+", default=[4, 16, 32], help="requests at once"
     )
     parser.add_argument("--primary-k", type=int, nargs="+", default=[1, 2, 3], help="S to try")
-    parser.add_argument("--rounds", type=int, default=6, help="interleaved repetitions")
+    parser.add_argument("--rounds", type=int, default=6, help="interleaved repetitions at most")
+    parser.add_argument(
+        "--minutes", type=float, default=3.5, help="for rounds after the fourth, on a slow machine"
+    )
     parser.add_argument("--tokens", type=int, default=32, help="decode steps per stream")
     args = parser.parse_args()
     args.profile = args.profile or args.model / "sere_profile.safetensors"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ from sere_sglang.measure.server import Server
 from sere_sglang.measure.texts import Text
 
 _TRIES = 4
+_LEAST_ROUNDS = 4  # with fewer an interval says little
 
 
 @dataclass
@@ -62,15 +65,22 @@ def decode_speeds(
     advance: Callable[[], None],
     speeds: dict[Routing, Speed] | None = None,
     plain_every: int = 3,
+    seconds: float = math.inf,
 ) -> dict[Routing, Speed]:
     """Every round measures every routing once.
 
     One more round before them warms up. Plain SGLang, many times slower on a CPU, takes part in
-    one of `plain_every`. speeds: filled as the rounds go, and returned.
+    one of `plain_every`. speeds: filled as the rounds go, and returned. seconds: after so many no
+    round begins, but for the first `_LEAST_ROUNDS`.
     """
     speeds = {} if speeds is None else speeds
     speeds |= {routing: Speed() for routing in routings}
+    deadline = time.monotonic() + seconds
     for at in range(-1, rounds):
+        if at >= _LEAST_ROUNDS and time.monotonic() > deadline:
+            for _ in routings:
+                advance()
+            continue
         for routing in routings:
             if routing != PLAIN or at % plain_every == 0:
                 result = _overlapping(use(servers, routing), prompts, tokens)

@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.server.faults import COMPARE, Faults, install
-from tests.server.harness import Server, serve
+from tests.server.harness import TWO_RANKS, Server, serve
 from tests.server.profiles import write_profile
 
 PROMPTS = [f"request number {i} " * (1 + i % 4) for i in range(24)]
@@ -32,7 +32,8 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint: Callable[[str], Path], faults: Faults) -> Iterator[Server]:
+def model(checkpoint: Callable[[str], Path], faults: Faults) -> Path:
+    """Sure of its tokens, so that what re-routing does is large beside a prefill's rounding."""
     model = faults.folder / "model"
     shutil.copytree(checkpoint("qwen3_moe"), model)
     for file in model.glob("model*.safetensors"):
@@ -41,6 +42,11 @@ def server(checkpoint: Callable[[str], Path], faults: Faults) -> Iterator[Server
             weights["lm_head.weight"] *= 6
             save_file(weights, file, metadata={"format": "pt"})
     write_profile(model)  # of these weights
+    return model
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, faults: Faults) -> Iterator[Server]:
     flags = ("--moe-backend=sere", "--sere-primary-k=1", "--sere-shadow=1", "--enable-metrics")
     log = faults.folder / "server.log"
     with serve(model, log, *flags, env=install(faults.folder)) as server:
@@ -141,6 +147,25 @@ def test_it_can_be_switched_off(server: Server) -> None:
     assert _compared(server) == before
     server.set_sere(shadow=1.0)
     _after(server, len(PROMPTS))
+
+
+@pytest.mark.parametrize("ranks", ["--tp-size=2", "--dp-size=2"])
+def test_several_ranks_brake_together(model: Path, faults: Faults, ranks: str) -> None:
+    flags = ("--moe-backend=sere", "--sere-primary-k=1", "--sere-shadow=1", ranks)
+    log = faults.folder / f"{ranks.strip('-')}.log"
+    with serve(model, log, *flags, env=TWO_RANKS) as server:
+        server.set_sere(enabled=False)
+        exact = _tokens(_generate(server, temperature=0))
+        server.set_sere(**HARSH)
+        assert _tokens(_generate(server, temperature=0)) != exact
+        _until(lambda: server.sere()["braked"] is not None)
+        states = [state["sere"] for state in server.get("/server_info")["internal_states"]]
+        assert not any(state["enabled"] or state["failed"] for state in states)
+        reports = [state["shadow_report"] for state in states]
+        assert all(report == reports[0] and report["low"] > MAX_KL for report in reports)
+        assert _tokens(_generate(server, temperature=0)) == exact
+        server.set_sere(enabled=True, max_kl=None)
+        assert _tokens(_generate(server, temperature=0)) != exact
 
 
 def _generate(server: Server, prompts: list[str] = PROMPTS, **sampling: Any) -> list[Any]:
