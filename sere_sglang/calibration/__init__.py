@@ -21,6 +21,7 @@ from sere_sglang.calibration.job import (
 )
 from sere_sglang.calibration.result import build_profile
 from sere_sglang.errors import SereError
+from sere_sglang.files import one_writer
 from sere_sglang.profile import SereProfile, save_profile
 
 __all__ = [
@@ -51,16 +52,17 @@ def calibrate(
         from sere_sglang.calibration.layer_by_layer import collect
     else:
         from sere_sglang.calibration.through_sglang import collect
-    text, state, model = collect(job, progress, stop)
-    profile = build_profile(job, text, state, model)
-    try:
-        save_profile(profile, job.out)
-    except OSError as error:
-        raise SereError(
-            f"--out {job.out}: cannot be written ({error}); free some space and repeat the "
-            f"command with --resume, everything is in {job.partial}"
-        ) from None
-    job.partial.unlink(missing_ok=True)
-    for file in job.hidden_files:
-        file.unlink(missing_ok=True)
-    return profile
+    with one_writer(job.out):
+        text, state, model = collect(job, progress, stop)
+        profile = build_profile(job, text, state, model)
+        try:
+            save_profile(profile, job.out)
+        except OSError as error:
+            raise SereError(
+                f"--out {job.out}: cannot be written ({error}); free some space and repeat the "
+                f"command with --resume, everything is in {job.partial}"
+            ) from None
+        job.partial.unlink(missing_ok=True)
+        for file in job.hidden_files:
+            file.unlink(missing_ok=True)
+        return profile

@@ -19,6 +19,7 @@ from sere_sglang.calibration.text import CalibrationText, check_files, read_wind
 from sere_sglang.cpu import isa as cpu_isa
 from sere_sglang.cpu.large_pages import ask_allocator_for_large_pages
 from sere_sglang.errors import SereError
+from sere_sglang.files import one_writer
 from sere_sglang.profile import MoeModelInfo, ProfileError, default_place, find_profile
 from sere_sglang.profile.model_files import downloaded, model_folder, weights_fingerprint
 
@@ -114,9 +115,11 @@ Progress = Callable[[int, int, str], None]
 def check_job(job: CalibrationJob) -> None:
     """Everything that can be refused before SGLang is even imported. Raises `SereError`."""
     if not job.resume and job.partial.exists():
-        raise SereError(
-            f"{job.partial} holds an unfinished calibration; continue it with --resume or delete it"
-        )
+        with one_writer(job.out):  # which refuses where it is not finished, but under way
+            raise SereError(
+                f"{job.partial} holds an unfinished calibration; continue it with --resume or "
+                "delete it"
+            )
     if job.layer_by_layer and job.server_args:
         raise SereError(
             f"--layer-by-layer runs without SGLang, which '-- {' '.join(job.server_args)}' is "

@@ -14,6 +14,7 @@ import numpy as np
 import sere_sglang
 from sere_sglang.cli.bench_table import Row
 from sere_sglang.cli.served import Served
+from sere_sglang.files import write_output
 from sere_sglang.measure.divergence import divergence
 from sere_sglang.measure.intervals import interval
 from sere_sglang.measure.load import NoOverlap, run_load
@@ -79,7 +80,7 @@ class Bench:
         ]
 
     def write(self) -> None:
-        """What there is; a reader never meets half a file."""
+        """What there is; a reader never meets half a file. Raises `SereError`."""
         payload = {
             "sere_sglang": sere_sglang.__version__,
             "date": datetime.date.today().isoformat(),
@@ -87,9 +88,7 @@ class Bench:
             "finished": self.finished,
             "rows": [asdict(row) for row in self.rows()],
         }
-        unfinished = self.path.with_name(f"{self.path.name}.new")
-        unfinished.write_text(json.dumps(payload, indent=1) + "\n")
-        unfinished.replace(self.path)
+        write_output(self.path, json.dumps(payload, indent=1) + "\n")
 
 
 def measure(

@@ -20,6 +20,7 @@ from sere_sglang.cli.evaluate_report import page, table
 from sere_sglang.cli.evaluate_run import Grid, ask_questions, digest, walk_texts
 from sere_sglang.cli.served import Asked, Served, one_line_errors, served
 from sere_sglang.errors import SereError
+from sere_sglang.files import write_output
 from sere_sglang.measure.cells import Cells
 from sere_sglang.measure.machine import cpu_info, gpu_names
 from sere_sglang.measure.questions import QuestionSet
@@ -126,7 +127,7 @@ class Evaluation:
             ("evaluate.json", json.dumps(payload, indent=1) + "\n"),
             ("evaluate.html", page(payload)),
         ):
-            (self.out / name).write_text(content)
+            write_output(self.out / name, content)
             console.print(f"wrote {self.out / name}", highlight=False, soft_wrap=True)
 
     def _say(self, line: str) -> None:

@@ -85,10 +85,7 @@ def _plot(profile: SereProfile, path: Path, measure: str | None) -> None:
     from sere_sglang.profile.plot import plot_profile
 
     require_matplotlib(f"--plot {path}")
-    try:
-        plot_profile(profile, path, measure)
-    except OSError as error:
-        raise SereError(f"--plot {path}: cannot be written ({error.strerror})") from None
+    plot_profile(profile, path, measure)
 
 
 def _print_provenance(console: Console, profile: SereProfile, path: Path) -> None:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sere_sglang import config
+from sere_sglang.cli.borrowed import settings_borrowed
 from sere_sglang.errors import PATH_SHOWN, PREFIX, SereError, cut
+from sere_sglang.files import one_writer
 from sere_sglang.measure.routing import Routing, routing_of
 from sere_sglang.measure.server import NotServing, Server, live_state, serve
 from sere_sglang.names import AUTO
@@ -148,10 +150,13 @@ def served(asked: Asked, logs: Path, rows: int, *, plain: bool = False) -> Itera
     Raises `SereError` for what the user can fix.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(one_writer(logs))
         if asked.url is not None:
             servers = {"sere": Server(asked.url, api_key=asked.api_key)}
         else:
             servers = _started(stack, asked, logs, rows, plain)
+        if asked.url is not None:
+            stack.enter_context(settings_borrowed(servers["sere"], logs))
         state = live_state(servers["sere"])
         if state.get("failed"):
             raise SereError(
@@ -161,8 +166,6 @@ def served(asked: Asked, logs: Path, rows: int, *, plain: bool = False) -> Itera
         info = servers["sere"].get("/server_info")
         _check_room(info, rows)
         base = dataclasses.asdict(Settings.from_state(state))
-        if asked.url is not None:
-            stack.callback(lambda: _restore(servers["sere"], base))
         about = {
             "model": info["model_path"],
             "sglang": info.get("version"),
@@ -285,9 +288,3 @@ def _require_profile(model: str, server_args: tuple[str, ...]) -> None:
             f"--model {model}: it has no profile yet; write one, once, with 'sere-sglang calibrate "
             f"--model {model}{more}', or name yours: -- --sere-profile FILE"
         )
-
-
-def _restore(server: Server, base: dict[str, Any]) -> None:
-    """Whatever happened, the settings of a server that is not ours are as before."""
-    with contextlib.suppress(OSError, RuntimeError):
-        server.set_sere(**base)

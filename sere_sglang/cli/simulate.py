@@ -13,6 +13,7 @@ import typer
 
 from sere_sglang.cli.arguments import make_folder
 from sere_sglang.errors import SereError
+from sere_sglang.files import write_output
 from sere_sglang.names import AUTO, SIMILARITY
 from sere_sglang.options import OPTIONS
 
@@ -133,7 +134,7 @@ def command(
                 runs.append(simulator.serve(name, settings, traffic, steps, told))
     _print(runs)
     rows = [run.summary() for run in runs]
-    (out / "simulate.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    write_output(out / "simulate.json", json.dumps({"rows": rows}, indent=1) + "\n")
     print(f"wrote {out / 'simulate.json'}")
     if can_draw():
         from sere_sglang.cli.simulation_plot import draw

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from sere_sglang.files import picture, write_output
 from sere_sglang.schedule.simulate import Run
 
 _BINS = 300
@@ -44,5 +45,5 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].legend(ncols=len(runs), loc="upper right", fontsize=8)
     panels[-1].set_xlabel("simulated seconds")
-    figure.savefig(path, dpi=120)
+    write_output(path, picture(figure, path, dpi=120))
     plt.close(figure)

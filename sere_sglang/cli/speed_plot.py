@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from sere_sglang.files import picture, write_output
+
 _MARKERS = {"off": "o", "S=1": "v", "S=2": "s", "S=3": "D", "adaptive": "*", "auto": "P"}
 _SIZES = {"adaptive": 15, "auto": 11}
 
@@ -35,7 +37,7 @@ def draw(rows: Sequence[Row], path: Path, reference: str = "plain SGLang") -> No
     )
     _speed_against_quality(left, [row for row in rows if row.routing != "plain"], reference)
     _active_experts(right, [row for row in rows if row.routing != "plain"])
-    figure.savefig(path, dpi=140)
+    write_output(path, picture(figure, path, dpi=140))
     plt.close(figure)
 
 

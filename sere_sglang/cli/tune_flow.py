@@ -23,6 +23,7 @@ from sere_sglang.cli.served import Asked, Served, one_line_errors, served
 from sere_sglang.cli.tune_report import line, page
 from sere_sglang.cli.tune_search import CANDIDATES, Measured, Search
 from sere_sglang.errors import SereError
+from sere_sglang.files import cannot_write, write_output
 from sere_sglang.measure.cells import Cells
 from sere_sglang.measure.halving import REFINED, Target, rounds_of
 from sere_sglang.measure.machine import cpu_info, gpu_names
@@ -176,7 +177,10 @@ class Tune:
             format_version=max(profile.metadata.format_version, TUNED_VERSION),
         )
         target = self.profile_out or served_profile
-        save_profile(dataclasses.replace(profile, metadata=metadata), target)
+        try:
+            save_profile(dataclasses.replace(profile, metadata=metadata), target)
+        except OSError as error:
+            raise cannot_write(target, error, "--profile-out") from None
         about["tuned_profile"] = str(target)
 
     def _report(self, payload: dict[str, Any]) -> None:
@@ -189,7 +193,7 @@ class Tune:
             (self.out / "tune.json", json.dumps(payload, indent=1) + "\n"),
             (self.out / "tune.html", page(payload)),
         ):
-            path.write_text(content)
+            write_output(path, content)
             console.print(f"wrote {path}", highlight=False, soft_wrap=True)
         told = payload["tuned_profile"]
         console.print(f"wrote the table into {told}", highlight=False, soft_wrap=True)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sere_sglang.files import cannot_write
+
 
 class Cells:
     """Results by the settings they were measured with."""
@@ -30,11 +32,14 @@ class Cells:
         return self._found.get(_canonical(key))
 
     def add(self, key: Mapping[str, Any], result: dict[str, Any]) -> None:
-        """Keep it, on disk before this returns."""
+        """Keep it, on disk before this returns. Raises `SereError`; what was kept before stays."""
         before = self.path.read_bytes() if self.path.exists() else b""
         new_line = "\n" if before and not before.endswith(b"\n") else ""
-        with self.path.open("a") as file:
-            file.write(new_line + json.dumps({"key": key, "result": result}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(new_line + json.dumps({"key": key, "result": result}) + "\n")
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
         self._found[_canonical(key)] = result
 
 

@@ -42,11 +42,21 @@ class TeacherForcing(CustomLogitProcessor):
             if params["writes"]:
                 if log_probs is None:  # before the first row is overwritten
                     log_probs = logits.float().log_softmax(-1).cpu().numpy()
-                with open(params["record"], "ab") as record:
-                    record.write(log_probs[row].tobytes())
+                params["writes"] = _append(params["record"], log_probs[row].tobytes())
             logits[row] = float("-inf")
             logits[row, params["forced"][step]] = 0.0
         return logits
+
+
+def _append(record: str, log_probs: bytes) -> bool:
+    """Whether it could. A record is whole or not there: a full disk must not stop the server."""
+    try:
+        with open(record, "ab") as file:
+            file.write(log_probs)
+    except OSError:
+        Path(record).unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _claim(record: str) -> bool:
@@ -90,7 +100,7 @@ def forced_log_probs(
             raise SereError(
                 f"the server at {server.url} wrote no {missing[0]}: quality is measured through "
                 "files, so run this command on the machine of the server, as a user whose files "
-                "it may write"
+                f"it may write, with room for them in {tempfile.gettempdir()}"
             )
         rows = [np.fromfile(r, dtype=np.float32).reshape(steps, -1) for r in records]
     return np.stack(rows)

@@ -7,6 +7,7 @@ different machines at once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -195,7 +196,8 @@ def _compile(name: str, command: Sequence[str], library: Path) -> None:
         output = done.stdout + done.stderr
         if done.returncode != 0:
             log = library.with_suffix(".log")
-            log.write_text(f"{shlex.join(command)}\n{output}")
+            with contextlib.suppress(OSError):
+                log.write_text(f"{shlex.join(command)}\n{output}")
             raise BuildError(
                 f"{name} does not compile: {first_errors(output)}\n"
                 f"command: {shlex.join(command)}\nfull output: {log}"

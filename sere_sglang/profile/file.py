@@ -13,16 +13,15 @@ import functools
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
 from sere_sglang.errors import ProfileError, cut, shown
+from sere_sglang.files import replace_file
 from sere_sglang.profile import tables as known_tables
 from sere_sglang.profile.container import Container, open_container, sealed
 from sere_sglang.profile.loss_shares import loss_shares
@@ -122,7 +121,7 @@ def load_profile(path: str | os.PathLike[str]) -> SereProfile:
 
 
 def save_profile(profile: SereProfile, path: str | os.PathLike[str]) -> None:
-    """Write atomically; the same profile always gives the same bytes."""
+    """Write atomically; the same profile always gives the same bytes. Raises `OSError`."""
     tensors = {
         f"layers.{layer}.similarity": matrix.contiguous()
         for layer, matrix in profile.similarity.items()
@@ -135,20 +134,7 @@ def save_profile(profile: SereProfile, path: str | os.PathLike[str]) -> None:
         for name, value in fields.items()
         if name != "tuning" or value  # one without it is written as before
     }
-    payload = sealed(save(dict(sorted(tensors.items())), metadata))
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(payload)
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    replace_file(path, sealed(save(dict(sorted(tensors.items())), metadata)))
 
 
 def _check_origin(path: Any, found: Container) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sere_sglang.files import picture, write_output
 from sere_sglang.profile.file import SereProfile
 from sere_sglang.profile.report import (
     best_similarity,
@@ -64,8 +65,7 @@ def plot_profile(profile: SereProfile, path: Path, measure: str | None = None) -
         f"({profile.num_experts} experts, top-{meta.top_k}; {meta.num_tokens} tokens)",
         fontsize=12,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_output(path, picture(figure, path, dpi=150), "--plot")
     plt.close(figure)
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from sere_sglang.errors import PATH_SHOWN, SereError, cut
+from sere_sglang.files import write_output
 from sere_sglang.profile import MoeModelInfo, SereProfile
 from sere_sglang.schedule.cost import MoeCost, StepModel
 from sere_sglang.schedule.layer_cost import BandwidthCost, LayerCost, LayerShape, MeasuredCost
@@ -98,7 +99,7 @@ def described(told: Mapping[str, Any]) -> MoeCost:
 
 
 def save_cost(path: Path, model: CostModel, cost: MoeCost) -> None:
-    """Only of measured tables. Raises `OSError`."""
+    """Only of measured tables. Raises `SereError`."""
     told = describe(cost)
     body = {
         "format": FORMAT,
@@ -109,7 +110,7 @@ def save_cost(path: Path, model: CostModel, cost: MoeCost) -> None:
     }
     if cost.step is not None:
         body["step"] = told["step"]
-    path.write_text(json.dumps(body, indent=1) + "\n")
+    write_output(path, json.dumps(body, indent=1) + "\n")
 
 
 def load_cost(path: str | Path, flag: str = "--sere-cost") -> CostFile:

@@ -25,7 +25,7 @@ LAYERS = (
     ("profile",),
     ("ops",),
     ("options",),
-    ("names", "option"),
+    ("names", "option", "files"),
     ("cache", "errors", "csrc"),
 )
 """From the top: a layer imports those below it; those in one line do not know each other."""

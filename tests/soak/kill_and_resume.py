@@ -1,10 +1,11 @@
-"""What breaks around a server and a calibration, on purpose.
+"""What breaks around a server and the commands that take long, on purpose.
 
     python -m tests.soak.kill_and_resume
 
-`calibrate` is killed at random points, ten times, and resumed to the same bytes; a trace goes to a
-full disk and to a path that cannot be written; a profile is replaced and truncated while it is
-served; the scheduler is stopped and goes on. Ends with status 1 when one of them fails.
+`calibrate`, `evaluate` and `tune` are killed at random points, ten times each, and resumed to the
+same bytes; a trace goes to a full disk and to a path that cannot be written; a profile is replaced
+and truncated while it is served; the scheduler is stopped and goes on, and killed. Ends with status
+1 when one of them fails.
 """
 
 from __future__ import annotations
@@ -20,44 +21,54 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from sere_sglang.measure.server import CPU_ENGINE, Process, Server, serve, start_process
+from sere_sglang.cli.served import FORCING_FLAG
+from sere_sglang.errors import USER_ERROR
+from sere_sglang.measure.server import Server, serve, start_process
+from sere_sglang.schedule.cost import StepModel
 from tests.server.checkpoints import write_checkpoint
+from tests.server.cost_files import write_cost
 from tests.server.profiles import write_profile
+from tests.soak.commands import Command, Start, calibrate, evaluate, tune
 from tests.soak.logs import trouble_in
 
-Start = Callable[..., Process]
-SERE = ("--moe-backend=sere", "--sere-primary-k=1")
 PROMPTS = [f"request number {i} " * (1 + i % 3) for i in range(8)]
+
+COST = "cost.json"  # in a served model's folder
 
 
 class Failure(AssertionError):
     """Something that must not be; the message says what."""
 
 
-def calibrate_killed(folder: Path, kills: int, start: Start, seed: int = 0) -> str:
-    """Kill ``calibrate`` at random points until `kills` hit it at work; the bytes are the same.
+def killed_and_resumed(
+    command: Command, folder: Path, kills: int, start: Start, seed: int = 0
+) -> str:
+    """Kill it at random points until `kills` hit it at work; it ends with the same bytes.
 
     Each run gets a random share of the time that a whole one takes. Returns what happened.
     """
-    write_checkpoint("qwen3_moe", folder / "model")
-    whole, torn = folder / "whole.safetensors", folder / "torn.safetensors"
     takes = 0.0
     for _ in range(2):  # the first also compiles and fills caches
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         began = time.monotonic()
-        _expect(_calibration(folder, whole, start).wait(300) == 0, _log(folder, whole))
+        _expect(command.start(folder, start).wait(300) == 0, command.said(folder)[-2000:])
         takes = time.monotonic() - began
-        bytes_in_one_go = whole.read_bytes()
-        whole.unlink()
+    in_one_go = command.written(folder)
+    _expect(in_one_go.keys() == set(command.results), f"it wrote {sorted(in_one_go)}")
     draw, killed, runs = random.Random(seed), 0, 0
-    partial = Path(f"{torn}.partial")
+    done = True
     while killed < kills:
-        resume = partial.exists()
-        run = _calibration(folder, torn, start, *(["--resume"] if resume else []))
+        if done:
+            shutil.rmtree(folder)
+            folder.mkdir()
+        run = command.start(folder, start)
         runs += 1
         # It may be done sooner than the whole one: part of it is done already.
         with contextlib.suppress(Exception):
@@ -65,35 +76,49 @@ def calibrate_killed(folder: Path, kills: int, start: Start, seed: int = 0) -> s
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
             killed += 1
-        run.wait(60)
+        done = run.wait(60) == 0
         _expect(runs < 8 * kills + 8, "it never is at work when it is killed")
-        if torn.exists():  # whole or not there at all
-            _expect(torn.read_bytes() == bytes_in_one_go, "other bytes than in one go")
-            torn.unlink()
-    left = ["--resume"] if partial.exists() else []
-    _expect(_calibration(folder, torn, start, *left).wait(300) == 0, _log(folder, torn))
-    _expect(torn.read_bytes() == bytes_in_one_go, "other bytes than in one go")
-    left_over = [x.name for x in folder.glob("torn.safetensors.*") if not x.name.endswith("log")]
-    _expect(not left_over, f"left behind: {left_over}")
-    return f"calibrate: killed {killed} times in {runs} runs, resumed to the same bytes"
+        _expect_parts_of(in_one_go, command.written(folder))  # whole or not there at all
+    _expect(command.start(folder, start).wait(300) == 0, command.said(folder)[-2000:])
+    _expect(command.written(folder).keys() == in_one_go.keys(), "not all results are there")
+    _expect_parts_of(in_one_go, command.written(folder))
+    left = [file.name for file in folder.iterdir() if file.name.startswith(".")]
+    left += [file.name for file in folder.glob("*.partial*")]
+    _expect(not left or command.name != "calibrate", f"left behind: {left}")
+    return f"{command.name}: killed {killed} times in {runs} runs, resumed to the same bytes"
 
 
-def _calibration(folder: Path, out: Path, start: Start, *extra: str) -> Process:
-    command = [sys.executable, "-m", "sere_sglang.cli.main", "calibrate",
-               f"--model={folder / 'model'}", "--layer-by-layer", "--tokens=4096", "--length=64",
-               "--measure=all", "--cka-tokens=256", f"--out={out}", *extra]  # fmt: skip
-    return start(command, {"OMP_NUM_THREADS": "1", **CPU_ENGINE}, Path(f"{out}.log"))
+def two_at_once(command: Command, folder: Path, start: Start) -> str:
+    """Of two with the same output one is refused, and the other writes what it writes alone."""
+    folder.mkdir()
+    _expect(command.start(folder, start).wait(300) == 0, command.said(folder)[-2000:])
+    alone = command.written(folder)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    first = command.start(folder, start)
+    deadline = time.monotonic() + 120
+    while not any(folder.glob(".*lock")):
+        _expect(time.monotonic() < deadline, f"{command.name} never held its output")
+        time.sleep(0.02)
+    first_log = command.log(folder).rename(folder.with_suffix(".first.log"))
+    second = command.start(folder, start)
+    _expect(second.wait(120) == USER_ERROR, f"both write: {command.said(folder)[-2000:]}")
+    _expect("another command writes there" in command.said(folder), command.said(folder)[-2000:])
+    _expect(first.wait(300) == 0, first_log.read_text(errors="replace")[-2000:])
+    _expect(command.written(folder) == alone, "other bytes than alone")
+    return f"{command.name} twice with one output: the second is refused, the same bytes"
 
 
-def _log(folder: Path, out: Path) -> str:
-    return Path(f"{out}.log").read_text(errors="replace")[-2000:]
+def _expect_parts_of(in_one_go: dict[str, bytes], written: dict[str, bytes]) -> None:
+    for name, content in written.items():
+        _expect(content == in_one_go[name], f"{name} has other bytes than in one go")
 
 
 def trace_cannot_be_written(folder: Path, trace: str, start: Start) -> str:
     """Serving goes on, with one warning by each rank."""
-    model = _model(folder)
+    model = served_model(folder)
     log = folder / f"trace{trace.replace('/', '_')}.log"
-    with serve(model, log, *SERE, f"--sere-trace={trace}", start=start) as server:
+    with serve(model, log, *flags(model), f"--sere-trace={trace}", start=start) as server:
         first = _tokens(server)
         for _ in range(14):  # more forwards than a trace holds back
             _tokens(server)
@@ -146,6 +171,37 @@ def scheduler_stopped(server: Server, seconds: float) -> str:
     return f"scheduler stopped for {seconds:g} s: requests end as without it"
 
 
+def scheduler_killed(folder: Path, start: Start) -> str:
+    """The server ends, and its clients with an error; nobody waits for ever."""
+    model = served_model(folder)
+    with serve(model, folder / "killed.log", *flags(model), start=start) as server:
+        answers: list[Any] = []
+
+        def ask() -> None:
+            try:
+                answers.append(_tokens(server, 400))
+            except (OSError, HTTPException) as error:
+                answers.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        time.sleep(0.5)
+        _scheduler(server).kill()
+        asking.join(60)
+        _expect(len(answers) == 1 and isinstance(answers[0], Exception), f"got {answers}")
+        deadline = time.monotonic() + 60
+        while _runs(server.pid):
+            _expect(time.monotonic() < deadline, "the server did not end")
+            time.sleep(0.1)
+    return "scheduler killed: the server ends, its client gets an error"
+
+
+def _runs(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def _scheduler(server: Server) -> psutil.Process:
     """The process that SGLang calls so; where processes are forked, the one with the KV cache."""
     children = psutil.Process(server.pid).children(recursive=True)
@@ -154,7 +210,21 @@ def _scheduler(server: Server) -> psutil.Process:
     return named[0]
 
 
-def _model(folder: Path) -> Path:
+def flags(model: Path) -> list[str]:
+    """Of a server whose decisions do not hang on how fast the machine is."""
+    cost = write_cost(model, model / COST, step=StepModel())
+    return ["--moe-backend=sere", "--sere-primary-k=1", f"--sere-cost={cost}", FORCING_FLAG]
+
+
+def calibrated_model(folder: Path) -> Path:
+    """One without a profile."""
+    model = folder / "model"
+    if not model.exists():
+        write_checkpoint("qwen3_moe", model)
+    return model
+
+
+def served_model(folder: Path) -> Path:
     model = folder / "served"
     if not model.exists():
         write_checkpoint("qwen3_moe", model)
@@ -202,16 +272,27 @@ def main() -> None:
             print(f"FAILED: {name}: {failure}", flush=True)
 
     try:
-        attempt(
-            "calibrate", lambda: calibrate_killed(folder, given.kills, start_process, given.seed)
-        )
+
+        def kill(command: Command) -> None:
+            inside = folder / command.name
+            attempt(
+                command.name,
+                lambda: killed_and_resumed(command, inside, given.kills, start_process, given.seed),
+            )
+
+        calibration = calibrate(calibrated_model(folder))
+        kill(calibration)
+        attempt("two", lambda: two_at_once(calibration, folder / "two", start_process))
         for trace in ("/dev/full", "/proc/nowhere/trace.jsonl"):
             attempt("trace", lambda t=trace: trace_cannot_be_written(folder, t, start_process))  # type: ignore[misc]
-        model = _model(folder)
-        with serve(model, folder / "server.log", *SERE) as server:
+        model = served_model(folder)
+        with serve(model, folder / "server.log", *flags(model)) as server:
             profile = model / "sere_profile.safetensors"
+            kill(evaluate(server))
+            kill(tune(server))
             attempt("profile", lambda: profile_replaced(server, profile))
             attempt("scheduler", lambda: scheduler_stopped(server, 5.0))
+        attempt("scheduler", lambda: scheduler_killed(folder, start_process))
     finally:
         shutil.rmtree(folder)
     sys.exit(1 if failed else 0)

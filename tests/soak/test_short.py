@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.harness import Forked, Server, serve
-from tests.soak import kill_and_resume, live_settings
+from tests.soak import commands, full_disk, kill_and_resume, live_settings
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +18,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    model = kill_and_resume._model(folder)
+    model = kill_and_resume.served_model(folder)
     log = folder / "server.log"
-    with serve(model, log, *kill_and_resume.SERE, whole_batches=False) as server:
+    with serve(model, log, *kill_and_resume.flags(model), whole_batches=False) as server:
         yield server
 
 
@@ -45,13 +45,33 @@ def test_scheduler_stopped(server: Server) -> None:
     kill_and_resume.scheduler_stopped(server, 1.0)
 
 
+def test_scheduler_killed(folder: Path) -> None:
+    kill_and_resume.scheduler_killed(folder, _start)
+
+
 @pytest.mark.parametrize("trace", ["/dev/full", "/proc/nowhere/trace.jsonl"])
 def test_trace_cannot_be_written(folder: Path, trace: str) -> None:
     kill_and_resume.trace_cannot_be_written(folder, trace, _start)
 
 
 def test_calibrate_killed(tmp_path: Path) -> None:
-    kill_and_resume.calibrate_killed(tmp_path, 2, _start)
+    command = commands.calibrate(kill_and_resume.calibrated_model(tmp_path))
+    kill_and_resume.killed_and_resumed(command, tmp_path / "out", 2, _start)
+    kill_and_resume.two_at_once(command, tmp_path / "two", _start)
+
+
+@pytest.mark.parametrize("command", [commands.evaluate, commands.tune])
+def test_a_command_on_a_server_killed(
+    server: Server, tmp_path: Path, command: Callable[[Server], commands.Command]
+) -> None:
+    kill_and_resume.killed_and_resumed(command(server), tmp_path / "out", 2, _start)
+
+
+@pytest.mark.skipif(not full_disk.can_mount(), reason="only root may mount a small disk")
+@pytest.mark.parametrize("name", ["calibrate", "evaluate", "tune", "simulate", "inspect"])
+def test_full_disk(server: Server, folder: Path, tmp_path: Path, name: str) -> None:
+    command = full_disk.commands(server, folder)[name]
+    full_disk.filled_up(command, tmp_path / "disk", full_disk.SHORT, _start)
 
 
 _start: Callable[..., Forked] = lambda command, env, log: Forked.start(command, env, log)  # type: ignore[assignment,return-value]  # noqa: E731
