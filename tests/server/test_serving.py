@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -14,7 +15,7 @@ import openai
 import pytest
 
 from tests.server.checkpoints import EXPERTS, LAYERS, TOP_K
-from tests.server.harness import Server
+from tests.server.harness import Server, run
 
 PROMPTS = [f"request number {i} " * (1 + i % 4) for i in range(8)]
 
@@ -149,6 +150,22 @@ def test_streaming(sere: Server) -> None:
     )  # fmt: skip
     # The other side of the same request: one answer, same text.
     assert "".join(chunks) == whole["choices"][0]["text"]
+
+
+def test_sglangs_own_eval_runs_through(sere: Server, tmp_path: Path) -> None:
+    """docs/measuring.md tells users of it."""
+    data = tmp_path / "questions.jsonl"
+    lines = [{"question": f"What is {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(12)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, "-m", "sglang.test.run_eval", f"--base-url={sere.url}",
+               "--eval-name=gsm8k", f"--gsm8k-data-path={data}", "--num-shots=1",
+               "--num-examples=4", "--num-threads=4", "--api=completion",
+               "--max-tokens=8"]  # fmt: skip
+    sere.set_sere(reset_counters=True, enabled=True, primary_k=1, threshold=0.0)
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert "gsm8k_score" in done.stdout
+    assert sum(row["rerouted"] for row in sere.sere()["counters"].values()) > 0
 
 
 def test_abort_frees_the_request(sere: Server) -> None:

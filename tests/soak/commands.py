@@ -27,10 +27,11 @@ class Command:
     settled: Callable[[], None] = lambda: None
 
     def start(self, folder: Path, start: Start) -> Process:
-        """On what is in `folder`; its log is beside it."""
+        """On what is in `folder`, where its temporary files go too; its log is beside it."""
         self.settled()
         command = [*MODULE, *self.arguments(folder), *self.going_on(folder)]
-        return start(command, {"OMP_NUM_THREADS": "1", **CPU_ENGINE}, self.log(folder))
+        env = {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder), **CPU_ENGINE}
+        return start(command, env, self.log(folder))
 
     def log(self, folder: Path) -> Path:
         return folder.with_name(f"{folder.name}.{self.name}.log")
