@@ -1,7 +1,7 @@
 """The closed loop on a real server: a step in load, a target between exact and the strongest.
 
 The target comes from what this machine was measured to do a moment before, on experts so large
-that skipping matters to it. A machine that changes its speed in the middle gets another try.
+that skipping matters to it. A try in which the machine changed its speed says nothing, and is told.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from tests.server.harness import Server, serve
 DEMO = Path(__file__).resolve().parents[2] / "demo_model"
 WIDTHS = (2048, 4096, 8192, 16384)  # of experts: 3 to 25 MB
 MATTERS = 0.9  # of the exact step time: what the strongest skipping must get below
-TRIES = 5
+TRIES, MOST = 5, 14  # that count, and with those that do not
+SAME = 1.1  # speeds of one machine before and after
 FEW, MANY = 3, 24
 PROMPTS = [f"The history of the number {i} is that of the " for i in range(MANY)]
 TOKENS = 160  # of each request that makes the high load
@@ -43,6 +44,10 @@ class Speeds:
     @property
     def skipping_matters(self) -> bool:
         return self.strongest < MATTERS * self.exact
+
+    def same_machine(self, later: Speeds) -> bool:
+        pairs = ((self.exact, later.exact), (self.strongest, later.strongest))
+        return all(max(a, b) < SAME * min(a, b) for a, b in pairs)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Run:
             "not back to exact": any(s.point.enabled for s in low_after[-SETTLING:]),
             f"{self.moved_after} slots moved afterwards": self.moved_after > 0,
         }
-        return [f"{self.speeds}: {what}" for what, happened in found.items() if happened]
+        return [what for what, happened in found.items() if happened]
 
 
 @pytest.mark.timeout(1500)
@@ -91,12 +96,17 @@ def test_a_target_is_held_after_a_step_in_load(tmp_path: Path) -> None:
             if not speeds.skipping_matters and width < WIDTHS[-1]:
                 continue
             assert speeds.skipping_matters, f"the largest experts change nothing: {speeds}"
-            for _ in range(TRIES):
-                problems = _step_in_load(server, trace, _speeds(server, trace)).problems()
+            counted = 0
+            while counted < TRIES and len(found) < MOST:
+                before = _speeds(server, trace)
+                problems = _step_in_load(server, trace, before).problems()
                 if not problems:
                     return
-                found += problems
-            pytest.fail(f"in none of {TRIES} tries: " + "\n".join(found))
+                after = _speeds(server, trace)
+                counted += before.same_machine(after)
+                changed = "" if before.same_machine(after) else f"then {after}, not counted: "
+                found.append(f"{before}: {changed}{', '.join(problems)}")
+            pytest.fail(f"in none of {len(found)} tries:\n" + "\n".join(found))
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def test_calibrate_killed(tmp_path: Path) -> None:
 def test_a_command_on_a_server_killed(
     server: Server, tmp_path: Path, command: Callable[[Server], commands.Command]
 ) -> None:
-    kill_and_resume.killed_and_resumed(command(server), tmp_path / "out", 2, _start)
+    kill_and_resume.killed_and_resumed(command(server), tmp_path / "out", 1, _start)
 
 
 @pytest.mark.skipif(not full_disk.can_mount(), reason="only root may mount a small disk")
