@@ -11,7 +11,17 @@ _SHARED_SERVERS = ("test_serving.py", "test_without_flag.py")  # the fixtures `p
 # Their tests start what they need themselves, and share nothing.
 _EACH_ALONE = ("test_start.py", "test_architectures.py")
 # Long ones first, so that no worker is left with one at the end.
-_FOLDERS = ("server", "calibration", "runtime", "cli", "schedule", "ops", "cpu", "benchmarks")
+_FOLDERS = (
+    "soak",
+    "server",
+    "calibration",
+    "runtime",
+    "cli",
+    "schedule",
+    "ops",
+    "cpu",
+    "benchmarks",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,8 +28,9 @@ CPU_FLAGS = [
     "--disable-radix-cache",
     "--skip-server-warmup",
     "--max-total-tokens=16384",
-    # SGLang's default leaves room in proportion to --chunked-prefill-size, as a GPU needs it.
-    "--mem-fraction-static=0.5",
+    # What others take of the memory while a model loads counts against it; SGLang's default leaves
+    # room in proportion to --chunked-prefill-size, as a GPU needs it. The cache is bounded above.
+    "--mem-fraction-static=0.9",
     "--random-seed=0",
     "--sleep-on-idle",
 ]

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from sere_sglang.cli.borrowed import FILE, settings_borrowed
 from sere_sglang.cli.main import app
 from sere_sglang.cli.served import FORCING_FLAG
+from sere_sglang.errors import SereError
 from sere_sglang.profile import load_profile
+from sere_sglang.schedule.settings import Settings
 from tests.server.cost_files import write_cost
 from tests.server.harness import Server, serve
 from tests.server.profiles import write_profile
@@ -109,6 +112,30 @@ def test_tune_writes_a_table_and_goes_on_where_it_was(server: Server, tmp_path: 
     after = server.sere()
     for name in ("enabled", "policy", "rule", "quality_budget", "tuned", "min_gain"):
         assert after[name] == before[name]
+
+
+def test_settings_come_back_after_a_kill(server: Server, tmp_path: Path) -> None:
+    before = server.sere()
+    killed = settings_borrowed(server, tmp_path)
+    killed.__enter__()
+    server.set_sere(primary_k=1, min_batch=7)  # and that is its end
+    assert json.loads((tmp_path / FILE).read_text())["url"] == server.url
+    with settings_borrowed(server, tmp_path):
+        assert _settings(server.sere()) == _settings(before)
+        server.set_sere(primary_k=2, min_batch=5)
+    assert _settings(server.sere()) == _settings(before) and not (tmp_path / FILE).exists()
+
+    (tmp_path / FILE).write_text('{"url": "http://elsewhere:1", "settings": {"primary_k": 1}}')
+    with settings_borrowed(server, tmp_path):  # of another server
+        assert _settings(server.sere()) == _settings(before)
+    (tmp_path / FILE).write_text('{"url": "http://localhost:1"')
+    refused = pytest.raises(SereError, match=r"cannot be put back .*; delete the file")
+    with refused, settings_borrowed(server, tmp_path):
+        pass
+
+
+def _settings(state: dict[str, Any]) -> Settings:
+    return Settings.from_state(state)
 
 
 @pytest.mark.parametrize(
