@@ -21,7 +21,7 @@ from sere_sglang.cpu.moe import fused_moe, native_module
 SIZES = {1: (512, 352), 3: (1024, 512), 7: (2048, 576), 16: (2048, 1376)}
 """About so many MB an expert (bfloat16): hidden size, intermediate size."""
 EXPERTS = 32
-TOKENS = (1, 4, 16, 64)
+TOKENS = (1, 4, 16, 24, 64)
 ACTIVE_PERCENT = (25, 50, 100)
 LEAST_TOP_K = 4
 

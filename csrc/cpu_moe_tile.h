@@ -234,10 +234,17 @@ inline void multiply_rows(const Operands<Math>& o, int64_t w, const Ahead& ahead
   if constexpr (kWeights > 1) multiply_rows<Math, kWeights / 2, kRows>(o, w, ahead);
 }
 
+// Weight rows at a time where several panels pass over them: then arithmetic sets the pace, however
+// few token rows a panel has.
+inline constexpr int kWeightsOfManyPanels = 3;
+
 template <typename Math>
 inline void multiply_panel(const Operands<Math>& o, int num_rows, const Ahead& ahead) {
   const auto run = [&]<int kRows>() {
     if constexpr (kRows <= kTileRows) {
+      if (kRows > 1 && ahead.num_panels > 1) {
+        return multiply_rows<Math, kWeightsOfManyPanels, kRows>(o, 0, ahead);
+      }
       multiply_rows<Math, tile_weights(kRows, Math::kParts), kRows>(o, 0, ahead);
     }
   };
