@@ -30,39 +30,47 @@ print(*jit.CUDA_FLAGS, *(f"-I{path}" for path in libinfo.include_paths()), sep="
 "$NVCC" --version | tail -n 2 | head -n 1
 [ "${#flags[@]}" -gt 0 ] || { echo "FAILED: no compiler flags from $PYTHON"; exit 1; }
 printf '%-8s %-44s %9s %12s %s\n' arch kernel registers "shared bytes" "spilled bytes"
-failed=0
-for arch in ${ARCHS:-sm_80 sm_90a sm_100}; do
-  lines="$work/$arch.lines"
+# One source for one architecture: NAME.lines of every kernel, NAME.error of what must not be.
+compile() {
+  local arch="$1" source="$2" name="$work/$2.$1"
+  if ! "$NVCC" "${flags[@]}" -I"$ROOT/csrc" "-arch=$arch" -cubin -Xptxas -v \
+    "$ROOT/csrc/$source.cu" -o "$name.cubin" >"$name.log" 2>&1; then
+    printf '%s does not compile for %s:\n' "$source" "$arch" >"$name.error"
+    grep -m 10 -E 'error|fatal' "$name.log" >>"$name.error" || tail -n 10 "$name.log" >>"$name.error"
+    return
+  fi
+  # Of every kernel: its mangled name, then its stack and spills, then its registers.
+  awk -v arch="$arch" '
+    /Function properties for/ { kernel = $NF }
+    /bytes spill stores/ { spilled = $5 + $9 }
+    /Used [0-9]+ registers/ {
+      match($0, /[0-9]+ registers/); registers = substr($0, RSTART, RLENGTH) + 0
+      shared = match($0, /[0-9]+ bytes smem/) ? substr($0, RSTART, RLENGTH) + 0 : 0
+      print arch, kernel, registers, shared, spilled
+      kernels++; spills += spilled
+    }
+    END { exit spills > 0 || kernels == 0 }' "$name.log" >"$name.lines" \
+    || printf '%s spills registers, or has no kernel, for %s\n' "$source" "$arch" >"$name.error"
+}
+
+read -r -a archs <<<"${ARCHS:-sm_80 sm_90a sm_100}"
+for arch in "${archs[@]}"; do
   for source in "$ROOT"/csrc/*.cu; do
-    name="$(basename "$source" .cu)"
-    log="$work/$name.$arch.log"
-    if ! "$NVCC" "${flags[@]}" -I"$ROOT/csrc" "-arch=$arch" -cubin -Xptxas -v \
-      "$source" -o "$work/$name.$arch.cubin" >"$log" 2>&1; then
-      printf '%s does not compile for %s:\n' "$name" "$arch"
-      grep -m 10 -E 'error|fatal' "$log" || tail -n 10 "$log"
-      failed=1
-      continue
-    fi
-    # Of every kernel: its mangled name, then its stack and spills, then its registers.
-    awk -v arch="$arch" '
-      /Function properties for/ { kernel = $NF }
-      /bytes spill stores/ { spilled = $5 + $9 }
-      /Used [0-9]+ registers/ {
-        match($0, /[0-9]+ registers/); registers = substr($0, RSTART, RLENGTH) + 0
-        shared = match($0, /[0-9]+ bytes smem/) ? substr($0, RSTART, RLENGTH) + 0 : 0
-        print arch, kernel, registers, shared, spilled
-        kernels++; spills += spilled
-      }
-      END { exit spills > 0 || kernels == 0 }' "$log" >>"$lines" || failed=1
+    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n; done
+    compile "$arch" "$(basename "$source" .cu)" &
   done
-  [ -s "$lines" ] || continue
-  c++filt <"$lines" \
+done
+wait
+for arch in "${archs[@]}"; do
+  cat "$work"/*."$arch".lines 2>/dev/null \
+    | c++filt \
     | sed -E 's/ (void )?sere::/ /; s/\((int|bool)\)//g; s/\([^)]*\)//; s/, /,/g' | sort -u \
     | while read -r at kernel registers shared spilled; do
       printf '%-8s %-44s %9s %12s %s\n' "$at" "$kernel" "$registers" "$shared" "$spilled"
     done
 done
-if [ "$failed" -ne 0 ]; then
+if compgen -G "$work/*.error" >/dev/null; then
+  cat "$work"/*.error
   echo "FAILED: a kernel does not compile, or spills"
+  exit 1
 fi
-exit "$failed"

@@ -135,7 +135,7 @@ def _speeds(server: Server, trace: Path) -> Speeds:
     found: dict[bool, list[float]] = {True: [], False: []}
     for enabled in (False, True, True, False):
         server.set_sere(**STRONGEST | {"enabled": enabled})
-        first = len(_written(server, trace))
+        first = _count(server, trace)
         server.generate(PROMPTS, TOKENS // 3)
         steps = [s for s in _written(server, trace)[first:] if s.composition.num_tokens == MANY]
         found[enabled] += _gaps(steps)[10:]
@@ -147,11 +147,11 @@ def _step_in_load(server: Server, trace: Path, speeds: Speeds) -> Run:
     run = Run(speeds, [], 0)
     server.set_sere(enabled=True, policy="static")  # a controller that has seen nothing yet
     server.set_sere(policy="slo", tpot_slo_ms=run.target, reset_counters=True)
-    first = len(_written(server, trace))
+    first = _count(server, trace)
     few = threading.Thread(target=server.generate, args=(PROMPTS[:FEW], 100 + 4 * TOKENS))
     few.start()
-    while len(_written(server, trace)) < first + 100:
-        time.sleep(0.1)
+    while _count(server, trace) < first + 100:
+        time.sleep(0.3)
     server.generate(PROMPTS[FEW:], TOKENS)
     few.join()
     steps = [s for s in _written(server, trace)[first:] if s.composition.is_decode_like]
@@ -161,9 +161,14 @@ def _step_in_load(server: Server, trace: Path, speeds: Speeds) -> Run:
     return Run(speeds, steps, moved)
 
 
-def _written(server: Server, trace: Path) -> list[TraceStep]:
+def _count(server: Server, trace: Path) -> int:
+    """Without reading them, which would take a core from the server while it is timed."""
     server.set_sere(reset_counters=False)  # any change writes out what the trace holds back
-    return list(read_trace(trace)) if trace.exists() else []
+    return trace.read_bytes().count(b"\n") if trace.exists() else 0
+
+
+def _written(server: Server, trace: Path) -> list[TraceStep]:
+    return list(read_trace(trace)) if _count(server, trace) else []
 
 
 def _gaps(steps: list[TraceStep]) -> list[float]:

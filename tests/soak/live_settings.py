@@ -36,7 +36,7 @@ CHANGES_PER_SECOND = 5.0
 WRONG: tuple[dict[str, Any], ...] = (
     {"primary_k": 0}, {"primary_k": "2"}, {"policy": "none"}, {"threshold": 7}, {"no_such_key": 1},
 )  # fmt: skip
-GROWTH = 60.0
+GROWTH = 10.0
 """MiB an hour above 0, or above the control, from which on a slope's interval counts as growth."""
 
 WARM = 20.0

@@ -16,7 +16,9 @@ MIB = 1 << 20
 @dataclass(frozen=True)
 class Slope:
     """first_mib, last_mib: of what was fitted. per_hour: MiB per hour; low, high: its 95 %
-    interval, by bootstrap over blocks of neighbouring samples, which depend on each other."""
+    interval, by bootstrap over blocks of neighbouring increments: an allocator grows in steps, and
+    what is left beside a straight line through a staircase would say nothing of how often one comes.
+    """
 
     name: str
     samples: int
@@ -64,16 +66,16 @@ def slope_of(
 ) -> Slope:
     at, mib = np.array(samples).T
     hours = (at - at[0]) / 3600
-    slope, start = np.polyfit(hours, mib, 1)
-    rest = mib - (start + slope * hours)
+    grown = np.diff(mib)
     draw = np.random.default_rng(0)
-    block = max(1, len(rest) // 8)
+    block = max(1, len(grown) // 8)
     slopes = []
     for _ in range(500):
-        starts = draw.integers(0, len(rest) - block + 1, size=-(-len(rest) // block))
-        noise = np.concatenate([rest[s : s + block] for s in starts])[: len(rest)]
-        slopes.append(np.polyfit(hours, start + slope * hours + noise, 1)[0])
+        starts = draw.integers(0, len(grown) - block + 1, size=-(-len(grown) // block))
+        drawn = np.concatenate([grown[s : s + block] for s in starts])[: len(grown)]
+        slopes.append(np.polyfit(hours[1:], np.cumsum(drawn), 1)[0])
     low, high = np.percentile(slopes, [2.5, 97.5])
+    slope = np.polyfit(hours, mib, 1)[0]
     return Slope(
         name, len(mib), float(mib[0]), float(mib[-1]), float(slope), float(low), float(high),
         tuple(round(m, 1) for _, m in every[:: max(1, len(every) // 20)]),
