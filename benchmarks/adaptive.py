@@ -2,6 +2,7 @@
 
     python -m benchmarks.adaptive
     python -m benchmarks.adaptive --tokens 20 --columns 2048     a load with more prefill
+    python -m benchmarks.adaptive --clients 16                   fewer clients at the peak
     python -m benchmarks.adaptive --tuned FILE                   also a profile that `tune` wrote
 
 The demo model with its experts padded (serving.padded_model): its quality is real,
@@ -43,7 +44,7 @@ from sere_sglang.schedule.trace import TraceStep, read_trace
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "demo_model"
 CLIENTS, TOKENS = 48, 128
-QUALITY_LEVELS = (1, 8, 24, 48)
+QUALITY_LEVELS = (0.0, 1 / 6, 1 / 2, 1.0)  # of the clients, one at least
 POLICIES: dict[str, dict[str, Any]] = {
     "off": {"enabled": False},
     "static S=1": static_settings(1),
@@ -70,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="of load, per policy and round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clients", type=int, default=CLIENTS, help="at the peak")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="that each request writes")
     parser.add_argument("--columns", type=int, default=WIDTH, help="of an expert")
     parser.add_argument("--tuned", type=Path, metavar="PROFILE", help="of the demo model, with "
@@ -99,7 +101,8 @@ def main() -> None:
                 server.set_sere(**settings, reset_counters=True)
                 first = _lines(server, trace)
                 seconds = arguments.seconds if at >= 0 else 6.0
-                tok_s, gaps = asyncio.run(_load(server.url, texts, seconds, arguments.tokens))
+                load = _load(server.url, texts, seconds, arguments.clients, arguments.tokens)
+                tok_s, gaps = asyncio.run(load)
                 steps = list(read_trace(trace))[first : _lines(server, trace)]
                 if at >= 0:
                     found[name].tok_s.append(tok_s)
@@ -107,18 +110,22 @@ def main() -> None:
                     found[name].active.append(_active(server, steps, expected))
                     found[name].steps = steps
                 print(f"round {at + 1}: {name}: {tok_s:.0f} tok/s", flush=True)
-        _measure_quality(server, texts, policies, found)
+        levels = [max(1, round(share * arguments.clients)) for share in QUALITY_LEVELS]
+        _measure_quality(server, texts, levels, policies, found)
     rows = [_row(name, measured, found["off"]) for name, measured in found.items()]
     _print(rows)
     name = "adaptive"
     if (arguments.tokens, arguments.columns) != (TOKENS, WIDTH):
         name += f"_{arguments.tokens}_{arguments.columns}"
+    if arguments.clients != CLIENTS:
+        name += f"_{arguments.clients}_clients"
     prefill_share = _prefill_share(found["off"].steps)
     print(f"with off, prefills take {prefill_share:.0%} of the time")
     path = write_result(
         name,
         rows,
         model=f"demo model, experts padded to {arguments.columns} columns",
+        clients=arguments.clients,
         tokens=arguments.tokens,
         prefill_share=prefill_share,
     )
@@ -130,7 +137,7 @@ def main() -> None:
 
 
 async def _load(
-    url: str, texts: list[Text], seconds: float, asked_tokens: int
+    url: str, texts: list[Text], seconds: float, clients: int, asked_tokens: int
 ) -> tuple[float, list[float]]:
     """Client i is there for a stretch around the middle: few stay long, many come at the peak."""
     gaps: list[float] = []
@@ -139,7 +146,7 @@ async def _load(
 
     async def client(i: int, session: aiohttp.ClientSession) -> None:
         nonlocal tokens
-        share = i / CLIENTS
+        share = i / clients
         await asyncio.sleep(0.5 * seconds * share)
         end = began + seconds * (1.0 - 0.5 * share)
         turn = i
@@ -161,7 +168,7 @@ async def _load(
     async with aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=600), connector=aiohttp.TCPConnector(limit=0)
     ) as session:
-        await asyncio.gather(*(client(i, session) for i in range(CLIENTS)))
+        await asyncio.gather(*(client(i, session) for i in range(clients)))
     return tokens / (time.perf_counter() - began), gaps
 
 
@@ -194,6 +201,7 @@ def _active(server: Server, steps: list[TraceStep], expected: Expectation) -> fl
 def _measure_quality(
     server: Server,
     texts: list[Text],
+    levels: list[int],
     policies: dict[str, dict[str, Any]],
     found: dict[str, Measured],
 ) -> None:
@@ -202,7 +210,7 @@ def _measure_quality(
     for name, settings in policies.items():
         server.set_sere(**settings)
         total, weight = 0.0, 0
-        for level in QUALITY_LEVELS:
+        for level in levels:
             batch = [texts[i % len(texts)] for i in range(level)]
             seen = forcing.forced_log_probs(
                 server, [t.prompt_ids for t in batch], [t.continuation_ids for t in batch]
