@@ -10,7 +10,7 @@ NOISE = np.random.default_rng(0).normal(0.0, 0.1, len(SECONDS))
 
 
 def _interval(mib: np.ndarray) -> tuple[float, float]:
-    samples = list(zip(SECONDS, mib + NOISE, strict=True))
+    samples = list(zip(SECONDS.tolist(), (mib + NOISE).tolist(), strict=True))
     slope = slope_of("scheduler", samples, samples)
     return slope.low, slope.high
 
