@@ -17,8 +17,7 @@ MIB = 1 << 20
 class Slope:
     """first_mib, last_mib: of what was fitted. per_hour: MiB per hour; low, high: its 95 %
     interval, by bootstrap over blocks of neighbouring increments: an allocator grows in steps, and
-    what is left beside a straight line through a staircase would say nothing of how often one comes.
-    """
+    what is left beside a straight line through a staircase says nothing of how often one comes."""
 
     name: str
     samples: int
