@@ -12,14 +12,14 @@ stop() { printf '\033[1;31m[setup]\033[0m %s\n' "$*" >&2; exit 1; }
 
 find_python() {
   local candidate
-  for candidate in python3.11 python3.12 python3.10 python3; do
-    if "$candidate" -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' \
+  for candidate in python3.11 python3.12 python3; do
+    if "$candidate" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
       2>/dev/null; then
       command -v "$candidate"
       return
     fi
   done
-  stop "no Python 3.10 to 3.12 with the venv module on PATH; install Python 3.11"
+  stop "no Python 3.11 or 3.12 with the venv module on PATH; install Python 3.11"
 }
 
 check_machine() {
