@@ -3,8 +3,9 @@
 #   bash launch/calibrate.sh MODEL [TEXT ...] [-- flags of sere-sglang calibrate]
 # MODEL is a folder; TEXT are .txt, .jsonl or .parquet files (default: a text that ships with us).
 # An interrupted calibration is continued by the next call.
-if [ $# -eq 0 ] || [ "$1" = --help ]; then
-  sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+source "$(dirname "${BASH_SOURCE[0]}")/_help.sh" "$@"
+if [ $# -eq 0 ]; then
+  bash "${BASH_SOURCE[0]}" --help >&2
   exit 2
 fi
 case $1 in /*) model=$1 ;; *) model=$PWD/$1 ;; esac

@@ -2,6 +2,7 @@
 # Compiles the CUDA sources with this machine's nvcc and prints what each kernel takes; needs no
 # GPU. Fails on a compile error or a register spill. ARCHS="sm_90a" compiles for fewer. Any Python
 # with torch and apache-tvm-ffi will do (SERE_PYTHON); without one the others' .venv is used.
+source "$(dirname "${BASH_SOURCE[0]}")/_help.sh" "$@"
 set -uo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 

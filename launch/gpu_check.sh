@@ -10,6 +10,11 @@
 # .whl/ (bash launch/gpu_wheels.sh, where there is a network) are used from a throwaway folder:
 # without tvm-ffi there are no CUDA kernels, without SGLang the layer benchmark uses a GEMM of its own.
 # A part that fails does not stop the others; the exit status says whether any did.
+source "$(dirname "${BASH_SOURCE[0]}")/_help.sh" "$@"
+case "${1:-}" in
+  "" | --quick | --server) ;;
+  *) echo "gpu_check.sh: what is $1? see --help" >&2; exit 2 ;;
+esac
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 

@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
 # Downloads into .whl/ what launch/gpu_check.sh needs on a GPU machine without a network: tvm-ffi for
-# the CUDA kernels, pytest-xdist for their tests and, for the layer benchmark, SGLang's own Triton fused MoE. Run it here, with
-# pip; take .whl/ along. The machine there: Linux x86-64, Python 3.12, torch 2.11 for CUDA 13.
+# the CUDA kernels, pytest-xdist for their tests and, for the layer benchmark, SGLang's own Triton
+# fused MoE. Run it here, with pip; take .whl/ along. The machine there: Linux x86-64, Python 3.12,
+# torch 2.11 for CUDA 13.
 #   bash launch/gpu_wheels.sh           all of it (about 37 MB)
 #   bash launch/gpu_wheels.sh --small   without SGLang; the layer benchmark then uses its own GEMM
+source "$(dirname "${BASH_SOURCE[0]}")/_help.sh" "$@"
+case "${1:-}" in
+  "" | --small) ;;
+  *) echo "gpu_wheels.sh: what is $1? see --help" >&2; exit 2 ;;
+esac
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

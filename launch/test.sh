@@ -3,6 +3,7 @@
 #   bash launch/test.sh              everything: 12 to 23 minutes on two cores
 #   bash launch/test.sh --quick      what starts no SGLang: 2 to 3 minutes
 #   bash launch/test.sh tests/ops    what you name, passed to pytest
+source "$(dirname "${BASH_SOURCE[0]}")/_help.sh" "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
 quick=
