@@ -115,14 +115,13 @@ def _measure(
                 advance=lambda: progress.advance(task),
                 seconds=60 * args.minutes / len(args.streams),
             )
-            machines = (floor, floor.measured_again())
             progress.update(task, description=f"quality, {streams} streams")
             found = {}
             for routing in routings:
                 walked, active = walk(servers, routing, batch, streams)
                 found[routing] = walked[0], active
                 progress.advance(task)
-            rows += _rows(servers["sere"], speeds, found, batch, machines)
+            rows += _rows(servers["sere"], speeds, found, batch, floor)
     return {routing: speed.text for routing, speed in speeds.items()}
 
 
@@ -131,15 +130,12 @@ def _rows(
     speeds: dict[Routing, Speed],
     found: dict[Routing, tuple[Any, Active]],
     batch: list[Text],
-    machines: tuple[FloorModel, FloorModel],
+    floor: FloorModel,
 ) -> list[Row]:
-    """machines: as it was when the server timed its layers, and after this level's rounds."""
     streams = len(batch)
-    at_start, floor = machines
     reference, (active_off, _, _) = found[PLAIN]
     step_ms = 1000 * streams / speeds[OFF].median
-    slower = floor.layer_ms(streams, active_off) / at_start.layer_ms(streams, active_off)
-    moe_ms = slower * _moe_ms(sere, streams, active_off)
+    moe_ms = _moe_ms(sere, streams, active_off)
     rows = []
     for routing, speed in speeds.items():
         log_probs, (before, after, _) = found[routing]
@@ -199,9 +195,8 @@ def _print_table(rows: list[Row], per_level: int) -> None:
         "SERE off routes exactly, on our CPU kernels: it is the baseline of re-routing. x off:\n"
         "median over interleaved rounds, and its interval. limit: what x off would be if the\n"
         f"MoE layers, {told},\n"
-        "timed alone at start and corrected by the machine's speed after the rounds, shrank as\n"
-        "their bytes and operations do; where the server's other processes slow them down, a gain\n"
-        "can be greater. S=1, 2, 3: the published method.\n"
+        "as timed alone at start, shrank as their bytes and operations do; where the server's\n"
+        "other processes slow them down, a gain can be greater. S=1, 2, 3: the published method.\n"
         "adaptive: its rule under the adaptive policy; auto: rule auto under it, the default. KL\n"
         "(to plain) and perplexity: per token of held-out text.\n"
     )

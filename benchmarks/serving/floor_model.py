@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from sere_sglang.cpu.floor import Floor, measure_floor
@@ -42,11 +42,6 @@ class FloorModel:
             expert_bytes=2.0 * weights,
             slot_operations=2.0 * weights,
         )
-
-    def measured_again(self) -> FloorModel:
-        """The same model on the machine as it is now: a shared one changes its speed in minutes."""
-        experts = self.num_layers * self.num_experts
-        return replace(self, machine=measure_floor(working_set=int(experts * self.expert_bytes)))
 
     def layer_ms(self, rows: float, active: float) -> float:
         """Of one layer with `active` experts over `rows` tokens."""
