@@ -44,6 +44,8 @@ if [ -z "$quick" ]; then
     wait "$compiling"
     local status=$?
     cat "$compiled"
+    rm -f "$compiled"
+    trap - EXIT # a process of that number may be another's by then
     return "$status"
   }
 fi

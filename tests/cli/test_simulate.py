@@ -21,7 +21,7 @@ from sere_sglang.schedule.feedback import Feedback
 from sere_sglang.schedule.point import OFF
 from sere_sglang.schedule.simulate import Simulator, Traffic
 from sere_sglang.schedule.trace import TraceWriter
-from tests.cli.command import run
+from tests.cli.command import WIDE
 from tests.schedule.toy_model import COST, expectation, settings
 from tests.server.cost_files import write_cost
 
@@ -147,17 +147,17 @@ def test_the_simulated_budget_is_the_served_one() -> None:
     ],
 )
 def test_command_names_what_is_wrong(arguments: list[str], named: str, cost: Path) -> None:
-    status, told = run("simulate", f"--cost={cost}", *arguments)
-    assert status == 2 and told.startswith("sere-sglang: error: ")
-    assert named in told and "Traceback" not in told
+    result = CliRunner().invoke(app, ["simulate", f"--cost={cost}", *arguments], env=WIDE)
+    assert result.exit_code == 2 and result.stderr.startswith("sere-sglang: error: ")
+    assert named in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_cost_of_another_model_is_refused(cost: Path) -> None:
     body = json.loads(cost.read_text())
     body["model"] |= {"name": "another", "fingerprint": "0" * 16}
     cost.write_text(json.dumps(body))
-    status, told = run("simulate", f"--profile={PROFILE}", f"--cost={cost}")
-    assert status == 2 and f"--cost {cost} (of another) does not fit" in told
+    result = _command(f"--profile={PROFILE}", f"--cost={cost}")
+    assert result.returncode == 2 and f"--cost {cost} (of another) does not fit" in result.stderr
 
 
 def test_traffic_is_reproducible() -> None:
