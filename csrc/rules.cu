@@ -18,12 +18,13 @@ void run_rules(const Launcher& launcher, const Plan& plan, const RuleParams& p) 
 }
 
 void rules(TensorView ids, TensorView weights, Optional<TensorView> scores, TensorView block,
-           int64_t experts, Optional<TensorView> row_class, Optional<TensorView> counters,
-           Optional<TensorView> lost, Optional<TensorView> lost_experts,
-           Optional<TensorView> active, Optional<TensorView> scratch, int64_t form, int64_t blocks,
-           int64_t threads, bool overlaps) {
-  const RuleParams p = make_rule_params(ids, weights, scores, block, experts, row_class, counters,
-                                        lost, lost_experts, active, scratch);
+           int64_t experts, Optional<TensorView> expert_loss, Optional<TensorView> row_class,
+           Optional<TensorView> counters, Optional<TensorView> lost,
+           Optional<TensorView> lost_experts, Optional<TensorView> active,
+           Optional<TensorView> scratch, int64_t form, int64_t blocks, int64_t threads,
+           bool overlaps) {
+  const RuleParams p = make_rule_params(ids, weights, scores, block, experts, expert_loss,
+                                        row_class, counters, lost, lost_experts, active, scratch);
   const int spans = spans_of(p.experts);
   const Plan plan =
       make_plan(p, p.scratch != nullptr, form, blocks, threads, overlaps, threads_for(spans));

@@ -12,6 +12,7 @@ struct RuleProblem {
   const float* weights;         // [T, K]
   const float* scores;          // [T, E] or null
   const float* similarity;      // [E, E] or null
+  const float* expert_loss;     // [E] or null
   const uint8_t* is_protected;  // [T] or null
   const uint8_t* is_fast;       // [T] or null
   int rows, valid, top_k, experts;
@@ -107,7 +108,7 @@ inline void add_within_loss(const RuleProblem& p, const ExpertSet& used, ExpertS
     const int32_t* ids = p.row_ids(row);
     const float* weights = p.row_weights(row);
     for (int k = 0; k < p.top_k; ++k) {
-      if (is_expert(ids[k], p.experts)) energy[ids[k]] += fixed_square(weights[k]);
+      if (is_expert(ids[k], p.experts)) energy[ids[k]] += lost_energy(weights[k], p.expert_loss, ids[k]);
     }
   }
   int32_t droppable[kMaxExperts];

@@ -35,6 +35,7 @@ static_assert(sizeof(RuleScratch) <= 9216, "what sere_sglang/ops/rules_cuda.py a
 
 struct RuleParams : Routing {
   const float* scores;    // [rows, experts] or null
+  const float* expert_loss;  // [experts] or null
   const int32_t* block;   // a RuleBlock
   uint8_t* active;        // [experts], zeros, or null
   float* lost;            // [rows, top_k], zeros, or null; with it
@@ -99,6 +100,11 @@ SERE_DEVICE bool is_off(const RuleShared& s) { return s.options.rule == Rule::kS
 // Bits of RowKind.
 SERE_DEVICE int kind_of(const RuleShared& s, const RuleParams& p, int row) {
   return p.row_class != nullptr && (s.options.flags & kHasClasses) ? p.row_class[row] : 0;
+}
+
+// What a slot's loss is multiplied by (lost_energy): it is known of what surrogates leave.
+SERE_DEVICE const float* expert_loss_of(const RuleShared& s, const RuleParams& p) {
+  return s.options.flags & kWritesLost ? p.expert_loss : nullptr;
 }
 
 // Of all words of a set, by a whole warp: a lane takes a word.

@@ -34,6 +34,7 @@ SERE_DEVICE void add_scores(const RuleShared& s, const RuleParams& p, const Rows
 // What this block's rows say, into `votes`. Ends with a barrier.
 SERE_DEVICE void vote(RuleShared& s, const RuleParams& p, const Rows& rows, Votes& votes) {
   const bool sure_votes = sure_slots_vote(s.options);
+  const float* expert_loss = expert_loss_of(s, p);
   for (int pass = 0; pass < rows.passes; ++pass) {
     const Slot slot = slot_of(p, rows, pass);
     const RoutedSlot held = load_routed(s, p, slot, rows.valid);
@@ -43,7 +44,7 @@ SERE_DEVICE void vote(RuleShared& s, const RuleParams& p, const Rows& rows, Vote
       s.used[held.id] = 1;
       if (is_sure || (held.row_kind & kProtectedRow)) s.at_once[held.id] = 1;
       if (is_rule(s, Rule::kEnergy) && weights_count(held.row_kind)) {
-        atomic_add(&votes.sums[held.id], fixed_square(held.weight));
+        atomic_add(&votes.sums[held.id], lost_energy(held.weight, expert_loss, held.id));
       }
     }
     const bool has_holes = ballot(held.counts && !held.routed) != 0;

@@ -45,7 +45,13 @@ SERE_HD int64_t fixed_point(float value) {
 #endif
 }
 
-SERE_HD int64_t fixed_square(float weight) { return fixed_point(multiply_rounded(weight, weight)); }
+// What losing a slot of an expert costs under `energy`: its squared weight, times what the expert's
+// own is worth where that is known.
+SERE_HD int64_t lost_energy(float weight, const float* expert_loss, int expert) {
+  const float square = multiply_rounded(weight, weight);
+  return fixed_point(expert_loss == nullptr ? square
+                                            : multiply_rounded(square, expert_loss[expert]));
+}
 
 // What `energy` may drop in units of the sums, rounded down; exact, the loss being a float32.
 SERE_HD int64_t loss_limit(const RuleBlock& o, int valid) {

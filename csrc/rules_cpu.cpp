@@ -130,7 +130,7 @@ void add_counters(const RuleProblem& p, int64_t* counters) {
       moved += own[k] != now[k];
       if (p.is_fast_row(row)) continue;
       const float weight = p.lost[int64_t(row) * p.experts + own[k]];
-      lost += fixed_square(weight);
+      lost += lost_energy(weight, p.expert_loss, own[k]);
     }
   }
   used.list(p.experts);
@@ -150,17 +150,18 @@ T* pointer(const Optional<TensorView>& tensor) {
 
 // Arguments were checked by sere_sglang.ops.apply_rule.
 void apply_rule(TensorView ids, TensorView weights, Optional<TensorView> scores,
-                Optional<TensorView> similarity, Optional<TensorView> is_protected,
-                Optional<TensorView> is_fast, Optional<TensorView> counters, TensorView new_ids,
-                TensorView new_weights, TensorView active, TensorView lost, int64_t rule,
-                int64_t num_valid, int64_t keep, int64_t fast_keep, int64_t budget, bool warmup,
-                bool truncate, int64_t loss_limit, double threshold, double fill_weight,
-                double renormalize) {
+                Optional<TensorView> similarity, Optional<TensorView> expert_loss,
+                Optional<TensorView> is_protected, Optional<TensorView> is_fast,
+                Optional<TensorView> counters, TensorView new_ids, TensorView new_weights,
+                TensorView active, TensorView lost, int64_t rule, int64_t num_valid, int64_t keep,
+                int64_t fast_keep, int64_t budget, bool warmup, bool truncate, int64_t loss_limit,
+                double threshold, double fill_weight, double renormalize) {
   RuleProblem p;
   p.ids = static_cast<const int32_t*>(ids.data_ptr());
   p.weights = static_cast<const float*>(weights.data_ptr());
   p.scores = pointer<const float>(scores);
   p.similarity = pointer<const float>(similarity);
+  p.expert_loss = pointer<const float>(expert_loss);
   p.is_protected = pointer<const uint8_t>(is_protected);
   p.is_fast = pointer<const uint8_t>(is_fast);
   p.rows = int(ids.size(0));

@@ -108,7 +108,9 @@ SERE_DEVICE void fill(RuleShared& s, const RuleParams& p, const Rows& rows, Rule
     }
     if (p.counters != nullptr) {
       moved += count_bits(ballot(held.routed && held.id != own.id));
-      if (is_lost && !(own.row_kind & kFastRow)) atomic_add(&tally.lost, fixed_square(own.weight));
+      if (is_lost && !(own.row_kind & kFastRow)) {
+        atomic_add(&tally.lost, lost_energy(own.weight, expert_loss_of(s, p), own.id));
+      }
     }
   }
   if (lane_index() == 0 && moved != 0) atomic_add(&tally.moved, moved);

@@ -20,13 +20,14 @@ void run_rules_fused(const Launcher& launcher, const Plan& plan, const RuleParam
 }
 
 void rules_fused(TensorView logits, bool renormalize, TensorView ids, TensorView weights,
-                 TensorView scores, TensorView block, Optional<TensorView> row_class,
-                 Optional<TensorView> counters, Optional<TensorView> lost,
-                 Optional<TensorView> lost_experts, Optional<TensorView> active,
-                 Optional<TensorView> scratch, int64_t form, int64_t blocks, int64_t threads,
-                 bool overlaps) {
-  const RuleParams p = make_rule_params(ids, weights, scores, block, logits.size(1), row_class,
-                                        counters, lost, lost_experts, active, scratch);
+                 TensorView scores, TensorView block, Optional<TensorView> expert_loss,
+                 Optional<TensorView> row_class, Optional<TensorView> counters,
+                 Optional<TensorView> lost, Optional<TensorView> lost_experts,
+                 Optional<TensorView> active, Optional<TensorView> scratch, int64_t form,
+                 int64_t blocks, int64_t threads, bool overlaps) {
+  const RuleParams p =
+      make_rule_params(ids, weights, scores, block, logits.size(1), expert_loss, row_class,
+                       counters, lost, lost_experts, active, scratch);
   const int spans = spans_of(p.experts);
   const Plan plan =
       make_plan(p, p.scratch != nullptr, form, blocks, threads, overlaps, threads_for(spans));

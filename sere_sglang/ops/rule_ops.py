@@ -36,6 +36,7 @@ def apply_rule_(
     block: torch.Tensor,
     num_experts: int,
     *,
+    expert_loss: torch.Tensor | None = None,
     row_class: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
     lost: LostSlots | None = None,
@@ -49,6 +50,8 @@ def apply_rule_(
             named.
         block: int32 ``[16]`` (`rule_block.encode_rule`).
         num_experts: E.
+        expert_loss: float32 ``[E]``, as in `apply_rule`, looked at where the block asks for what
+            rows lost; or None.
         row_class: uint8 ``[>= T]``, looked at where the block says that rows have classes.
         counters: int64 ``[7]`` to add to (`rules.Implementation`), or None.
         lost: `LostSlots.none`, written where the block asks for it, or None.
@@ -63,6 +66,7 @@ def apply_rule_(
         scores,
         block,
         num_experts,
+        expert_loss,
         row_class,
         counters,
         *(lost or (None, None)),
@@ -107,14 +111,16 @@ def _apply(
     scores: torch.Tensor | None,
     block: torch.Tensor,
     num_experts: int,
+    expert_loss: torch.Tensor | None,
     row_class: torch.Tensor | None,
     counters: torch.Tensor | None,
     lost: torch.Tensor | None,
     lost_experts: torch.Tensor | None,
 ) -> None:
     check_apply(
-        topk_ids, topk_weights, scores, block, num_experts, row_class, counters, lost, lost_experts
-    )
+        topk_ids, topk_weights, scores, block, num_experts, expert_loss, row_class, counters, lost,
+        lost_experts,
+    )  # fmt: skip
     implementation: Any = load_rules("triton", topk_ids.device.type)
     if topk_ids.numel() == 0:
         return
@@ -125,6 +131,7 @@ def _apply(
         scores,
         block,
         num_experts,
+        expert_loss=expert_loss,
         row_class=row_class,
         counters=counters,
         lost=slots,
@@ -137,6 +144,7 @@ def check_apply(
     scores: torch.Tensor | None,
     block: torch.Tensor,
     num_experts: int,
+    expert_loss: torch.Tensor | None,
     row_class: torch.Tensor | None,
     counters: torch.Tensor | None,
     lost: torch.Tensor | None,
@@ -151,6 +159,8 @@ def check_apply(
     _check("block", block, torch.int32, (RULE_WORDS,), topk_ids)
     if scores is not None:
         _check("scores", scores, torch.float32, (shape[0], num_experts), topk_ids)
+    if expert_loss is not None:
+        _check("expert_loss", expert_loss, torch.float32, (num_experts,), topk_ids)
     if counters is not None:
         _check("counters", counters, torch.int64, (len(COUNTER_FIELDS) + 1,), topk_ids)
     if row_class is not None:
@@ -219,8 +229,8 @@ def _add_fake(
 _library = torch.library.Library("sere", "FRAGMENT")
 _library.define(
     "apply_rule_(Tensor(a!) topk_ids, Tensor(b!) topk_weights, Tensor? scores, Tensor block, "
-    "int num_experts, Tensor? row_class, Tensor(c!)? counters, Tensor(d!)? lost, "
-    "Tensor(e!)? lost_experts) -> ()"
+    "int num_experts, Tensor? expert_loss, Tensor? row_class, Tensor(c!)? counters, "
+    "Tensor(d!)? lost, Tensor(e!)? lost_experts) -> ()"
 )
 _library.define(
     "begin_compensation(Tensor hidden, Tensor lost, Tensor experts, Tensor inward, "

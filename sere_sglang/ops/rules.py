@@ -39,8 +39,8 @@ class Implementation(Protocol):
         """`apply_rule` of arguments that were checked.
 
         counters: int64 ``[7]`` to add to: `COUNTER_FIELDS`, where experts of weight 0 are not
-            active after it, then the squared weight that was lost, per valid row, in units of
-            2^-32; fast rows lose nothing that counts.
+            active after it, then the squared weight that was lost, times `expert_loss`, per valid
+            row, in units of 2^-32; fast rows lose nothing that counts.
         """
         ...
 
@@ -59,6 +59,7 @@ def apply_rule(
     warmup: bool = True,
     fill: str = "piggyback",
     loss: float | None = None,
+    expert_loss: torch.Tensor | None = None,
     fill_weight: float = 0.0,
     renormalize: float = 0.0,
     num_valid: int | None = None,
@@ -85,6 +86,9 @@ def apply_rule(
         warmup: ``budget`` loads every row's best expert first, beyond B if need be.
         fill: of ``budget``: ``piggyback``, a row takes its best of A; ``truncate``, only its own.
         loss: in [0, 1]: the energy, in weight squared per valid row, that ``energy`` may drop.
+        expert_loss: floating ``[E]``, >= 0: what an expert's squared weight is multiplied by under
+            ``energy``; None for 1. A server takes what the expert's surrogate leaves of its output,
+            as a share of what surrogates leave in the mean (`profile.loss_shares`).
         fill_weight: a >= 0: ``energy`` gives lost slots the row's next best of A with a times the
             weight that the router would give it. 0 drops them.
         renormalize: gamma in [0, 1]: ``energy`` multiplies a row that lost a slot by
@@ -104,8 +108,8 @@ def apply_rule(
     call = checked(
         rule, topk_ids, topk_weights, scores=scores, similarity=similarity, primary_k=primary_k,
         threshold=threshold, k0=k0, budget=budget, warmup=warmup, fill=fill, loss=loss,
-        fill_weight=fill_weight, renormalize=renormalize, num_valid=num_valid,
-        protected=protected,
+        expert_loss=expert_loss, fill_weight=fill_weight, renormalize=renormalize,
+        num_valid=num_valid, protected=protected,
     )  # fmt: skip
     return applied(call, impl)
 

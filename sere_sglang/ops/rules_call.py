@@ -70,6 +70,7 @@ class RuleCall:
     fast: torch.Tensor | None = None  # bool [T]; not of `similarity`
     scores: torch.Tensor | None = None  # float32 [T, E]
     similarity: torch.Tensor | None = None  # float32 [E, E]
+    expert_loss: torch.Tensor | None = None  # float32 [E], of `energy` alone
     keep: int = 1  # S of `similarity`, k0 of `piggyback` and `topk`, else 1
     fast_keep: int = 1  # the same of fast rows
     threshold: float = 0.0

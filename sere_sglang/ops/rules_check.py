@@ -26,6 +26,7 @@ def checked(
     warmup: bool = True,
     fill: str = "piggyback",
     loss: float | None = None,
+    expert_loss: torch.Tensor | None = None,
     fill_weight: float = 0.0,
     renormalize: float = 0.0,
     num_valid: int | None = None,
@@ -57,7 +58,7 @@ def checked(
             raise ValueError(f"{name} is missing: rule {rule!r} needs {name}=")
     if scores is None and similarity is None:
         raise ValueError(f"scores is missing: rule {rule!r} takes E from scores [T, E]")
-    _check_tensors(topk_ids, topk_weights, scores, similarity, protected, fast)
+    _check_tensors(topk_ids, topk_weights, scores, similarity, expert_loss, protected, fast)
     num_rows, top_k = topk_ids.shape
     table = similarity if scores is None else scores
     assert table is not None
@@ -69,7 +70,7 @@ def checked(
         )
     if num_rows > MAX_ROWS:
         raise ValueError(f"topk_ids has {num_rows} rows; at most {MAX_ROWS}: split the batch")
-    _check_values_on_cpu(topk_ids, topk_weights, num_experts, scores, similarity)
+    _check_values_on_cpu(topk_ids, topk_weights, num_experts, scores, similarity, expert_loss)
     valid = num_rows if num_valid is None else _integer("num_valid", num_valid)
     if not 0 <= valid <= num_rows:
         raise ValueError(f"num_valid must be in [0, T={num_rows}], got {num_valid}")
@@ -102,6 +103,7 @@ def checked(
         fast=None if fast is None else fast.contiguous(),
         scores=_floats(scores) if scores is not None and takes_scores else None,
         similarity=_floats(similarity) if similarity is not None and rule == "similarity" else None,
+        expert_loss=_floats(expert_loss) if expert_loss is not None and rule == "energy" else None,
         keep=keep,
         fast_keep=fast_keep,
         threshold=_fraction("threshold", threshold),
@@ -134,6 +136,7 @@ def _check_tensors(
     topk_weights: torch.Tensor,
     scores: torch.Tensor | None,
     similarity: torch.Tensor | None,
+    expert_loss: torch.Tensor | None,
     protected: torch.Tensor | None,
     fast: torch.Tensor | None,
 ) -> None:
@@ -147,6 +150,7 @@ def _check_tensors(
         "topk_weights": topk_weights,
         "scores": scores,
         "similarity": similarity,
+        "expert_loss": expert_loss,
         "protected": protected,
         "fast": fast,
     }
@@ -163,6 +167,7 @@ def _check_tensors(
         "topk_weights": (topk_weights, "[T, K]", [num_rows, top_k]),
         "scores": (scores, "[T, E]", [num_rows, experts]),
         "similarity": (similarity, "[E, E]", [experts, experts]),
+        "expert_loss": (expert_loss, "[E]", [experts]),
         "protected": (protected, "bool [T]", [num_rows]),
         "fast": (fast, "bool [T]", [num_rows]),
     }
@@ -186,6 +191,7 @@ def _check_values_on_cpu(
     num_experts: int,
     scores: torch.Tensor | None,
     similarity: torch.Tensor | None,
+    expert_loss: torch.Tensor | None,
 ) -> None:
     """Value checks, only where reading values does not synchronize a device."""
     if topk_ids.device.type != "cpu" or topk_ids.numel() == 0:
@@ -209,3 +215,7 @@ def _check_values_on_cpu(
             "scores contains NaN, infinity or a value below 0; "
             "give softmax or sigmoid of the logits, not the logits"
         )
+    if expert_loss is not None and not bool(
+        ((expert_loss >= 0) & torch.isfinite(expert_loss)).all()
+    ):
+        raise ValueError("expert_loss contains NaN, infinity or a value below 0")

@@ -41,6 +41,7 @@ def apply(call: RuleCall, counters: torch.Tensor | None = None) -> Routed:
         call.weights,
         call.scores,
         call.similarity,
+        call.expert_loss,
         call.protected,
         call.fast,
         counters,

@@ -50,6 +50,7 @@ def apply_(
     block: torch.Tensor,
     num_experts: int,
     *,
+    expert_loss: torch.Tensor | None = None,
     row_class: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
     lost: LostSlots | None = None,
@@ -58,7 +59,7 @@ def apply_(
     """See `rules_device.ApplyInPlace`."""
     overlaps = cuda.has_clusters(ids.device)
     plan = plan_rule(ids.shape[0], num_experts, overlaps)
-    operands = (ids, weights, scores, block, num_experts, row_class, counters)
+    operands = (ids, weights, scores, block, num_experts, expert_loss, row_class, counters)
     cuda.load_function("rules")(
         *operands, *outputs(lost, active), *launch_operands(plan, ids.device, overlaps)
     )

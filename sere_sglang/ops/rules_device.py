@@ -19,6 +19,7 @@ class ApplyInPlace(Protocol):
         block: torch.Tensor,
         num_experts: int,
         *,
+        expert_loss: torch.Tensor | None = None,
         row_class: torch.Tensor | None = None,
         counters: torch.Tensor | None = None,
         lost: LostSlots | None = None,
@@ -32,6 +33,8 @@ class ApplyInPlace(Protocol):
             scores: float32 ``[T, E]``, contiguous; None if no rule that `block` may name takes it.
             block: int32 ``[16]`` (rule_block.py).
             num_experts: E.
+            expert_loss: float32 ``[E]`` of `RuleCall`, looked at where the block asks for what rows
+                lost; or None.
             row_class: uint8 ``[>= T]``, or None: no row has a class.
             counters: int64 ``[7]`` to add to (`rules.Implementation`), or None.
             lost: `LostSlots.none`, written where the block asks for it; or None.
@@ -54,6 +57,7 @@ def apply_copy(
         call.scores,
         block_of(call).to(device),
         call.num_experts,
+        expert_loss=call.expert_loss,
         row_class=classes_of(call),
         counters=counters,
         lost=lost,

@@ -40,6 +40,7 @@ def fused_topk_rule(
     renormalize: bool,
     block: torch.Tensor,
     *,
+    expert_loss: torch.Tensor | None = None,
     row_class: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
     lost: LostSlots | None = None,
@@ -53,7 +54,7 @@ def fused_topk_rule(
         renormalize: divide the K weights by their sum.
         block: int32 ``[16]`` (`rule_block.encode_rule`), on the same device; ``similarity`` leaves
             it at top-k.
-        row_class, counters, lost: as `rule_ops.apply_rule_`.
+        expert_loss, row_class, counters, lost: as `rule_ops.apply_rule_`.
 
     Raises:
         ValueError: arguments that do not fit, naming the argument.
@@ -64,14 +65,15 @@ def fused_topk_rule(
     weights, ids = new_slots(router_logits, top_k)
     scores = torch.empty(num_rows, num_experts, dtype=torch.float32, device=ids.device)
     gone = lost or (None, None)
-    check_apply(ids, weights, scores, block, num_experts, row_class, counters, *gone)
+    check_apply(ids, weights, scores, block, num_experts, expert_loss, row_class, counters, *gone)
     reason = cuda.is_available(ids.device.type)
     if reason is not None:
         raise UnavailableError(f"fused top-k and rule: {reason}")
     build()
     selected = Selected(weights, ids, scores)
     if num_rows > 0:
-        _launch(router_logits, renormalize, selected, block, row_class, counters, lost)
+        operands = (block, expert_loss, row_class, counters)
+        _launch(router_logits, renormalize, selected, *operands, lost)
     return selected
 
 
@@ -84,7 +86,7 @@ def build() -> None:
     selected = Selected(*new_slots(logits, 1), torch.empty(1, 2, device=device))
     switched_off = encode_rule("similarity").to(device)
     try:
-        _launch(logits, True, selected, switched_off, None, None, None)
+        _launch(logits, True, selected, switched_off, None, None, None, None)
     except RuntimeError as error:
         raise BuildError(f"rules_fused was built but does not launch: {error}") from error
 
@@ -94,6 +96,7 @@ def _launch(
     renormalize: bool,
     to: Selected,
     block: torch.Tensor,
+    expert_loss: torch.Tensor | None,
     row_class: torch.Tensor | None,
     counters: torch.Tensor | None,
     lost: LostSlots | None,
@@ -101,7 +104,8 @@ def _launch(
     overlaps = cuda.has_clusters(to.ids.device)
     plan = plan_rule(to.scores.shape[0], to.scores.shape[1], overlaps)
     cuda.load_function("rules_fused")(
-        *(router_logits, renormalize, to.ids, to.weights, to.scores, block, row_class, counters),
+        *(router_logits, renormalize, to.ids, to.weights, to.scores, block),
+        *(expert_loss, row_class, counters),
         *outputs(lost, None),
         *launch_operands(plan, to.ids.device, overlaps),
     )

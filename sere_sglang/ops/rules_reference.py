@@ -95,8 +95,11 @@ class _Batch:
         now = routed.ids.to(torch.int64)
         loaded = _expert_set(now, held & (routed.weights != 0.0), call.num_experts).sum()
         moved = ((routed.ids != call.ids) & held).sum()
+        squares = routed.lost * routed.lost
+        if call.expert_loss is not None:
+            squares = squares * call.expert_loss
         lost = (
-            (_fixed(routed.lost * routed.lost) * self.speaks)
+            (_fixed(squares) * self.speaks)
             .sum()
             .div(self.valid.sum().clamp(min=1), rounding_mode="floor")
         )
@@ -139,8 +142,11 @@ class _Batch:
         call = self.call
         used = _expert_set(self.ids, live, call.num_experts)
         energy = torch.zeros(call.num_experts, dtype=torch.int64, device=self.ids.device)
-        squares = _fixed(self.weights * self.weights) * (self.changes & self.speaks)
-        energy.scatter_add_(0, self.index.flatten(), squares.flatten())
+        squares = self.weights * self.weights
+        if call.expert_loss is not None:
+            squares = squares * call.expert_loss[self.index]
+        terms = _fixed(squares) * (self.changes & self.speaks)
+        energy.scatter_add_(0, self.index.flatten(), terms.flatten())
         droppable = used & ~stay
         value, order = energy.where(droppable, torch.iinfo(torch.int64).max).sort(stable=True)
         spent = value.where(droppable[order], 0).cumsum(dim=0)

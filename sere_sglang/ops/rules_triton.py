@@ -68,6 +68,7 @@ def apply_(
     block: torch.Tensor,
     num_experts: int,
     *,
+    expert_loss: torch.Tensor | None = None,
     row_class: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
     lost: LostSlots | None = None,
@@ -92,16 +93,16 @@ def apply_(
         flags = sums[e_pad + TOTAL_SUMS :].view(torch.int32)
         if plan.one_program:
             kernels.rule_decode[(1,)](
-                ids, weights, scores, block, row_class, counters, active, *gone, flags, sums,
-                num_rows, *strides, **experts, **slots, **rows, WIDE_TILE=plan.wide_tile,
+                ids, weights, scores, block, expert_loss, row_class, counters, active, *gone, flags,
+                sums, num_rows, *strides, **experts, **slots, **rows, WIDE_TILE=plan.wide_tile,
                 EXPERT_TILE=plan.expert_tile, **how,
             )  # fmt: skip
             return
         tiles = (triton.cdiv(num_rows, plan.tile),)
         wide_tiles = (triton.cdiv(num_rows, plan.wide_tile),)
         kernels.rule_vote_many[tiles](
-            ids, weights, block, row_class, flags, sums, num_rows, *strides, **experts, **slots,
-            **rows, **how,
+            ids, weights, block, expert_loss, row_class, flags, sums, num_rows, *strides,
+            **experts, **slots, **rows, **how,
         )  # fmt: skip
         if scores is not None:
             kernels.rule_add_scores_many[wide_tiles](
@@ -111,8 +112,8 @@ def apply_(
             block, flags, sums, num_rows, **experts, EXPERT_TILE=plan.expert_tile, **how
         )
         kernels.rule_fill_many[wide_tiles](
-            ids, weights, scores, block, row_class, *gone, flags, sums, num_rows, *strides,
-            **experts, **slots, WIDE_TILE=plan.wide_tile, **how,
+            ids, weights, scores, block, expert_loss, row_class, *gone, flags, sums, num_rows,
+            *strides, **experts, **slots, WIDE_TILE=plan.wide_tile, **how,
         )  # fmt: skip
         kernels.rule_finish_many[(1,)](
             ids, weights, block, counters, active, flags, sums, num_rows, *strides, **experts,

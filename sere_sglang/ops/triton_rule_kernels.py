@@ -32,8 +32,8 @@ from sere_sglang.ops.triton_rule_rows import fill
 
 @triton.jit(do_not_specialize=["num_rows"])
 def rule_decode(
-    ids, weights, scores, block, row_class, counters, active, lost, lost_experts, flags, sums,
-    num_rows, id_stride, weight_stride,
+    ids, weights, scores, block, expert_loss, row_class, counters, active, lost, lost_experts,
+    flags, sums, num_rows, id_stride, weight_stride,
     E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
     WIDE_TILE: tl.constexpr, EXPERT_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -52,8 +52,8 @@ def rule_decode(
         rows_after_usable = num_valid * 0
         for start in range(0, num_valid, TILE):
             rows = vote(
-                ids, weights, block, row_class, flags, sums, start, num_rows, num_valid,
-                id_stride, weight_stride, E, E_PAD, K, K_PAD, TILE,
+                ids, weights, block, expert_loss, row_class, flags, sums, start, num_rows,
+                num_valid, id_stride, weight_stride, E, E_PAD, K, K_PAD, TILE,
             )  # fmt: skip
             rows_after_usable = tl.maximum(rows_after_usable, rows)
         if scores is not None:  # noqa: SIM102 - no code for the inner one without
@@ -73,8 +73,9 @@ def rule_decode(
         squares = num_valid.to(tl.int64) * 0
         for start in range(0, num_valid, WIDE_TILE):
             own_moved, own_squares = fill(
-                ids, weights, scores, block, row_class, lost, lost_experts, flags, num_active,
-                start, num_valid, id_stride, weight_stride, E, E_PAD, K, K_PAD, WIDE_TILE,
+                ids, weights, scores, block, expert_loss, row_class, lost, lost_experts, flags,
+                num_active, start, num_valid, id_stride, weight_stride,
+                E, E_PAD, K, K_PAD, WIDE_TILE,
             )  # fmt: skip
             moved += own_moved
             squares += own_squares
@@ -88,14 +89,15 @@ def rule_decode(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def rule_vote_many(
-    ids, weights, block, row_class, flags, sums, num_rows, id_stride, weight_stride,
+    ids, weights, block, expert_loss, row_class, flags, sums, num_rows, id_stride, weight_stride,
     E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows per program, into a zeroed scratch."""
     if rule_of(block) != 0:
         rows_after_usable = vote(
-            ids, weights, block, row_class, flags, sums, tl.program_id(0) * TILE, num_rows,
-            rule_rows(block, num_rows), id_stride, weight_stride, E, E_PAD, K, K_PAD, TILE,
+            ids, weights, block, expert_loss, row_class, flags, sums, tl.program_id(0) * TILE,
+            num_rows, rule_rows(block, num_rows), id_stride, weight_stride,
+            E, E_PAD, K, K_PAD, TILE,
         )  # fmt: skip
         usable = rows_after_usable.to(tl.int64)
         tl.atomic_max(sums + E_PAD + SUM_USABLE, usable, sem="relaxed")
@@ -127,7 +129,7 @@ def rule_choose_many(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def rule_fill_many(
-    ids, weights, scores, block, row_class, lost, lost_experts, flags, sums, num_rows,
+    ids, weights, scores, block, expert_loss, row_class, lost, lost_experts, flags, sums, num_rows,
     id_stride, weight_stride,
     E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr,
     WIDE_TILE: tl.constexpr,
@@ -137,9 +139,9 @@ def rule_fill_many(
         num_active = list_active(flags, E_PAD)
         tl.debug_barrier()
         moved, squares = fill(
-            ids, weights, scores, block, row_class, lost, lost_experts, flags, num_active,
-            tl.program_id(0) * WIDE_TILE, rule_rows(block, num_rows), id_stride, weight_stride,
-            E, E_PAD, K, K_PAD, WIDE_TILE,
+            ids, weights, scores, block, expert_loss, row_class, lost, lost_experts, flags,
+            num_active, tl.program_id(0) * WIDE_TILE, rule_rows(block, num_rows), id_stride,
+            weight_stride, E, E_PAD, K, K_PAD, WIDE_TILE,
         )  # fmt: skip
         tl.atomic_add(sums + E_PAD + SUM_MOVED, moved, sem="relaxed")
         tl.atomic_add(sums + E_PAD + SUM_LOST, squares, sem="relaxed")

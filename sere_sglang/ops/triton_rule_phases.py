@@ -93,6 +93,16 @@ def loss_limit(block, num_valid):
 
 
 @triton.jit
+def lost_energy(block, expert_loss, expert, weight, held):
+    """int64: what losing slots costs: `held` ones, which hold `expert` with `weight`."""
+    square = weight * weight
+    if expert_loss is not None:
+        weighs = held & has_flag(block, LOST)
+        square = square * tl.load(expert_loss + expert, mask=weighs, other=1.0)
+    return fixed_point(square)
+
+
+@triton.jit
 def kinds_of_rows(block, row_class, row, num_valid, TILE: tl.constexpr):
     """Of a tile of rows: which are protected, which are fast."""
     kind = tl.zeros([TILE], tl.int32)
@@ -121,7 +131,7 @@ def load_rule_rows(
 
 @triton.jit
 def vote(
-    ids, weights, block, row_class, flags, sums, start, num_rows, num_valid,
+    ids, weights, block, expert_loss, row_class, flags, sums, start, num_rows, num_valid,
     id_stride, weight_stride,
     E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +148,8 @@ def vote(
     tl.store(flags + PRIMARY * E_PAD + expert, one, mask=at_once)
     if rule == ENERGY:
         speaks = routed & ((protected | fast) == 0)[:, None]
-        tl.atomic_add(sums + expert, fixed_point(weight * weight), mask=speaks, sem="relaxed")
+        energy = lost_energy(block, expert_loss, expert, weight, speaks)
+        tl.atomic_add(sums + expert, energy, mask=speaks, sem="relaxed")
     holes = tl.sum((inside & (routed == 0)).to(tl.int32), axis=1)
     whole = (row < num_valid) & (holes == 0)
     return tl.max(tl.where(whole, num_rows - row, 0), axis=0)

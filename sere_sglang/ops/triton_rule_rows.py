@@ -24,9 +24,9 @@ from sere_sglang.ops.triton_rule_phases import (
     PIGGYBACK,
     TOPK,
     TRUNCATE,
-    fixed_point,
     has_flag,
     load_rule_rows,
+    lost_energy,
     rule_of,
 )
 
@@ -82,8 +82,8 @@ def next_best(
 
 @triton.jit
 def fill(
-    ids, weights, scores, block, row_class, lost, lost_experts, flags, num_active, start, num_valid,
-    id_stride, weight_stride,
+    ids, weights, scores, block, expert_loss, row_class, lost, lost_experts, flags, num_active,
+    start, num_valid, id_stride, weight_stride,
     E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Returns how many slots moved, and the squared weight that was lost, in fixed point."""
@@ -148,6 +148,6 @@ def fill(
         tl.store(lost + row[:, None] * K + slot[None, :], old, mask=mask)
         tl.store(lost_experts + row[:, None] * K + slot[None, :], own, mask=mask)
     spoke = gone & (fast == 0)[:, None]
-    squares = tl.where(spoke, fixed_point(old * old), 0)
+    squares = tl.where(spoke, lost_energy(block, expert_loss, own, old, spoke), 0)
     moved = (routed & (new != own)).to(tl.int64)
     return tl.sum(tl.sum(moved, axis=1), axis=0), tl.sum(tl.sum(squares, axis=1), axis=0)

@@ -1,4 +1,4 @@
-"""How a loss budget is shared among layers: little to those whose loss the model feels.
+"""What a loss costs, by layer and expert: a budget is spent where the model feels it least.
 
 What a layer loses is an error beside the residual stream that it is added to, and the next norm
 divides by the size of that stream. So a unit of lost routing weight, squared, costs
@@ -10,6 +10,8 @@ one layer alone causes within a factor of 2.5, where the layers differ by up to 
 (docs/quality.md). The ideal for losses that add up is a share of 1 / relative. It would have
 the dearest layers lose almost nothing, which leaves too little to drop where much must be, and
 trusts the estimate altogether: the power below is between that and equal shares.
+
+Within a layer, a unit costs by expert what the expert's surrogate leaves of its output.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ import numpy as np
 import torch
 
 _POWER = 0.75
-_NEEDED = ("stream_energy", "expert_energy", "surrogate_explained", "weight_by_rank")
+_LEAST = 1 / 16
+"""Of the mean: a surrogate that leaves less in calibration is not trusted further."""
+_OF_EXPERTS = ("expert_energy", "surrogate_explained")
+_NEEDED = (*_OF_EXPERTS, "stream_energy", "weight_by_rank")
 
 
 def loss_shares(tables: Mapping[int, Mapping[str, torch.Tensor]]) -> dict[int, float]:
@@ -36,7 +41,27 @@ def loss_shares(tables: Mapping[int, Mapping[str, torch.Tensor]]) -> dict[int, f
     return dict(zip(ids, (shares / shares.mean()).tolist(), strict=True))
 
 
+def expert_loss(table: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """float32 ``[E]``, 1 in the mean: what a unit of an expert's squared weight costs in a layer
+    whose surrogates are served; 1 for experts that calibration did not meet. None without
+    surrogates: then weighing experts by what they put out was no gain (docs/quality.md).
+
+    table: of a profile's layer.
+    """
+    if any(name not in table for name in _OF_EXPERTS):
+        return None
+    left = _left(table)
+    met = table["expert_energy"] > 0
+    mean = left[met].mean() if bool((left[met] > 0).any()) else left.new_tensor(1.0)
+    cost = (left / mean).clamp(min=_LEAST).where(met, 1.0)
+    return (cost / cost.mean()).float()
+
+
+def _left(table: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """float64 ``[E]``: energy of an expert's output that its surrogate leaves."""
+    return table["expert_energy"].double() * (1 - table["surrogate_explained"][-1].double())
+
+
 def _relative(table: Mapping[str, torch.Tensor]) -> float:
-    left = table["expert_energy"].double() * (1 - table["surrogate_explained"][-1].double())
     mass = float(table["weight_by_rank"].double().sum()) ** 2
-    return float(left.mean()) * mass / float(table["stream_energy"])
+    return float(_left(table).mean()) * mass / float(table["stream_energy"])

@@ -15,6 +15,7 @@ from sere_sglang.ops.rules import load_rules
 from sere_sglang.ops.surrogates import Surrogates
 from sere_sglang.options import SereConfig
 from sere_sglang.profile import SereProfile
+from sere_sglang.profile.loss_shares import expert_loss
 from sere_sglang.profile.rule_errors import energy_weights
 from sere_sglang.runtime.graph_rules import GraphRules, RuleWords
 from sere_sglang.runtime.rule_stage import RuleStage, exposes_scores
@@ -34,6 +35,7 @@ class LayerRules:
     words: RuleWords
     surrogates: Surrogates | None
     share: float
+    expert_loss: torch.Tensor | None
 
     def on_host(self, counters: torch.Tensor) -> RuleStage:
         """For the CPU engine."""
@@ -46,11 +48,20 @@ class LayerRules:
             surrogates=self.surrogates,
             share=self.share,
             weights=self.words.weights,
+            expert_loss=self.expert_loss,
         )
 
     def in_graphs(self, block: torch.Tensor, counters: torch.Tensor) -> GraphRules:
         """For a GPU; block: where its words will be."""
-        return GraphRules(self.layer_id, self.words, block, counters, self.surrogates, self.share)
+        return GraphRules(
+            self.layer_id,
+            self.words,
+            block,
+            counters,
+            self.surrogates,
+            self.share,
+            self.expert_loss,
+        )
 
 
 def resolve_rules(
@@ -120,7 +131,7 @@ def layer_rules(
     """
     tables = profile.tables.get(layer.layer_id, {})
     surrogates, share = _surrogates(tables, device), output_share(layer)
-    weights = energy_weights(tables)
+    weights, cost = energy_weights(tables), expert_loss(tables)
     factor = output_factor(layer, topk_config)
     if surrogates is not None and factor is None:
         logger.warning(
@@ -140,6 +151,7 @@ def layer_rules(
         ),
         surrogates=surrogates,
         share=share * (factor or 1.0) * weights.compensation,
+        expert_loss=None if cost is None or surrogates is None else cost.to(device),
     )
 
 

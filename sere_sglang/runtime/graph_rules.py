@@ -71,6 +71,7 @@ class GraphRules:
 
     block: int32 ``[16]`` (`RuleWords`). counters: int64 ``[7]`` (`Implementation.apply`). share: of
     what the surrogates compute, this rank's, times what its runner multiplies its output by.
+    expert_loss: float32 ``[E]`` where there are surrogates (`profile.loss_shares`).
     """
 
     layer_id: int
@@ -79,6 +80,7 @@ class GraphRules:
     counters: torch.Tensor
     surrogates: Surrogates | None = None
     share: float = 1.0
+    expert_loss: torch.Tensor | None = None
     lost: LostSlots | None = field(default=None, init=False)
     """Of the forward that is running, until `compensation` has used it up."""
 
@@ -124,6 +126,7 @@ class GraphRules:
             scores,
             self.block,
             self.words.num_experts,
+            expert_loss=self.expert_loss,
             row_class=row_class,
             counters=self.counters,
             lost=self.lost,

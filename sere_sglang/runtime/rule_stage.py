@@ -79,6 +79,7 @@ class RuleStage:
         weights add up to, times the layer's share of loss budgets (`profile.loss_shares`).
     share: of what the surrogates compute, this rank's; ranks add their outputs up.
     weights: of ``energy`` without surrogates.
+    expert_loss: float32 ``[E]``, of ``energy`` with them (`profile.loss_shares`).
     counters: int64 ``[7]`` (`Implementation.apply`).
     """
 
@@ -90,6 +91,7 @@ class RuleStage:
     surrogates: Surrogates | None = None
     share: float = 1.0
     weights: EnergyWeights = UNFITTED
+    expert_loss: torch.Tensor | None = None
     lost: torch.Tensor | None = field(default=None, init=False)
     """Of the forward that is running, until `compensation` has used it up."""
 
@@ -123,6 +125,7 @@ class RuleStage:
                 protected=_rows_of(RowClass.EXACT, forward.classes, rows),
                 fast=_rows_of(RowClass.FAST, forward.classes, rows),
                 scores=scores,
+                expert_loss=self.expert_loss if compensates else None,
                 **options_of(
                     point,
                     num_experts=self.num_experts,

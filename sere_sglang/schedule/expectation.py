@@ -15,6 +15,7 @@ import numpy as np
 
 from sere_sglang.names import RULES, SIMILARITY
 from sere_sglang.profile import SereProfile
+from sere_sglang.profile.loss_shares import expert_loss
 from sere_sglang.schedule.lookup import COMPUTED, present, representatives, row_of, spread
 from sere_sglang.schedule.point import OperatingPoint
 from sere_sglang.schedule.rule_tables import rule_tables
@@ -33,12 +34,13 @@ _LOSSES, _NUM_LOSSES = (0.001, 0.5), 49  # of `energy`, 14 % from one to the nex
 class LayerStatistics:
     """similarity: ``[E, E]``; by_rank: ``[K, E]``, probability that the slot of a rank holds e;
     energy: ``[K]``, share of the squared routing weight by rank, sums to 1. loss_share: of the
-    loss budget of ``energy`` (`profile.loss_shares`)."""
+    loss budget of ``energy``; expert_loss: ``[E]``, of what is spent (`profile.loss_shares`)."""
 
     similarity: np.ndarray
     by_rank: np.ndarray
     energy: np.ndarray
     loss_share: float = 1.0
+    expert_loss: np.ndarray | float = 1.0
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def statistics_of(profile: SereProfile) -> dict[int, LayerStatistics]:
     for layer, similarity in profile.similarity.items():
         table = profile.tables.get(layer, {})
         counts, weights = table.get("popularity_by_rank"), table.get("weight_by_rank")
+        cost = expert_loss(table)
         experts, top_k = similarity.shape[0], profile.metadata.top_k or 2
         if counts is None:
             by_rank = np.full((top_k, experts), 1.0 / experts)
@@ -157,6 +160,7 @@ def statistics_of(profile: SereProfile) -> dict[int, LayerStatistics]:
             by_rank,
             energy / max(energy.sum(), 1e-30),
             profile.loss_shares[layer],
+            1.0 if cost is None else cost.double().numpy(),
         )
     return layers
 
@@ -190,7 +194,7 @@ def expect(
     else:
         points = points_of(rule, top_k, experts)
         tables = [
-            rule_tables(own.by_rank, own.energy, points, own.loss_share)
+            rule_tables(own.by_rank, own.energy, points, own.loss_share, own.expert_loss)
             for own in looked_at.values()
         ]
     plain, active, loss = (

@@ -23,6 +23,7 @@ def rule_tables(
     energy: np.ndarray,
     points: Sequence[OperatingPoint],
     loss_share: float = 1.0,
+    expert_loss: np.ndarray | float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """plain ``[rows]``, active and loss ``[rows, points]`` of one layer, at `COMPUTED`.
 
@@ -31,6 +32,7 @@ def rule_tables(
         energy: ``[K]``, share of the squared routing weight by rank.
         points: all of one rule.
         loss_share: what the layer multiplies a budget of ``energy`` by.
+        expert_loss: ``[E]``, what it multiplies an expert's squared weight by.
 
     loss is the squared weight that a row's dropped slots had, as a share of the square of all its
     weight. Of ``energy`` it is what a point may spend, before the layer's share: the kernel never
@@ -45,7 +47,7 @@ def rule_tables(
     for i, batch in enumerate(COMPUTED):
         batches = int(np.clip(_SLOTS // (batch * len(shares)), *_BATCHES))
         drawn = [
-            _Batch(_draw(edges, batch, seed), shares, by_rank, loss_share)
+            _Batch(_draw(edges, batch, seed), shares, by_rank, loss_share, expert_loss)
             for seed in range(batches)
         ]
         plain[i] = np.mean([one.used.sum() for one in drawn])
@@ -68,9 +70,14 @@ class _Batch:
     """One drawn batch. spread: ``[K, E]``, its squared weight by rank and expert, per row."""
 
     def __init__(
-        self, ids: np.ndarray, shares: np.ndarray, by_rank: np.ndarray, loss_share: float
+        self,
+        ids: np.ndarray,
+        shares: np.ndarray,
+        by_rank: np.ndarray,
+        loss_share: float,
+        expert_loss: np.ndarray | float,
     ) -> None:
-        self.loss_share = loss_share
+        self.loss_share, self.expert_loss = loss_share, expert_loss
         batch, experts = len(ids), by_rank.shape[1]
         self.held = np.stack([np.bincount(own, minlength=experts) for own in ids.T])
         self.spread = self.held * (shares / batch)[:, None]
@@ -95,7 +102,7 @@ class _Batch:
 
     def _within_loss(self, allowed: np.ndarray) -> np.ndarray:
         droppable = self.used & ~self.held[:1].any(axis=0)
-        spent = np.cumsum(np.sort(self.value[droppable]))
+        spent = np.cumsum(np.sort((self.value * self.expert_loss)[droppable]))
         active = self.used.sum() - np.searchsorted(spent, allowed * self.loss_share, side="right")
         return np.stack([active, allowed], axis=1)
 

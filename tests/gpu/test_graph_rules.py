@@ -47,6 +47,7 @@ POINTS = [
     OperatingPoint(True, rule="energy", loss=0.02, layers=((LAYER, OFF),)),
     OperatingPoint(True, rule="energy", loss=0.2),
 ]
+EXPERT_LOSS = torch.linspace(0.1, 1.9, EXPERTS)
 NOBODY, SOME = b"", bytes([0, RowClass.EXACT, RowClass.FAST, 0, 2, 0, 0])
 
 
@@ -66,8 +67,9 @@ class Served:
         assert self.control.rule_words is not None
         self.counters = torch.zeros(len(FIELDS), dtype=torch.int64, device=DEVICE)
         self.rules = GraphRules(
-            LAYER, words, self.control.rule_words[0], self.counters, surrogates, share
-        )
+            LAYER, words, self.control.rule_words[0], self.counters, surrogates, share,
+            None if surrogates is None else EXPERT_LOSS.to(DEVICE),
+        )  # fmt: skip
         half = torch.rand(EXPERTS, EXPERTS, generator=torch.Generator().manual_seed(1))
         self.stage = RerouteStage(
             LAYER, TOP_K, LayerTable.build((half + half.T) / 2, device=DEVICE),
@@ -112,7 +114,9 @@ def by_the_cpu_engine(
     if own is not None:
         own = Surrogates(own.inward.cpu(), own.outward.cpu(), own.bias.cpu())
     counters = torch.zeros(len(FIELDS), dtype=torch.int64)
-    stage = RuleStage(LAYER, EXPERTS, 2.25, load_rules("torch", "cpu"), counters, own)
+    stage = RuleStage(
+        LAYER, EXPERTS, 2.25, load_rules("torch", "cpu"), counters, own, expert_loss=EXPERT_LOSS
+    )
     logits, hidden = served.logits.cpu(), served.hidden.cpu()
     weights, ids = served.logits.float().softmax(-1).topk(TOP_K)
     weights, ids = (1.5 * weights / weights.sum(1, keepdim=True)).cpu(), ids.int().cpu()

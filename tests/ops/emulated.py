@@ -97,13 +97,14 @@ class EmulatedRules:
         block: torch.Tensor,
         num_experts: int,
         *,
+        expert_loss: torch.Tensor | None = None,
         row_class: torch.Tensor | None = None,
         counters: torch.Tensor | None = None,
         lost: LostSlots | None = None,
         active: torch.Tensor | None = None,
     ) -> None:
         library().rules(
-            *(ids, weights, scores, block, num_experts, row_class, counters),
+            *(ids, weights, scores, block, num_experts, expert_loss, row_class, counters),
             *rules_cuda.outputs(lost, active),
             *rules_cuda.launch_operands(self.plan, ids.device, False),
         )
@@ -115,6 +116,7 @@ def fused_rule(
     top_k: int,
     renormalize: bool,
     block: torch.Tensor,
+    expert_loss: torch.Tensor | None = None,
     row_class: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
     lost: LostSlots | None = None,
@@ -124,7 +126,7 @@ def fused_rule(
     scores = torch.full(logits.shape, -1.0)
     library().rules_fused(
         *(logits, renormalize, ids.fill_(-2), weights.fill_(-1.0), scores, block),
-        *(row_class, counters, *rules_cuda.outputs(lost, None)),
+        *(expert_loss, row_class, counters, *rules_cuda.outputs(lost, None)),
         *rules_cuda.launch_operands(plan, ids.device, False),
     )
     return Selected(weights, ids, scores)

@@ -18,7 +18,7 @@ from sere_sglang.ops.rules_call import LostSlots, RuleCall
 from sere_sglang.ops.rules_fused import Selected
 
 Fused = Callable[..., Selected]
-"""(logits, top_k, renormalize, block, row_class, counters, lost)"""
+"""(logits, top_k, renormalize, block, expert_loss, row_class, counters, lost)"""
 
 
 def random_call(
@@ -36,6 +36,7 @@ def random_call(
         protected=torch.rand(rows).to(device) < 0.2,
         fast=torch.rand(rows).to(device) < 0.3,
         scores=scores,
+        expert_loss=torch.rand(scores.shape[1]).to(device) * 3 if rule == "energy" else None,
         keep=rng.randint(1, max(1, top_k - 1)) if rule in ("piggyback", "topk") else 1,
         budget=rng.randint(1, scores.shape[1]),
         warmup=rng.random() < 0.5,
@@ -57,7 +58,7 @@ def check(
     bit."""
     device = logits.device
     switched_off = encode_rule("similarity").to(device)
-    plain = fused(logits, top_k, renormalize, switched_off, None, None, None)
+    plain = fused(logits, top_k, renormalize, switched_off, None, None, None, None)
     weights, ids = softmax_topk(logits, top_k, renormalize)
     assert torch.equal(plain.ids, ids)
     torch.testing.assert_close(plain.weights, weights, rtol=2e-6, atol=1e-7)
@@ -67,7 +68,7 @@ def check(
     counters, wanted = torch.zeros(2, 7, dtype=torch.int64, device=device)
     lost = LostSlots.none(plain.ids)
     block, classes = block_of(call).to(device), classes_of(call)
-    got = fused(logits, top_k, renormalize, block, classes, counters, lost)
+    got = fused(logits, top_k, renormalize, block, call.expert_loss, classes, counters, lost)
     if takes_scores(call):
         torch.testing.assert_close(got.scores, scores, rtol=2e-6, atol=1e-7)
         call = RuleCall(**{**vars(call), "scores": got.scores})

@@ -68,32 +68,34 @@ class Batch:
         return applied(self.call(device), impl)
 
     def expected(self) -> rules_oracle.Outcome:
+        return rules_oracle.apply(self.case())
+
+    def case(self) -> rules_oracle.Input:
         o = self.options
         rows = self.ids.shape[0]
         protected, fast = o["protected"], o["fast"]
-        return rules_oracle.apply(
-            rules_oracle.Input(
-                rule=self.rule,
-                ids=self.ids.tolist(),
-                weights=self.weights.tolist(),
-                experts=o["scores"].shape[1],
-                num_valid=rows if o["num_valid"] is None else o["num_valid"],
-                protected=[False] * rows if protected is None else protected.tolist(),
-                fast=[False] * rows if fast is None else fast.tolist(),
-                fast_keep=o["fast_k"],
-                scores=o["scores"].tolist(),
-                similarity=o["similarity"].tolist(),
-                keep={"similarity": o["primary_k"], "piggyback": o["k0"], "topk": o["k0"]}.get(
-                    self.rule, 1
-                ),
-                threshold=o["threshold"],
-                budget=o["budget"],
-                warmup=o["warmup"],
-                truncate=o["fill"] == "truncate",
-                loss=rules_oracle.float32(o["loss"]),
-                fill_weight=o["fill_weight"],
-                renormalize=o["renormalize"],
-            )
+        return rules_oracle.Input(
+            rule=self.rule,
+            ids=self.ids.tolist(),
+            weights=self.weights.tolist(),
+            experts=o["scores"].shape[1],
+            num_valid=rows if o["num_valid"] is None else o["num_valid"],
+            protected=[False] * rows if protected is None else protected.tolist(),
+            fast=[False] * rows if fast is None else fast.tolist(),
+            fast_keep=o["fast_k"],
+            scores=o["scores"].tolist(),
+            similarity=o["similarity"].tolist(),
+            keep={"similarity": o["primary_k"], "piggyback": o["k0"], "topk": o["k0"]}.get(
+                self.rule, 1
+            ),
+            threshold=o["threshold"],
+            budget=o["budget"],
+            warmup=o["warmup"],
+            truncate=o["fill"] == "truncate",
+            loss=rules_oracle.float32(o["loss"]),
+            expert_loss=None if o["expert_loss"] is None else o["expert_loss"].tolist(),
+            fill_weight=o["fill_weight"],
+            renormalize=o["renormalize"],
         )
 
 
@@ -168,6 +170,7 @@ def make_batch(
             "warmup": maybe(),
             "fill": choices.one_of(["piggyback", "truncate"]),
             "loss": loss,
+            "expert_loss": uniform(experts) * 3 if rule == "energy" and maybe() else None,
             "fill_weight": choices.one_of([0.0, 0.5, 1.25]),
             "renormalize": choices.one_of([0.0, 0.25, 1.0]),
             "num_valid": choices.between(0, rows) if maybe() else None,

@@ -41,6 +41,7 @@ class Input:
     warmup: bool = True
     truncate: bool = False
     loss: float = 0.0
+    expert_loss: list[float] | None = None
     fill_weight: float = 0.0
     renormalize: float = 0.0
 
@@ -59,6 +60,12 @@ def float32(value: float) -> float:
     import numpy as np
 
     return float(np.float32(value))
+
+
+def lost_energy(case: Input, expert: int, weight: float) -> int:
+    """What losing a slot costs; float32 after each multiplication."""
+    square = float32(weight * weight)
+    return fixed(square if case.expert_loss is None else float32(square * case.expert_loss[expert]))
 
 
 def by_rank(row: Row, weights: list[float]) -> list[int]:
@@ -104,7 +111,7 @@ def members(case: Input) -> set[int]:
     for t in valid:
         for e, g in zip(case.ids[t], case.weights[t], strict=True):
             if e >= 0 and not case.protected[t] and not case.fast[t]:
-                v[e] += fixed(float32(g * g))
+                v[e] += lost_energy(case, e, g)
     dropped: set[int] = set()
     spent = 0
     for e in sorted(used - union, key=lambda e: (v[e], e)):

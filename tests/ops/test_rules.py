@@ -17,7 +17,7 @@ from sere_sglang.ops.rules import IMPLEMENTATIONS, load_rules
 from sere_sglang.ops.rules_call import LARGEST_TERM, MAX_ROWS
 from sere_sglang.ops.rules_check import checked
 from tests.ops.rules_cases import Batch
-from tests.ops.rules_oracle import fixed, float32
+from tests.ops.rules_oracle import lost_energy
 from tests.ops.rules_strategies import batches
 
 # torch and cpu; those of a GPU have tests of their own: tests/gpu/test_gpu_rules.py, Triton's
@@ -238,6 +238,12 @@ GOOD: dict[str, Any] = {"scores": torch.full((2, 4), 0.25), "similarity": torch.
         ("energy", {}, "loss is missing"),
         ("energy", {"loss": 1.5}, r"loss must be in \[0, 1\], got 1.5"),
         ("energy", {"loss": float("nan")}, "loss must be in"),
+        (
+            "energy",
+            {"loss": 0.1, "expert_loss": torch.ones(3)},
+            r"expert_loss must be \[E\] = \[4\]",
+        ),
+        ("energy", {"loss": 0.1, "expert_loss": -torch.ones(4)}, "expert_loss contains NaN"),
         ("energy", {"loss": 0.1, "fill_weight": -1.0}, "fill_weight must be in"),
         ("energy", {"loss": 0.1, "renormalize": 2.0}, "renormalize must be in"),
         ("topk", {"k0": 1, "num_valid": 3}, r"num_valid must be in \[0, T=2\]"),
@@ -263,7 +269,8 @@ def test_bad_input_names_the_argument(rule: str, options: dict[str, Any], messag
 
 
 @pytest.mark.parametrize(
-    "name", ["topk_ids", "topk_weights", "scores", "similarity", "protected", "fast"]
+    "name",
+    ["topk_ids", "topk_weights", "scores", "similarity", "expert_loss", "protected", "fast"],
 )
 def test_what_is_no_tensor_is_named(name: str) -> None:
     arguments: dict[str, Any] = {
@@ -319,13 +326,13 @@ def test_counts_what_it_did(impl_name: str) -> None:
         counters = torch.full((7,), 5, dtype=torch.int64)
         call = checked(batch.rule, batch.ids, batch.weights, **batch.options)
         routed = load_rules(impl_name, "cpu").apply(call, counters)
-        want, valid = batch.expected(), call.num_valid
+        case, want, valid = batch.case(), batch.expected(), call.num_valid
         before = {e for row in batch.ids[:valid].tolist() for e in row} - {-1}
         moved = (routed.ids != call.ids)[:valid].sum().item()
         fast = batch.options["fast"]
         speak = [t for t in range(valid) if fast is None or not fast[t]]
-        squares = [fixed(float32(g * g)) for t in speak for g in want.lost[t].values()]
-        lost = sum(squares) // valid if valid else 0
+        energy = [lost_energy(case, e, g) for t in speak for e, g in want.lost[t].items()]
+        lost = sum(energy) // valid if valid else 0
         loaded = set(routed.ids[:valid][routed.weights[:valid] != 0].tolist()) - {-1}
         did = [int(valid > 0), valid, len(before), len(loaded), moved, 0, lost]
         assert (counters - 5).tolist() == did

@@ -151,6 +151,21 @@ def test_surrogates_that_cannot_be_scaled_are_left_out(caplog: pytest.LogCapture
     assert "MoE layer 0 gets no surrogates: with --moe-a2a-backend" in caplog.text
 
 
+def test_experts_are_weighed_where_they_have_surrogates() -> None:
+    profile = _profile()
+    profile.tables[0] |= {
+        "stream_energy": torch.ones(1),
+        "expert_energy": torch.tensor([1.0, 1.0, 1.0, 5.0]),
+        "surrogate_explained": torch.zeros(2, 4),
+    }
+    device = torch.device("cpu")
+    rules = layer_rules(_layer(), _router(), profile, device)
+    assert rules.expert_loss is not None
+    assert rules.expert_loss.tolist() == pytest.approx([0.5, 0.5, 0.5, 2.5])
+    unscaled = layer_rules(_layer(2.5, dispatcher=SimpleNamespace()), _router(), profile, device)
+    assert unscaled.expert_loss is None
+
+
 def test_layers_whose_surrogates_nobody_adds_are_named() -> None:
     stages: Any = [
         SimpleNamespace(layer_id=i, ran=True, rules=SimpleNamespace(lost=lost))

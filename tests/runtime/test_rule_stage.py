@@ -122,6 +122,34 @@ def test_surrogates_make_up_for_what_was_lost() -> None:
 
 
 @pytest.mark.parametrize("surrogates", [True, False])
+def test_experts_weigh_what_their_surrogates_leave(surrogates: bool) -> None:
+    """Where those make up for it; the counters are in the same unit."""
+    generator = torch.Generator().manual_seed(3)
+    inward, outward = torch.randn(2, EXPERTS, 3, SIZE, generator=generator)
+    bias = torch.zeros(EXPERTS, SIZE)
+    stage = _stage(Surrogates.build(inward, outward, bias, device="cpu"))
+    stage.expert_loss = torch.rand(EXPERTS, generator=generator) * 2
+    logits = torch.randn(ROWS, EXPERTS, generator=generator)
+    ids, weights = _routed(logits.softmax(-1))
+    own, other = (
+        apply_rule("energy", ids, weights, scores=logits.softmax(-1), loss=0.08 * 2.25,
+                   expert_loss=cost, fill_weight=0.0 if surrogates else WEIGHTS.fill,
+                   renormalize=0.0 if surrogates else WEIGHTS.renormalize)
+        for cost in (stage.expert_loss, None)
+    )  # fmt: skip
+    assert not torch.equal(own.ids, other.ids), "a case that shows it"
+    want, cost = (own, stage.expert_loss) if surrogates else (other, torch.ones(EXPERTS))
+    point = OperatingPoint(True, rule="energy", loss=0.08)
+    forward = RuleForward(point, -1, None, 1, surrogates)
+    stage.apply(ids, weights, logits, _config("softmax"), forward)
+    assert torch.equal(ids, want.ids.long()) and torch.equal(weights, want.weights)
+    assert want.lost is not None
+    spent = (want.lost.square() * cost).sum().item() / ROWS
+    counted = dict(zip(FIELDS, stage.counters.tolist(), strict=True))["loss"] * LOSS_UNIT
+    assert counted == pytest.approx(spent, abs=1e-6) and counted <= 0.08 * stage.loss_unit
+
+
+@pytest.mark.parametrize("surrogates", [True, False])
 def test_a_layer_that_is_left_exact_loses_nothing(surrogates: bool) -> None:
     ids, weights = _routed(torch.rand(ROWS, EXPERTS))
     before = ids.clone(), weights.clone()
