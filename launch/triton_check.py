@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of the rules for GPUs that need not be here, and says what they take.
+"""Compiles the Triton kernels for GPUs that need not be here, and says what they take.
 
     python -m launch.triton_check [--arch sm_80 sm_90 sm_100] [--quick]
 
@@ -22,7 +22,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-from sere_sglang.ops import rules_triton, triton_rule_kernels, triton_surrogates
+from sere_sglang.ops import (
+    rules_triton,
+    triton_kernels,
+    triton_rule_kernels,
+    triton_surrogates,
+)
+from sere_sglang.ops import triton as rerouting
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 SIZES = ((8, 8, 128), (32, 8, 128), (256, 8, 128), (64, 10, 512), (8192, 8, 128))
@@ -30,7 +36,9 @@ SIZES = ((8, 8, 128), (32, 8, 128), (256, 8, 128), (64, 10, 512), (8192, 8, 128)
 RANK, HIDDEN = 8, 2048
 
 _TYPES = {
+    "similarity": "*fp32", "scale": "*fp32", "control": "*i32", "scratch": "*i32",
     "ids": "*i32", "weights": "*fp32", "scores": "*fp32", "block": "*i32", "row_class": "*u8",
+    "expert_loss": "*fp32",
     "counters": "*i64", "active": "*u8", "lost": "*fp32", "lost_experts": "*i32", "flags": "*i32",
     "sums": "*i64", "num_rows": "i32", "id_stride": "i32", "weight_stride": "i32",
     "hidden": "*bf16", "expert": "*i32", "inward": "*bf16", "inner": "*fp32", "share": "fp32",
@@ -45,8 +53,29 @@ class Compiled(NamedTuple):
 
 
 def kernels_of(num_rows: int, top_k: int, experts: int) -> Iterator[tuple[Any, dict[str, int]]]:
-    """What a layer of that size launches, with its compile-time arguments; ``active`` as servers
-    have it, None."""
+    """What a layer of that size launches, with its compile-time arguments."""
+    yield from rerouting_kernels(num_rows, top_k, experts)
+    yield from rule_kernels(num_rows, top_k, experts)
+
+
+def rerouting_kernels(
+    num_rows: int, top_k: int, experts: int
+) -> Iterator[tuple[Any, dict[str, int]]]:
+    """Of ``similarity``, with all that it may do."""
+    plan = rerouting.plan_reroute(num_rows, top_k, experts)
+    sizes = {
+        **plan.sizes, **plan.rows, "EXPERT_TILE": plan.expert_tile, "DISTINCT": 1,
+        "num_warps": plan.warps,
+    }  # fmt: skip
+    names = ["reroute_decode"]
+    if not plan.one_program:
+        names = [f"{phase}_many" for phase in ("vote", "match", "mark", "apply", "finish")]
+    for name in names:
+        yield getattr(triton_kernels, name), sizes
+
+
+def rule_kernels(num_rows: int, top_k: int, experts: int) -> Iterator[tuple[Any, dict[str, int]]]:
+    """Of the other rules; ``active`` as servers have it, None."""
     plan = rules_triton.plan_rule(num_rows, top_k, experts)
     sizes = {
         **plan.experts, **plan.slots, "TILE": plan.tile, "WIDE_TILE": plan.wide_tile,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,6 +28,7 @@ is a launch.
 
 SMALL_TILE_SLOTS = 512
 LARGE_TILE_SLOTS = 2048
+TILE_PAIRS = 2048  # pairs of a row's slots that it looks at together: more spill registers
 MATCH_TILE = 4096  # similarities that a program looks at together
 
 
@@ -65,22 +67,16 @@ def reroute_(
 ) -> None:
     """See `sere_sglang.ops.reroute_`; arguments are validated there."""
     num_rows, top_k = topk_ids.shape
-    num_experts = table.num_experts
     id_stride = topk_ids.stride(0)
     weight_stride = 0 if topk_weights is None else topk_weights.stride(0)
     scale = None if topk_weights is None else table.scale
-    e_pad = max(16, triton.next_power_of_2(num_experts))
-    k_pad = triton.next_power_of_2(top_k)
-    slots = num_rows * k_pad
-    large = slots > SMALL_TILE_SLOTS
-    sizes = {"E": num_experts, "E_PAD": e_pad, "K": top_k}
-    rows = {"K_PAD": k_pad, "TILE": (LARGE_TILE_SLOTS if large else SMALL_TILE_SLOTS) // k_pad}
-    expert_tile = max(1, min(e_pad, MATCH_TILE // e_pad))
-    warps = {"num_warps": 8 if large else 4}
+    plan = plan_reroute(num_rows, top_k, table.num_experts)
+    sizes, rows, warps = plan.sizes, plan.rows, {"num_warps": plan.warps}
+    e_pad, expert_tile = sizes["E_PAD"], plan.expert_tile
     scratch_words = phases.SCRATCH_ROWS * e_pad
 
     with _on_device(topk_ids):
-        if slots <= ONE_PROGRAM_SLOTS:
+        if plan.one_program:
             scratch = torch.empty(scratch_words, dtype=torch.int32, device=topk_ids.device)
             kernels.reroute_decode[(1,)](
                 topk_ids, topk_weights, table.similarity, scale, control, row_class, counters,
@@ -94,7 +90,7 @@ def reroute_(
             topk_ids, topk_weights, control, row_class, scratch, num_rows, id_stride,
             weight_stride, **sizes, **rows, **warps,
         )  # fmt: skip
-        kernels.match_many[(triton.cdiv(num_experts, expert_tile),)](
+        kernels.match_many[(triton.cdiv(table.num_experts, expert_tile),)](
             table.similarity, control, scratch, **sizes, EXPERT_TILE=expert_tile
         )
         kernels.mark_many[tiles](
@@ -109,6 +105,35 @@ def reroute_(
             topk_ids, counters, control, scratch, num_rows, id_stride,
             E_PAD=e_pad, K=top_k, **rows, DISTINCT=distinct, **warps,
         )  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """How one size is launched; the kernels' compile-time sizes.
+
+    rows: TILE is of rows that a program looks at together. expert_tile: of experts that it matches.
+    """
+
+    one_program: bool
+    sizes: dict[str, int]
+    rows: dict[str, int]
+    expert_tile: int
+    warps: int
+
+
+def plan_reroute(num_rows: int, top_k: int, num_experts: int) -> Plan:
+    """Of T, K and E."""
+    e_pad = max(16, triton.next_power_of_2(num_experts))
+    k_pad = triton.next_power_of_2(top_k)
+    slots = num_rows * k_pad
+    large = slots > SMALL_TILE_SLOTS
+    tile_slots = min(LARGE_TILE_SLOTS if large else SMALL_TILE_SLOTS, TILE_PAIRS // k_pad)
+    return Plan(
+        one_program=slots <= ONE_PROGRAM_SLOTS,
+        sizes={"E": num_experts, "E_PAD": e_pad, "K": top_k},
+        rows={"K_PAD": k_pad, "TILE": max(1, tile_slots // k_pad)},
+        expert_tile=max(1, min(e_pad, MATCH_TILE // e_pad)),
+        warps=8 if large else 4,
+    )
 
 
 def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:

@@ -32,7 +32,10 @@ def run(*command: str, **env: str) -> str:
 
 
 def test_in_the_interpreter() -> None:
-    files = [f"tests/gpu/{name}.py" for name in ("test_gpu_rules", "test_graph_rules")]
+    files = [
+        f"tests/gpu/{name}.py"
+        for name in ("test_gpu_rules", "test_graph_rules", "test_triton_forms")
+    ]
     out = run("-m", "pytest", *files, "-q", "-p", "no:cacheprovider", TRITON_INTERPRET="1")
     assert " passed" in out
 
@@ -40,4 +43,4 @@ def test_in_the_interpreter() -> None:
 def test_the_compiler_takes_them() -> None:
     """The interpreter accepts more than the compiler does. No GPU is needed."""
     out = run("-m", "launch.triton_check", "--arch", "sm_90", "--quick")
-    assert "rule_decode" in out and "outward_slots" in out
+    assert "reroute_decode" in out and "rule_decode" in out and "outward_slots" in out
