@@ -145,7 +145,7 @@ def check(layer: Any, router: Any, experts: Experts) -> dict[str, Any]:
     factor = output_factor(layer, router.topk_config) or 1.0
     cases: dict[str, dict[str, Any]] = {}
     silent = []
-    with binding.launching(True):
+    with binding.capturing(launch=True):
         for count, alike in [(1, False), *itertools.product(ROWS[1:], (False, True))]:
             hidden, logits = _rows(layer, stage.table.num_experts, count, alike=alike)
             for primary_k in (0, 1, 2):

@@ -33,7 +33,7 @@ from sere_sglang.ops import triton as rerouting
 ARCHS = ("sm_80", "sm_90", "sm_100")
 SIZES = ((8, 8, 128), (32, 8, 128), (256, 8, 128), (64, 10, 512), (8192, 8, 128))
 """T, K, E"""
-RANK, HIDDEN = 8, 2048
+RANKS, HIDDEN = (8, 128), 2048
 
 _TYPES = {
     "similarity": "*fp32", "scale": "*fp32", "control": "*i32", "scratch": "*i32",
@@ -91,9 +91,13 @@ def rule_kernels(num_rows: int, top_k: int, experts: int) -> Iterator[tuple[Any,
 
 def surrogate_kernels(top_k: int) -> Iterator[tuple[Any, dict[str, int]]]:
     slots = {"K": top_k, "K_PAD": triton.next_power_of_2(top_k), "num_warps": 4}
-    sizes = {**slots, "H": HIDDEN, "R": RANK, "R_PAD": triton.next_power_of_2(RANK)}
-    yield triton_surrogates.inward_slots, {**sizes, "TILE": triton_surrogates.INWARD_TILE}
-    yield triton_surrogates.outward_slots, {**sizes, "TILE": triton_surrogates.OUTWARD_TILE}
+    for rank in RANKS:
+        sizes = {**slots, "H": HIDDEN, "R": rank, "R_PAD": triton.next_power_of_2(rank)}
+        for kernel, columns in (
+            (triton_surrogates.inward_slots, triton_surrogates.INWARD_TILE),
+            (triton_surrogates.outward_slots, triton_surrogates.OUTWARD_TILE),
+        ):
+            yield kernel, {**sizes, "TILE": triton_surrogates.tile_of(columns, HIDDEN, rank)}
 
 
 def compile_for(kernel: Any, sizes: dict[str, int], arch: str) -> Compiled:

@@ -36,7 +36,7 @@ def _capture_prefill(original: Callable[..., Any], runner: Any, *args: Any, **kw
     active = process.current()
     if active is None or runner.model_runner.is_draft_worker:
         return original(runner, *args, **kwargs)
-    with active.binding.launching(False):
+    with active.binding.capturing(launch=False):
         result = original(runner, *args, **kwargs)
     active.note_captured()
     return result
@@ -49,7 +49,7 @@ def _capture_decode(
     if active is None or runner.model_runner.is_draft_worker:
         return original(runner, size, *args, **kwargs)
     active.binding.forget_runs()
-    with active.binding.launching(True):
+    with active.binding.capturing(launch=True):
         result = original(runner, size, *args, **kwargs)
     active.note_captured(size)
     return result

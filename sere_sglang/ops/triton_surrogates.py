@@ -17,6 +17,13 @@ from sere_sglang.ops.triton import _on_device
 
 INWARD_TILE = 512
 OUTWARD_TILE = 256
+TILE_WEIGHTS = 8192  # columns times rank: what a program's registers hold at once
+
+
+def tile_of(columns: int, hidden_size: int, rank: int) -> int:
+    """Columns that a program looks at together: `columns`, fewer where a rank is large."""
+    fits = max(16, TILE_WEIGHTS // triton.next_power_of_2(max(1, rank)))
+    return min(columns, fits, triton.next_power_of_2(hidden_size))
 
 
 @triton.jit
@@ -92,7 +99,7 @@ def inner_products(
         inward_slots[(rows, slots)](
             hidden, lost, experts, inward, inner, share, hidden.stride(0),
             H=size, K=slots, R=rank, R_PAD=triton.next_power_of_2(rank),
-            TILE=min(INWARD_TILE, triton.next_power_of_2(size)),
+            TILE=tile_of(INWARD_TILE, size, rank),
         )  # fmt: skip
     return inner
 
@@ -110,7 +117,7 @@ def add_(
     (rows, slots), (_, rank, size) = lost.shape, outward.shape
     if rows == 0:
         return
-    tile = min(OUTWARD_TILE, triton.next_power_of_2(size))
+    tile = tile_of(OUTWARD_TILE, size, rank)
     with _on_device(output):
         outward_slots[(rows, triton.cdiv(size, tile))](
             output, lost, experts, inner, outward, bias, share, output.stride(0),

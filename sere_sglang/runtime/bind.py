@@ -72,13 +72,22 @@ class Binding:
         return [1.0 if s.rules is None else s.rules.loss_unit for s in self.stages]
 
     @contextmanager
-    def launching(self, launch: bool) -> Iterator[None]:
-        """While a graph is captured: whether it records the launches of the stages."""
-        before, self.switch.launch = self.switch.launch, launch
+    def capturing(self, *, launch: bool) -> Iterator[None]:
+        """While a graph is captured. launch: it records the launches of the stages."""
+        before = self.switch.launch
+        self.switch.launch, self.switch.captures = launch, True
         try:
             yield
         finally:
-            self.switch.launch = before
+            self.switch.launch, self.switch.captures = before, False
+
+    def settle(self) -> None:
+        """Before `counters` are read or zeroed between two steps: wait for the forwards under way.
+
+        SGLang lets a forward wait for the scheduler's stream, never the reverse.
+        """
+        if self.counters.is_cuda:
+            torch.cuda.synchronize(self.counters.device)
 
     def forget_runs(self) -> None:
         """From here on a stage counts as having run when it runs again."""

@@ -83,7 +83,7 @@ class SereRuntime:
         self.service = _STARTING
         self._steps = 0
         self._checked: set[Mode] = set()
-        self._captured = False
+        self._captured: set[Mode] = set()
         self._looked_at = 0
         logger.info(
             "SERE on: %d MoE layers, %s kernel, rule %s, policy %s, S=%d, rho=%g, profile %s, %s",
@@ -150,7 +150,7 @@ class SereRuntime:
 
     def _check_layers(self, mode: Mode) -> None:
         """After the first forward of each mode; the replay of a graph runs no stage."""
-        if self.binding.any_ran or not self._captured:
+        if self.binding.any_ran or mode not in self._captured:
             self.binding.check_all_ran(f" ({mode})" if self._checked else "")
         self._checked.add(mode)
         self.binding.forget_runs()
@@ -160,7 +160,7 @@ class SereRuntime:
         every layer; or those of prefill, which hold none."""
         if size is not None:
             self.binding.check_all_ran(f" in the CUDA graph of batch size {size}")
-        self._captured = True
+        self._captured |= {"extend", "mixed"} if size is None else {"decode", "verify"}
 
     def exact_forward(self) -> None:
         """In place of `begin_forward` where that cannot be had: the coming forward runs exact."""
@@ -243,6 +243,7 @@ class SereRuntime:
             if again:
                 self._start_again()
             if changes.get("reset_counters"):
+                self.binding.settle()
                 self.binding.counters.zero_()
                 self.measuring.forget()
             if self.service.trace is not None:

@@ -83,6 +83,7 @@ def log_line(active: SereRuntime) -> str:
 def _counters(active: SereRuntime) -> dict[str, dict[str, float]]:
     """By layer; loss in shares of the square of a row's routing weight, summed over forwards."""
     shown: dict[str, dict[str, float]] = {}
+    active.binding.settle()
     rows, masses = active.binding.counters.tolist(), active.binding.loss_unit
     for layer, row, mass in zip(active.binding.layer_ids, rows, masses, strict=True):
         own: dict[str, float] = dict(zip(FIELDS, row, strict=True))

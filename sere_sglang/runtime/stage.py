@@ -22,12 +22,13 @@ class Switch:
     While True the kernel is launched and reads the control block; while False an eager forward
     does not even launch it. True by default, so that graph capture always records the launch.
 
-    rule: what the coming forward runs at under a rule beside ``similarity``; None under that one,
-        and while a graph is captured, which will run under all that the server has.
+    rule: what the coming forward runs at under a rule beside ``similarity``; None under that one.
+    captures: a graph is being captured, which will run under every rule that the server has.
     """
 
     launch: bool = True
     rule: RuleForward | None = None
+    captures: bool = False
 
     def off(self) -> None:
         """Exact routing, and nothing is launched."""
@@ -79,7 +80,7 @@ class RerouteStage:
             return
         ids = topk_ids[:, : self.top_k]  # fused shared experts are the columns behind
         weights = topk_weights[:, : self.top_k]
-        rule, rules = self.switch.rule, self.rules
+        rule, rules, captures = self.switch.rule, self.rules, self.switch.captures
         if rule is not None and isinstance(rules, RuleStage):
             rules.apply(ids, weights, logits, topk_config, rule)
             return
@@ -87,7 +88,7 @@ class RerouteStage:
         ids32, weights32 = ids.to(torch.int32), weights.to(torch.float32)
         # Above the classes' number of rows the control block names one class only.
         row_class = self.row_class if ids32.shape[0] <= self.row_class.shape[0] else None
-        if rule is None:
+        if captures or rule is None:
             reroute_(
                 ids32,
                 weights32,
@@ -98,8 +99,9 @@ class RerouteStage:
                 distinct=self.distinct,
                 impl=self.impl,
             )
-        if isinstance(rules, GraphRules):
-            rules.apply(ids32, weights32, row_class, logits, topk_config, rule)
+        if isinstance(rules, GraphRules) and (captures or rule is not None):
+            forward = None if captures else rule
+            rules.apply(ids32, weights32, row_class, logits, topk_config, forward)
         if ids32 is not ids:
             ids.copy_(ids32)
         if weights32 is not weights:

@@ -21,6 +21,7 @@ from sere_sglang.names import RowClass
 from sere_sglang.ops import LayerTable, triton_phases
 from sere_sglang.ops.rules import load_rules
 from sere_sglang.ops.surrogates import Surrogates
+from sere_sglang.runtime import stage as stage_module
 from sere_sglang.runtime.control import ControlBlock
 from sere_sglang.runtime.counters import FIELDS
 from sere_sglang.runtime.graph_rules import GraphRules, RuleWords
@@ -73,7 +74,7 @@ class Served:
         half = torch.rand(EXPERTS, EXPERTS, generator=torch.Generator().manual_seed(1))
         self.stage = RerouteStage(
             LAYER, TOP_K, LayerTable.build((half + half.T) / 2, device=DEVICE),
-            self.control.words[0], self.control.row_class, self.counters[:6], Switch(),
+            self.control.words[0], self.control.row_class, self.counters[:6], Switch(captures=True),
             "triton", rules=self.rules,
         )  # fmt: skip
         self.logits = torch.zeros(ROWS, EXPERTS, dtype=torch.bfloat16, device=DEVICE)
@@ -160,6 +161,25 @@ def test_one_graph_is_what_the_cpu_engine_does(served: Served) -> None:
         lost = served.output.cpu() != 1.0
         compensates = point.rule == "energy" and surrogates and served.rules.surrogates is not None
         assert bool(lost.any()) == (compensates and point.at(LAYER).enabled)
+
+
+def test_an_eager_forward_launches_one_of_the_two(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph holds both, since it will run under every rule."""
+    launched: list[str] = []
+    monkeypatch.setattr(stage_module, "reroute_", lambda *_, **__: launched.append("similarity"))
+    monkeypatch.setattr(served.rules, "apply", lambda *_: launched.append("rules"))
+    switch = served.stage.switch
+    rule = RuleForward(POINTS[0], ROWS, None, 2, True)
+    for switch.captures, switch.rule, expected in (
+        (True, None, ["similarity", "rules"]),
+        (False, None, ["similarity"]),
+        (False, rule, ["rules"]),
+    ):
+        launched.clear()
+        served.stage.run(served.ids, served.weights, served.logits, ROUTER)
+        assert launched == expected
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:

@@ -30,7 +30,7 @@ TARGET, DRAFT = (
 @pytest.fixture
 def active(monkeypatch: pytest.MonkeyPatch) -> Iterator[SereRuntime]:
     made = one_rank(SereConfig(moe_backend="sere"))
-    made._captured = False
+    made._captured.clear()
     monkeypatch.setattr(process, "_current", made)
     yield made
 
@@ -107,6 +107,10 @@ def test_a_replay_runs_no_stage(active: SereRuntime) -> None:
     active.serve(Service(warms_up=True))
     active.last = BatchComposition("decode", decode_tokens=2)
     with pytest.raises(SereError):  # an eager forward that routes past all of them
+        active.end_forward()
+    cuda_graphs._capture_prefill(Forward(active), TARGET)
+    active.binding.forget_runs()
+    with pytest.raises(SereError):  # graphs of prefill say nothing of decoding
         active.end_forward()
     cuda_graphs._capture_decode(Forward(active), TARGET, 2, object())
     active.binding.forget_runs()

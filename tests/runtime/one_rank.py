@@ -51,5 +51,5 @@ def one_rank(config: SereConfig) -> SereRuntime:
     )
     binding = Binding("none", stages, control, counters, switch, "none", choose_rule(profile))
     made = SereRuntime(asked, binding, profile, cost)
-    made.note_captured()
+    made._captured |= {"extend", "mixed", "decode", "verify"}
     return made
