@@ -15,6 +15,10 @@ case "${1:-}" in
   "" | --quick | --server) ;;
   *) echo "gpu_check.sh: what is $1? see --help" >&2; exit 2 ;;
 esac
+if [ $# -gt 1 ] && [ "$1" != --server ]; then
+  echo "gpu_check.sh: what is $2? see --help" >&2
+  exit 2
+fi
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 

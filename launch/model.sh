@@ -29,7 +29,10 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
   case $1 in
     -h | --help) help; exit ;;
     --dry-run) dry=yes ;;
-    calibrate | serve | bench) step=$1 ;;
+    calibrate | serve | bench)
+      if [ -n "$step" ]; then echo "model.sh: $step or $1? one step at a time" >&2; exit 2; fi
+      step=$1
+      ;;
     *) if [ -n "$name" ]; then echo "model.sh: what is $1? see --help" >&2; exit 2; fi; name=$1 ;;
   esac
   shift

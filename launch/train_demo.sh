@@ -2,6 +2,7 @@
 # Train the demo model anew from Debian's archive (about 75 minutes on 2 cores with AMX), measure
 # it and write it to demo_model/; with --shape shared its sibling, to demo_model_shared/. Ctrl-C
 # loses nothing: the same command resumes.
+source "$(dirname "${BASH_SOURCE[0]}")/_help.sh" "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
 command -v apt-get >/dev/null && command -v dpkg >/dev/null || {

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sere_sglang.errors import SereError
+
+if TYPE_CHECKING:
+    from sere_sglang.measure.routing import Routing
 
 MOST_STREAMS = 256
 
@@ -40,6 +43,18 @@ def numbers(value: str, flag: str, most: int = MOST_STREAMS) -> list[int]:
     if not all(part.isdecimal() and 1 <= int(part) <= most for part in parts):
         raise SereError(f"{flag} {value}: give numbers from 1 to {most}, as in {flag} 4,16,32")
     return sorted({int(part) for part in parts})
+
+
+def routings_of(points: str | None) -> list[Routing] | None:
+    """Of --points, ``off`` among them or not; None where it is not given. Raises `SereError`."""
+    from sere_sglang.measure.routing import routing_of
+
+    if points is None:
+        return None
+    chosen = [routing_of(name) for name in points.split(",")]
+    if all(routing.name == "off" for routing in chosen):
+        raise SereError("--points off: name what to compare with off, as in --points S=2,auto")
+    return chosen
 
 
 def make_folder(out: Path) -> None:

@@ -17,6 +17,7 @@ from sere_sglang.cli.arguments import (
     ServerArgs,
     make_folder,
     numbers,
+    routings_of,
 )
 from sere_sglang.errors import SereError
 
@@ -110,18 +111,19 @@ def command(
 
     from sere_sglang.cli.bench_run import Plan
     from sere_sglang.cli.served import Asked
-    from sere_sglang.measure.routing import routing_of
 
     asked = Asked(model, url, api_key, device, tuple(server_args or ()))
     if plain and url is not None:
         raise SereError("--plain starts a second server; give --model instead of --url")
+    if concurrency is None:
+        concurrency = "1,8,32" if quick else "1,4,16,32"
     plan = Plan(
-        concurrency=numbers(concurrency or ("1,8,32" if quick else "1,4,16,32"), "--concurrency"),
+        concurrency=numbers(concurrency, "--concurrency"),
         rounds=rounds or (6 if quick else 10),
         seconds=1.0 if quick else 3.0,
         sequences=8 if quick else 32,
     )
-    chosen = None if points is None else [routing_of(name) for name in points.split(",")]
+    chosen = routings_of(points)
     make_folder(out)
     asked.check()
     console = Console(stderr=True)

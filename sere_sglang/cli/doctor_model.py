@@ -6,8 +6,10 @@ from __future__ import annotations
 import _thread
 import contextlib
 import os
+import shlex
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -74,7 +76,8 @@ def run(model: str, out: Path | None, device: str, server_args: tuple[str, ...])
         from sere_sglang.schedule.cost_file import CostModel, save_cost
 
         save_cost(out, CostModel.of(info), cost)
-        print(f"wrote {out}; use it with --sere-cost {out}, or sere-sglang simulate --cost {out}")
+        path = shlex.quote(str(out))
+        print(f"wrote {out}; use it with --sere-cost {path}, or sere-sglang simulate --cost {path}")
 
 
 def print_table(info: MoeModelInfo, cost: MoeCost, speed: Speed) -> None:
@@ -232,8 +235,13 @@ def _check_out(out: Path | None) -> None:
         return
     if out.is_dir():
         raise SereError(f"--out {out} is a folder; name the file to write")
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise SereError(f"--out {out}: {out.parent} cannot be written in; choose another folder")
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError:
+        raise SereError(
+            f"--out {out}: {out.parent} cannot be written in; choose another folder"
+        ) from None
 
 
 def _say(what: str) -> None:

@@ -16,6 +16,7 @@ from sere_sglang.cli.arguments import (
     WalkedText,
     make_folder,
     numbers,
+    routings_of,
 )
 from sere_sglang.errors import SereError
 
@@ -103,7 +104,6 @@ def command(
 
     from sere_sglang.cli.evaluate_flow import Evaluation
     from sere_sglang.cli.served import Asked
-    from sere_sglang.measure.routing import routing_of
 
     given = {"--text": text, "--jsonl": jsonl, "--tasks": tasks, "--humaneval": humaneval or None}
     named = [flag for flag, value in given.items() if value is not None]
@@ -111,9 +111,8 @@ def command(
         raise SereError(f"{' and '.join(named)}: measure one at a time; drop all but one")
     asked = Asked(model, url, api_key, device, tuple(server_args or ()))
     batches = numbers(batch, "--batch")
-    chosen = None if points is None else [routing_of(name) for name in points.split(",")]
-    if chosen is not None and not (chosen := [p for p in chosen if p.name != "off"]):
-        raise SereError("--points off: name what to compare with off, as in --points S=2,auto")
+    if (chosen := routings_of(points)) is not None:
+        chosen = [routing for routing in chosen if routing.name != "off"]
     make_folder(out)
     question_set = _questions(jsonl, tasks, humaneval, questions)
     asked.check()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import typer
@@ -17,6 +19,23 @@ _FLAGS = ", ".join(f"`{option.flag}`" for option in OPTIONS.values())
 
 # Of what a wrong flag raises typer exports one kind, and this is the base of all.
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does, so that the servers that a command started end with it."""
+
+    def end(_signal: int, frame: Any) -> None:
+        interrupt = signal.getsignal(signal.SIGINT)
+        if not callable(interrupt):  # ignored, as a shell has it for what runs in the background
+            sys.exit(128 + signal.SIGTERM)
+        interrupt(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Commands(TyperGroup):
@@ -33,7 +52,7 @@ class _Commands(TyperGroup):
     ) -> Any:
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
-        with exit_on_error():
+        with exit_on_error(), terminated_as_interrupted():
             try:
                 status = super().main(
                     args, prog_name, complete_var, False, windows_expand_args, **extra

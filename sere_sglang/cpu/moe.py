@@ -121,7 +121,7 @@ def compile_for(isa: str) -> Path:
     """
     compiler = find_cxx()
     flags = cxx_flags(compiler, ISAS[isa].cflags)
-    return build_library(f"cpu_moe_{isa}", _SOURCES, compiler, flags, ())
+    return build_library(f"cpu_moe_{isa}", _SOURCES, compiler, flags)
 
 
 @functools.cache

@@ -74,6 +74,8 @@ def routing_of(name: str, flag: str = "--points") -> Routing:
     """The routing that `name` (of `FORMS`) stands for. Raises `SereError` naming `flag`."""
     if name == "off":
         return OFF
+    if re.fullmatch(r"(S|piggyback|topk|budget)=0+(/.*)?", name):
+        raise SereError(f"{flag} {shown(name)}: a point has 1 at least; write {FORMS}")
     if found := re.fullmatch(rf"S=(\d+)(?:/({_NUMBER}))?", name):
         settings = static_settings(int(found[1]))
         return Routing(name, settings | {"threshold": float(found[2] or 0.0)})

@@ -45,8 +45,6 @@ def load_module(
     cuda: bool = False,
     tune: Sequence[str] = (TUNE_FLAG,),
     extra_cflags: Sequence[str] = (),
-    extra_cuda_cflags: Sequence[str] = (),
-    extra_ldflags: Sequence[str] = (),
     cuda_arch: str | None = None,
 ) -> Any:
     """Build (or find) a library of functions exported with ``TVM_FFI_DLL_EXPORT_TYPED_FUNC``.
@@ -57,8 +55,6 @@ def load_module(
         cuda: compile with nvcc, for this machine's GPU unless `cuda_arch` says otherwise.
         tune: the C++ compiler's flags for an instruction set, this machine's unless said.
         extra_cflags: for the C++ compiler; under `cuda` handed through by nvcc.
-        extra_cuda_cflags: for nvcc.
-        extra_ldflags: for the link.
         cuda_arch: such as ``sm_90a``.
 
     Returns:
@@ -73,8 +69,6 @@ def load_module(
         cuda,
         tuple(tune),
         tuple(extra_cflags),
-        tuple(extra_cuda_cflags),
-        tuple(extra_ldflags),
         cuda_arch,
     )
 
@@ -86,8 +80,6 @@ def _load_module(
     cuda: bool,
     tune: tuple[str, ...],
     extra_cflags: tuple[str, ...],
-    extra_cuda_cflags: tuple[str, ...],
-    extra_ldflags: tuple[str, ...],
     cuda_arch: str | None,
 ) -> Any:
     try:
@@ -97,13 +89,13 @@ def _load_module(
 
     if cuda:
         compiler = find_nvcc()
-        flags = [*_cuda_flags(cuda_arch or detect_cuda_arch()), *extra_cuda_cflags]
+        flags = _cuda_flags(cuda_arch or detect_cuda_arch())
         flags += [word for flag in extra_cflags for word in ("-Xcompiler", flag)]
     else:
         compiler = find_cxx()
         flags = [*cxx_flags(compiler, tune), *extra_cflags]
 
-    library = build_library(name, sources, compiler, flags, extra_ldflags)
+    library = build_library(name, sources, compiler, flags)
     try:
         return tvm_ffi.load_module(str(library))
     except Exception as error:
@@ -125,8 +117,8 @@ def compile_ahead(
     """
     nvcc, flags = find_nvcc(), _cuda_flags(cuda_arch)
     if library is None:
-        return build_library(name, sources, nvcc, flags, ())
-    _, command = _command(name, sources, nvcc, flags, ())
+        return build_library(name, sources, nvcc, flags)
+    _, command = _command(name, sources, nvcc, flags)
     library.parent.mkdir(parents=True, exist_ok=True)
     _compile(name, command, library)
     return library
@@ -141,10 +133,9 @@ def build_library(
     sources: Sequence[str],
     compiler: str,
     flags: Sequence[str],
-    extra_ldflags: Sequence[str],
 ) -> Path:
     """Compile into the cache unless it is there already; one process at a time, atomically."""
-    paths, command = _command(name, sources, compiler, flags, extra_ldflags)
+    paths, command = _command(name, sources, compiler, flags)
     library = cache_dir() / f"{name}-{_cache_key(paths, command)}.so"
     if library.is_file():
         return library
@@ -161,7 +152,6 @@ def _command(
     sources: Sequence[str],
     compiler: str,
     flags: Sequence[str],
-    extra_ldflags: Sequence[str],
 ) -> tuple[list[Path], list[str]]:
     """The sources' paths, and all of their compilation but where to."""
     from tvm_ffi import libinfo
@@ -180,7 +170,6 @@ def _command(
         *map(str, paths),
         f"-L{runtime.parent}",
         "-ltvm_ffi",
-        *extra_ldflags,
     ]
 
 

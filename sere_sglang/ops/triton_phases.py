@@ -212,7 +212,7 @@ def sum_met(
 
 @triton.jit
 def keep_distinct(
-    scratch, num_active, slot, own, new, changes, met, E_PAD: tl.constexpr
+    scratch, num_active, own, new, changes, met, E_PAD: tl.constexpr
 ):  # fmt: skip
     """Ids of a tile whose slots in `met` are free: unused members of A, then own experts.
 
@@ -270,7 +270,7 @@ def apply(
             changes = routed & (met_in_row > 0)[:, None]
             total = sum_met(slot, new, weight, routed, K, K_PAD, TILE)
             weight = tl.where(changes, tl.where(met, 0.0, total), weight)
-            new = keep_distinct(scratch, num_active, slot, expert, new, changes, met, E_PAD)
+            new = keep_distinct(scratch, num_active, expert, new, changes, met, E_PAD)
             rewrite = rewrite | changes
     # Every thread has read the tile before any thread writes to it.
     tl.debug_barrier()

@@ -132,7 +132,7 @@ def fill(
 
     freed = live & (taken == 0)
     if tl.max(tl.max(freed.to(tl.int32), axis=1), axis=0) > 0:
-        new = keep_distinct(flags, num_active, slot, own, new, live, freed, E_PAD)
+        new = keep_distinct(flags, num_active, own, new, live, freed, E_PAD)
     weight = tl.where(live, tl.where(freed, 0.0, weight), old)
     # Every thread has read the tile before any thread writes to it.
     tl.debug_barrier()

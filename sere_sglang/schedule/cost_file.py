@@ -119,7 +119,7 @@ def load_cost(path: str | Path, flag: str = "--sere-cost") -> CostFile:
     body = read.json(Path(path))
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         read.refuse(f'is not a cost file ("format" is not "{FORMAT}")')
-    if body.get("version") != VERSION:
+    if type(body.get("version")) is not int or body["version"] != VERSION:
         read.refuse(f"has version {_short(body.get('version'))}, this sere-sglang reads {VERSION}")
     model = read.model(read.entry(body, "model", dict))
     shapes = [
@@ -232,11 +232,13 @@ class _Reader:
             top_k=self.count(entry, "top_k", where),
             hidden_size=self.size(entry, "hidden_size", where),
             intermediate_size=self.size(entry, "intermediate_size", where),
-            weights=str(entry.get("weights", "")),
+            weights=self.text(entry, "weights", where),
             expert_bytes=self.about(entry, "expert_bytes", where, 0.0),
             slot_flops=self.about(entry, "slot_flops", where, 0.0),
-            share=self.about(entry, "share", where, 1.0),
+            share=self.number(entry.get("share", 1.0), f"{where}share", least=1e-6, most=1.0),
         )
+        if shape.top_k > shape.num_experts:
+            self.refuse(f"{where}top_k is {shape.top_k}, of {shape.num_experts} experts")
         layers = self.counts(entry, "layers", where, least=0, most_entries=_MAX_COUNT)
         rows = self.counts(entry, "rows", where)
         active = self.counts(entry, "active", where)
@@ -268,6 +270,13 @@ class _Reader:
                     )
         if not np.isfinite(ms[0, 0]):
             self.refuse(f"{where}ms[0][0] is null: the first column must be there")
+        # The same of two cells that share neither, between which some are null.
+        most = np.fmax.accumulate(np.fmax.accumulate(ms, axis=0), axis=1)
+        for r, c in np.argwhere(ms < most):
+            self.refuse(
+                f"{where}ms[{r}][{c}] is {ms[r, c]:g}, where fewer rows and active experts take "
+                f"{most[r, c]:g}: more never takes less time"
+            )
         return ms
 
     def step(self, entry: Any) -> StepModel:
@@ -284,11 +293,13 @@ class _Reader:
 
     def hardware(self, entry: Any) -> dict[str, Any]:
         """Told for people only, by ``/server_info``, whose JSON has no NaN."""
+        if entry is not None and not isinstance(entry, dict):
+            self.refuse(f"hardware must be an object, got {_short(entry)}")
         try:
             json.dumps(entry, allow_nan=False)
         except ValueError:
             self.refuse("hardware holds what is not a number")
-        return entry if isinstance(entry, dict) else {}
+        return entry or {}
 
     def number(self, value: Any, where: str, *, least: float = 0.0, most: float) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -301,6 +312,10 @@ class _Reader:
     def size(self, holder: dict[str, Any], key: str, where: str) -> int:
         """Told for people only; a file may leave it out."""
         return self.count(holder, key, where) if holder.get(key) else 0
+
+    def text(self, holder: dict[str, Any], key: str, where: str) -> str:
+        """The same, words."""
+        return self.entry(holder, key, str, where) if key in holder else ""
 
     def about(self, holder: dict[str, Any], key: str, where: str, default: float) -> float:
         """The same, not whole."""

@@ -300,3 +300,26 @@ def test_without_matplotlib_the_extra_is_named(
     assert run("inspect", str(path))[0] == 0
     code, output = run("inspect", str(path), "--plot", "x.png")
     assert code == 2 and "pip install 'sere-sglang[plot]'" in output
+
+
+@pytest.mark.parametrize("ignores_interrupts", [False, True], ids=["", "in the background"])
+def test_sigterm_leaves_like_ctrl_c(ignores_interrupts: bool) -> None:
+    """So that servers which a command started end with it."""
+    program = """
+import signal, time
+if IGNORES: signal.signal(signal.SIGINT, signal.SIG_IGN)
+from sere_sglang.cli.main import terminated_as_interrupted
+with terminated_as_interrupted():
+    try:
+        print("started", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+"""
+    command = [sys.executable, "-c", program.replace("IGNORES", str(ignores_interrupts))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"started\n"
+        process.terminate()
+        out, _ = process.communicate(timeout=30)
+    assert out == b"cleaned up\n"
+    assert process.returncode == (128 + 15 if ignores_interrupts else -2)

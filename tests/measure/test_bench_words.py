@@ -132,6 +132,8 @@ def test_a_routing_is_known_by_its_name() -> None:
         (["--model", "{moe}", "--concurrency", "4,x"], "--concurrency 4,x: give numbers from 1 to"),
         (["--model", "{moe}", "--concurrency", "257"], "--concurrency 257: give numbers from 1 to"),
         (["--model", "{moe}", "--points", "S=2,hard"], "--points 'hard': no such operating point"),
+        (["--model", "{moe}", "--points", "off"], "--points off: name what to compare with off"),
+        (["--model", "{moe}", "--concurrency", ""], "--concurrency : give numbers from 1 to 256"),
         (["--model", "{moe}", "--device", "tpu"], "--device tpu: choose from"),
         (["--model", "{moe}", "--out", "{moe}/config.json"], "no folder to write in"),
         (["--url", "http://127.0.0.1:9"], "no SGLang server answers at http://127.0.0.1:9"),

@@ -84,6 +84,12 @@ def test_points_by_name(name: str, settings: dict[str, object]) -> None:
     assert {key: routing.settings[key] for key in settings} == settings
 
 
+@pytest.mark.parametrize("name", ["S=0", "S=0/0.5", "topk=0", "piggyback=00", "budget=0"])
+def test_a_point_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(SereError, match=r"--points .*: a point has 1 at least; write S=2 or"):
+        routing_of(name)
+
+
 @pytest.mark.parametrize("name", ["S=", "s=2", "auto@", "S=2/x", "budget", "", "adaptive@1.2.3"])
 def test_an_unknown_point_is_refused(name: str) -> None:
     with pytest.raises(SereError, match=r"--points .*: no such operating point; write S=2 or"):

@@ -58,7 +58,7 @@ def test_which_gpu_takes_which(capability: tuple[int, int], arch: str | None) ->
 def test_what_is_there_is_loaded_without_nvcc(installed: Path) -> None:
     """A library of the C++ compiler's stands for one of nvcc's."""
     (installed.parent / "reroute.cpp").write_text(SOURCE)
-    made = jit.build_library("reroute", ["reroute.cpp"], jit.find_cxx(), jit.CXX_FLAGS, ())
+    made = jit.build_library("reroute", ["reroute.cpp"], jit.find_cxx(), jit.CXX_FLAGS)
     made.rename(prebuilt.library_in(installed, "reroute", "sm_90a"))
     function = cuda.load_function("reroute")
     cuda.load_function.cache_clear()

@@ -10,7 +10,15 @@ import pytest
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 # The others hand --help to a Python program, for which they set up the environment first.
-EXPLAIN_THEMSELVES = ("calibrate", "compile_check", "gpu_check", "gpu_wheels", "model", "test")
+EXPLAIN_THEMSELVES = (
+    "calibrate",
+    "compile_check",
+    "gpu_check",
+    "gpu_wheels",
+    "model",
+    "test",
+    "train_demo",
+)
 
 
 def _run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -37,6 +45,7 @@ def test_help_is_the_comment_at_the_head(name: str, flag: str) -> None:
     [
         ("gpu_check", ["--fast"]),
         ("gpu_wheels", ["--fast"]),
+        ("gpu_check", ["--quick", "--fast"]),
         ("model", ["mixtral-8x7b", "--fast"]),
     ],
 )
@@ -44,6 +53,12 @@ def test_a_wrong_word_is_refused(name: str, words: list[str]) -> None:
     done = _run(name, *words)
     assert done.returncode == 2
     assert f"{name}.sh: what is --fast? see --help" in done.stderr
+
+
+def test_two_steps_of_a_model_are_refused() -> None:
+    done = _run("model", "mixtral-8x7b", "bench", "serve", "--dry-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "bench or serve? one step at a time" in done.stderr
 
 
 def test_without_a_model_calibrate_says_what_it_wants() -> None:
