@@ -18,8 +18,7 @@ from sere_sglang.errors import SereError, cut, shown
 from sere_sglang.patches import guard, shadow
 from sere_sglang.patches.number_keys import PREFIX, STOP, flatten
 from sere_sglang.patches.seam import SeamError, resolve
-from sere_sglang.schedule.auto_rule import RuleChoice
-from sere_sglang.schedule.settings import Settings
+from sere_sglang.schedule.settings import Limits, Settings
 
 _MODULE = "sglang.srt.entrypoints.http_server"
 _PATH = "/set_internal_state"
@@ -68,7 +67,11 @@ def _endpoint() -> Any:
                 numbers |= flatten(asked)
         except SereError as error:
             return JSONResponse({"error": {"message": str(error), "code": 400}}, status_code=400)
+        theirs = sorted(key for key in numbers if not key.startswith(PREFIX))
         answer = await manager.set_internal_state(request_type(server_args=numbers))
+        if asked is not None and theirs and not all(answer):
+            message = f"SGLang does not take {', '.join(map(shown, theirs))}; nothing was applied"
+            return JSONResponse({"error": {"message": message, "code": 400}}, status_code=400)
         if asked is not None and all(answer):
             await shadow.follow(asked)
             if asked.get("enabled") is True:
@@ -119,12 +122,7 @@ def check(asked: Any, state: Mapping[str, Any]) -> None:
     if not isinstance(asked, Mapping):
         raise SereError(_not_an_object(asked))
     try:
-        Settings.from_state(state).updated(
-            asked,
-            top_k=state["top_k"],
-            auto=RuleChoice(**state["auto_rule"]),
-            unavailable=state["unavailable_rules"],
-        )
+        Settings.from_state(state).updated(asked, Limits.from_state(state))
     except SereError as error:
         raise SereError(f"sere: {error}") from None
 

@@ -193,13 +193,33 @@ def resumable(job: CalibrationJob, text: CalibrationText) -> dict[str, Any] | No
     if not job.resume:
         return None
     _, kept = load_partial(job.partial)
-    different = [name for name, value in about(job, text).items() if kept.get(name) != value]
+    different = list(_differences(about(job, text), kept))
     if different:
         raise SereError(
             f"--resume: {job.partial} was made with another {', '.join(different)}; repeat the "
             "command that made it, or delete it and start without --resume"
         )
     return kept
+
+
+_FLAG_OF = {
+    "model": "--model", "weights": "--model (its weights)",
+    "text": "--data (or what is taken of it)",
+    "layer_by_layer": "--layer-by-layer", "server_args": "set of SGLang flags",
+    "measures": "--measure", "weighting": "--weighting", "memory": "--memory",
+    "cka_tokens": "--cka-tokens", "surrogates": "--surrogate-rank",
+}  # fmt: skip
+
+
+def _differences(now: dict[str, Any], kept: dict[str, Any]) -> Iterator[str]:
+    """What of a job is not as it was, in a user's words."""
+    for name, value in now.items():
+        before = kept.get(name)
+        if name == "spec":
+            yield from _differences(value, before or {})
+            yield from (_FLAG_OF.get(gone, gone) for gone in (before or {}) if gone not in value)
+        elif before != value:
+            yield _FLAG_OF.get(name, name)
 
 
 def _check_out(out: Path) -> None:

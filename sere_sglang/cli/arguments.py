@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,6 +44,13 @@ def numbers(value: str, flag: str, most: int = MOST_STREAMS) -> list[int]:
     if not all(part.isdecimal() and 1 <= int(part) <= most for part in parts):
         raise SereError(f"{flag} {value}: give numbers from 1 to {most}, as in {flag} 4,16,32")
     return sorted({int(part) for part in parts})
+
+
+def positive(value: float) -> float:
+    """Of a flag, whose name typer puts before the refusal."""
+    if not 0.0 < value < math.inf:  # false for NaN
+        raise typer.BadParameter(f"{value:g} is no finite number above 0")
+    return value
 
 
 def routings_of(points: str | None) -> list[Routing] | None:

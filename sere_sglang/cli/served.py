@@ -23,7 +23,7 @@ from sere_sglang.measure.server import NotServing, Server, live_state, serve
 from sere_sglang.names import AUTO
 from sere_sglang.options import SereConfig
 from sere_sglang.schedule.auto_rule import RuleChoice
-from sere_sglang.schedule.settings import Settings
+from sere_sglang.schedule.settings import Limits, Settings
 
 FORCING_FLAG = "--enable-custom-logit-processor"
 _FLAGS = ("--chunked-prefill-size=16384", "--disable-radix-cache", FORCING_FLAG)
@@ -111,10 +111,7 @@ class Served:
             try:
                 own = routing.under(self.auto_rule)
                 Settings.from_state(self.state).updated(
-                    own.settings or {},
-                    top_k=self.state["top_k"],
-                    auto=self.auto_rule,
-                    unavailable=self.state["unavailable_rules"],
+                    own.settings or {}, Limits.from_state(self.state)
                 )
                 taken.append(own.over(self.base))
             except SereError as error:

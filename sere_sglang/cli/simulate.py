@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sere_sglang.cli.arguments import make_folder
+from sere_sglang.cli.arguments import make_folder, positive
 from sere_sglang.errors import SereError
 from sere_sglang.files import write_output
 from sere_sglang.names import AUTO, SIMILARITY
@@ -40,12 +40,23 @@ def command(
     trace: Annotated[
         Path | None, typer.Option(help="Replay this file, written by a server's --sere-trace.")
     ] = None,
-    rate: Annotated[float, typer.Option(help="Without --trace: requests per second.")] = 2.0,
-    peak: Annotated[float, typer.Option(help="... at the height of the swing.")] = 20.0,
-    period: Annotated[float, typer.Option(help="... which takes this many seconds.")] = 60.0,
-    tokens: Annotated[float, typer.Option(help="... mean tokens that a request decodes.")] = 200.0,
-    max_running: Annotated[int, typer.Option(help="... most requests in a batch.")] = 256,
-    steps: Annotated[int, typer.Option(help="... decode steps to simulate.")] = 20_000,
+    rate: Annotated[
+        float, typer.Option(callback=positive, help="Without --trace: requests per second.")
+    ] = 2.0,
+    peak: Annotated[
+        float, typer.Option(callback=positive, help="... at the height of the swing.")
+    ] = 20.0,
+    period: Annotated[
+        float, typer.Option(callback=positive, help="... which takes this many seconds.")
+    ] = 60.0,
+    tokens: Annotated[
+        float,
+        typer.Option(callback=positive, min=1.0, help="... mean tokens that a request decodes."),
+    ] = 200.0,
+    max_running: Annotated[
+        int, typer.Option(min=1, max=65536, help="... most requests in a batch.")
+    ] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="... decode steps to simulate.")] = 20_000,
     fixed_ms: Annotated[
         float | None,
         typer.Option(
@@ -79,7 +90,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the synthetic traffic and the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the synthetic traffic and the noise.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for simulate.json and simulate.png.")] = Path(
         "out/simulate"
     ),
@@ -157,6 +168,7 @@ def _policies(
     from sere_sglang.config import live_settings
     from sere_sglang.config_check import resolved
     from sere_sglang.options import SereConfig
+    from sere_sglang.schedule.settings import Limits
 
     given = {_RULE: rule, _BUDGET: quality_budget, _MIN_GAIN: min_gain, _SLO: tpot_slo_ms}
     for option, value in given.items():
@@ -167,6 +179,9 @@ def _policies(
     if rule == AUTO:
         words[_RULE.name] = auto.rule
     asked = SereConfig(moe_backend="sere", **words)
+    for s in primary_k or ():
+        if not 1 <= s < top_k:
+            raise SereError(f"--primary-k {s}: give S from 1 to {top_k - 1}")
     if primary_k and asked.rule not in OPTIONS["sere_primary_k"].rules:
         raise SereError(f"--primary-k: rule {asked.rule} has no S; drop one of the two")
     rule = asked.rule
@@ -176,7 +191,7 @@ def _policies(
     )
 
     def one(**changes: Any) -> Settings:
-        return base.updated(changes, top_k=top_k, auto=auto)
+        return base.updated(changes, Limits(top_k, auto))
 
     policies = {"exact": one(enabled=False)}
     if rule == "energy":

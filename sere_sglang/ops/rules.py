@@ -117,8 +117,8 @@ def apply_rule(
 def applied(call: RuleCall, impl: str = "auto") -> Routed:
     """`apply_rule` of arguments that were checked (`rules_check.checked`)."""
     implementation = load_rules(impl, call.ids.device.type)
-    off = call.rule == "similarity" and not 0 < call.keep < call.ids.shape[1]
-    return _untouched(call) if call.ids.numel() == 0 or off else implementation.apply(call)
+    nothing = call.ids.numel() == 0 or call.is_off
+    return _untouched(call) if nothing else implementation.apply(call)
 
 
 def load_rules(impl: str, device_type: str) -> Implementation:
@@ -169,4 +169,5 @@ def _load(name: str, device_type: str) -> Implementation:
 def _untouched(call: RuleCall) -> Routed:
     ids = call.ids[: call.num_valid].to(torch.int64)
     active = _expert_set(ids, (ids >= 0) & (ids < call.num_experts), call.num_experts)
-    return Routed(call.ids.clone(), call.weights.clone(), active, None)
+    lost = torch.zeros(len(call.ids), call.num_experts, device=ids.device)
+    return Routed(call.ids.clone(), call.weights.clone(), active, None if call.is_off else lost)

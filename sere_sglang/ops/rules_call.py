@@ -82,6 +82,11 @@ class RuleCall:
     renormalize: float = 0.0
 
     @property
+    def is_off(self) -> bool:
+        """``similarity`` with an S that moves nothing."""
+        return self.rule == "similarity" and not 0 < self.keep < self.ids.shape[1]
+
+    @property
     def loss_limit(self) -> int:
         """The loss budget in units of the fixed-point sums: exact, loss being a float32."""
         return int(self.loss * self.num_valid * (1 << FRACTION_BITS))

@@ -63,6 +63,9 @@ def checked(
     table = similarity if scores is None else scores
     assert table is not None
     num_experts = table.shape[1]
+    if num_experts == 0:
+        name = "similarity" if scores is None else "scores"
+        raise ValueError(f"{name} has no experts: its last dimension is 0")
     if num_experts > MAX_EXPERTS or top_k > MAX_TOP_K:
         raise ValueError(
             f"topk_ids: at most {MAX_EXPERTS} experts and top-{MAX_TOP_K} are supported, "
@@ -70,7 +73,11 @@ def checked(
         )
     if num_rows > MAX_ROWS:
         raise ValueError(f"topk_ids has {num_rows} rows; at most {MAX_ROWS}: split the batch")
-    _check_values_on_cpu(topk_ids, topk_weights, num_experts, scores, similarity, expert_loss)
+    weights = _floats(topk_weights)  # what is finite as a float64 may not be as a float32
+    scores, similarity, expert_loss = (
+        None if table is None else _floats(table) for table in (scores, similarity, expert_loss)
+    )
+    _check_values_on_cpu(topk_ids, weights, num_experts, scores, similarity, expert_loss)
     valid = num_rows if num_valid is None else _integer("num_valid", num_valid)
     if not 0 <= valid <= num_rows:
         raise ValueError(f"num_valid must be in [0, T={num_rows}], got {num_valid}")
@@ -96,14 +103,14 @@ def checked(
     return RuleCall(
         rule=rule,
         ids=topk_ids.to(torch.int32).contiguous(),
-        weights=_floats(topk_weights),
+        weights=weights,
         num_experts=num_experts,
         num_valid=valid,
         protected=None if protected is None else protected.contiguous(),
         fast=None if fast is None else fast.contiguous(),
-        scores=_floats(scores) if scores is not None and takes_scores else None,
-        similarity=_floats(similarity) if similarity is not None and rule == "similarity" else None,
-        expert_loss=_floats(expert_loss) if expert_loss is not None and rule == "energy" else None,
+        scores=scores if takes_scores else None,
+        similarity=similarity if rule == "similarity" else None,
+        expert_loss=expert_loss if rule == "energy" else None,
         keep=keep,
         fast_keep=fast_keep,
         threshold=_fraction("threshold", threshold),
@@ -180,7 +187,7 @@ def _check_tensors(
             raise ValueError(f"{name} is on {tensor.device}, topk_ids on {topk_ids.device}")
         if name in ("protected", "fast"):
             if tensor.dtype != torch.bool:
-                raise ValueError(f"protected must be {form}, got {tensor.dtype}")
+                raise ValueError(f"{name} must be {form}, got {tensor.dtype}")
         elif not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 

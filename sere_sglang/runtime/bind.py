@@ -67,6 +67,17 @@ class Binding:
         return self.stages[0].top_k
 
     @property
+    def num_experts(self) -> int:
+        """Of the layer that has most."""
+        return max(stage.table.num_experts for stage in self.stages)
+
+    @property
+    def has_surrogates(self) -> bool:
+        """Some layer does."""
+        rules = [stage.rules for stage in self.stages]
+        return any(own is not None and own.surrogates is not None for own in rules)
+
+    @property
     def loss_unit(self) -> list[float]:
         """Of each layer, what losses are shares of; 1 where no rule can lose anything."""
         return [1.0 if s.rules is None else s.rules.loss_unit for s in self.stages]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from sere_sglang.names import SIMILARITY
 from sere_sglang.runtime.clock import StepClock
 from sere_sglang.runtime.counters import CounterReader, Window
 from sere_sglang.schedule.composition import BatchComposition
@@ -88,6 +89,11 @@ class Measuring:
             self.window = window if window.forwards <= self._forwards else None
             self._observer.note_active(float(window.active_after.sum()))
         return window
+
+    def spent_loss(self, point: OperatingPoint) -> float | None:
+        """What was counted last at `point`, in the mean over layers; None where nothing was."""
+        counts = point.enabled and point.rule != SIMILARITY
+        return float(self.window.loss.mean()) if counts and self.window is not None else None
 
     def report(
         self,

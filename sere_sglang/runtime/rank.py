@@ -28,8 +28,9 @@ from sere_sglang.schedule.point import OFF, OperatingPoint
 from sere_sglang.schedule.policy import Policy, PolicyContext, choose
 from sere_sglang.schedule.registry import make_policy
 from sere_sglang.schedule.request_quality import row_classes
-from sere_sglang.schedule.settings import Settings
+from sere_sglang.schedule.settings import Limits, Settings
 from sere_sglang.schedule.shadow import ShadowReport
+from sere_sglang.schedule.trace import TraceWriter
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,11 @@ class SereRuntime:
             self.settings.require_rule(binding.unavailable)
         except SereError as error:
             raise SereError(f"--sere-rule {self.settings.rule}: {error}") from None
+        if (self.settings.max_experts or 0) > binding.num_experts:
+            raise SereError(
+                f"--sere-max-experts {self.settings.max_experts}: a layer has "
+                f"{binding.num_experts} experts; choose fewer"
+            )
         self.context = PolicyContext(expect(statistics_of(profile)), cost, profile.tuning)
         self.context.expectation.of(self.settings.rule)  # now, not in the first decode step
         self.policy = make_policy(self.settings.policy, self.context)
@@ -137,7 +143,7 @@ class SereRuntime:
         publish(self.binding, self.point, num_valid, classes, self.settings)
         trace = self.service.trace
         if trace is not None:
-            self._watched("--sere-trace", trace.write, composition, self.point, self.feedback)
+            self._watched("--sere-trace", self._write_trace, trace, composition)
 
     def end_forward(self, *, failed: bool = False) -> None:
         """failed: it has raised, which nothing here may hide."""
@@ -215,11 +221,17 @@ class SereRuntime:
 
     def settings_with(self, changes: Mapping[str, Any]) -> Settings:
         """The settings after `changes`, validated; raises `SereError` and changes nothing."""
-        return self.settings.updated(
-            changes,
-            top_k=self.top_k,
-            auto=self.binding.auto,
-            unavailable=self.binding.unavailable,
+        return self.settings.updated(changes, self.limits)
+
+    @property
+    def limits(self) -> Limits:
+        """Of live settings."""
+        return Limits(
+            self.top_k,
+            self.binding.auto,
+            self.binding.unavailable,
+            self.binding.num_experts,
+            self.binding.has_surrogates,
         )
 
     def prepared(self, changes: Mapping[str, Any]) -> Callable[[], None]:
@@ -270,6 +282,15 @@ class SereRuntime:
         rows = self.last.num_tokens
         active, _ = self.context.expectation.effect(rows, self.point)
         return float(self.feedback.step.step_ms(rows, self.context.cost.moe_ms(rows, active)))
+
+    def _write_trace(self, trace: TraceWriter, composition: BatchComposition) -> None:
+        trace.write(
+            composition,
+            self.point,
+            step_ms=self.feedback.step_ms,
+            budget=self.budget(),
+            spent_loss=self.measuring.spent_loss(self.point),
+        )
 
     def _take_policy(self, policy: Policy) -> None:
         self.policy = policy

@@ -53,6 +53,8 @@ def essential_state(active: SereRuntime) -> dict[str, Any]:
     return {
         **dataclasses.asdict(active.settings),
         "top_k": active.top_k,
+        "num_experts": active.binding.num_experts,
+        "has_surrogates": active.binding.has_surrogates,
         "auto_rule": dataclasses.asdict(active.binding.auto),
         "failed": active.health.failed or active.health.trouble,
         "braked": active.brake.pulled,

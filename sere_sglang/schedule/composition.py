@@ -48,6 +48,11 @@ class BatchComposition:
         return self.decode_tokens + self.prefill_tokens + self.verify_tokens
 
     @property
+    def free_share(self) -> float:
+        """Of the rows, those that re-routing may change."""
+        return 1.0 - self.exact_rows / max(self.num_tokens, 1)
+
+    @property
     def is_decode_like(self) -> bool:
         """Every row is a decode step or a draft to verify: the memory-bound case SERE is for."""
         return self.mode in ("decode", "verify")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
 from sere_sglang.errors import SereError, shown
@@ -15,7 +14,32 @@ from sere_sglang.options import LIVE
 from sere_sglang.schedule.auto_rule import RuleChoice
 
 COMMANDS = ("reset_counters",)
-_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the settings of one server may be.
+
+    top_k: of its router. auto: the rule of that name. unavailable: rules that it does not have,
+    with the reason. num_experts: of a layer, where known. surrogates: some layer has them.
+    """
+
+    top_k: int
+    auto: RuleChoice
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+    num_experts: int | None = None
+    surrogates: bool = True
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Limits:
+        """From the live state that ``/server_info`` shows."""
+        return cls(
+            state["top_k"],
+            RuleChoice(**state["auto_rule"]),
+            state["unavailable_rules"],
+            state["num_experts"],
+            state["has_surrogates"],
+        )
 
 
 @dataclass(frozen=True)
@@ -46,17 +70,9 @@ class Settings:
         """From the live state that ``/server_info`` shows."""
         return cls(**{f.name: state[f.name] for f in dataclasses.fields(cls)})
 
-    def updated(
-        self,
-        changes: Mapping[str, Any],
-        *,
-        top_k: int,
-        auto: RuleChoice,
-        unavailable: Mapping[str, str] = _NOTHING,
-    ) -> Settings:
-        """A validated copy; `COMMANDS` are not settings and pass through. auto: the rule of that
-        name. unavailable: rules that this server does not have, with the reason. Raises `SereError`
-        naming the key; nothing is applied then."""
+    def updated(self, changes: Mapping[str, Any], limits: Limits) -> Settings:
+        """A validated copy; `COMMANDS` are not settings and pass through. Raises `SereError` naming
+        the key; nothing is applied then."""
         for command in COMMANDS:
             _require(command, fault(changes.get(command, True), bool, None), changes)
         changes = {key: value for key, value in changes.items() if key not in COMMANDS}
@@ -69,11 +85,15 @@ class Settings:
             changes.setdefault("tuned", False)
         if "rule" not in changes:
             changes |= self._rule_meant(changes)
+        if changes.get("surrogates") is True and not (self.surrogates or limits.surrogates):
+            raise SereError(
+                "surrogates: this server's profile has none; calibrate with --surrogate-rank auto"
+            )
         if changes.get("rule") == AUTO:  # who says surrogates too means that
-            changes = {**auto.settings, **changes, "rule": auto.rule}
+            changes = {**limits.auto.settings, **changes, "rule": limits.auto.rule}
         new = dataclasses.replace(self, **changes)
-        new.check(top_k=top_k)
-        new.require_rule(unavailable)
+        new.check(top_k=limits.top_k, num_experts=limits.num_experts)
+        new.require_rule(limits.unavailable)
         return new
 
     def _rule_meant(self, changes: Mapping[str, Any]) -> dict[str, str]:
@@ -87,8 +107,8 @@ class Settings:
         if self.rule in unavailable:
             raise SereError(f"rule {self.rule} cannot be had: {unavailable[self.rule]}")
 
-    def check(self, *, top_k: int) -> None:
-        """Raise `SereError` naming the first key that is wrong."""
+    def check(self, *, top_k: int, num_experts: int | None = None) -> None:
+        """Raise `SereError` naming the first key that is wrong. num_experts: where known."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         _require("enabled", fault(self.enabled, bool, None), values)
         for name, option in LIVE.items():
@@ -96,6 +116,8 @@ class Settings:
                 _require(name, option.fault(values[name], top_k), values)
         if self.max_batch is not None and self.max_batch < self.min_batch:
             _require("max_batch", f"must be at least min_batch, {self.min_batch}", values)
+        if num_experts is not None and (self.max_experts or 0) > num_experts:
+            _require("max_experts", f"must be at most E={num_experts}, a layer's experts", values)
         if self.max_experts is None and self.policy == "static" and self.rule == "budget":
             raise SereError("rule budget under policy static needs max_experts, how many it loads")
         if self.tpot_slo_ms is None and self.policy == "slo":

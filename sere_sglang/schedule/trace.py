@@ -17,7 +17,6 @@ from typing import Any, get_args
 from sere_sglang.errors import PATH_SHOWN, SereError, cut, shown
 from sere_sglang.names import RULES
 from sere_sglang.schedule.composition import BatchComposition, Mode
-from sere_sglang.schedule.feedback import Feedback
 from sere_sglang.schedule.point import OFF, OperatingPoint, described
 
 logger = logging.getLogger(__name__)
@@ -25,19 +24,23 @@ logger = logging.getLogger(__name__)
 _MAX_BYTES = 64 << 20
 _BACKUPS = 3
 _BUFFERED_LINES = 64
+_MEASURED = ("step_ms", "budget", "spent_loss")
 _MOST = 1 << 53  # of a number
 _LONGEST_LINE = 1 << 20  # of 400 layers a point takes 60 kB
 
 
 @dataclass(frozen=True)
 class TraceStep:
-    """time: seconds since the epoch. step_ms, budget: of the feedback that the point follows."""
+    """time: seconds since the epoch. step_ms: of the feedback that the point follows. budget: the
+    expected loss that the batch may cost. spent_loss: what the kernels last counted at this point,
+    in the mean over layers, of what rules beside ``similarity`` drop."""
 
     time: float
     composition: BatchComposition
     point: OperatingPoint
     step_ms: float | None = None
     budget: float | None = None
+    spent_loss: float | None = None
 
 
 class TraceWriter:
@@ -63,16 +66,24 @@ class TraceWriter:
         self._failed = False
 
     def write(
-        self, composition: BatchComposition, point: OperatingPoint, feedback: Feedback
+        self,
+        composition: BatchComposition,
+        point: OperatingPoint,
+        *,
+        step_ms: float | None = None,
+        budget: float | None = None,
+        spent_loss: float | None = None,
     ) -> None:
+        """The values of a `TraceStep`, which is timed here."""
         if self._failed:
             return
         line = {
             "time": round(time.time(), 6),
             **dataclasses.asdict(composition),
             "point": point.describe(),
-            "step_ms": feedback.step_ms,
-            "budget": feedback.budget,
+            "step_ms": step_ms,
+            "budget": budget,
+            "spent_loss": spent_loss,
         }
         record = logging.LogRecord("trace", logging.INFO, "", 0, json.dumps(line), None, None)
         self._handler.handle(record)
@@ -137,7 +148,7 @@ def _step(text: bytes) -> TraceStep:
         _number("time", line["time"]),
         BatchComposition(**batch),
         _point(line["point"]),
-        *(None if line.get(x) is None else _number(x, line[x]) for x in ("step_ms", "budget")),
+        *(None if line.get(x) is None else _number(x, line[x]) for x in _MEASURED),
     )
 
 

@@ -22,7 +22,7 @@ from sere_sglang.calibration import calibrate, layer_by_layer
 from sere_sglang.calibration import collector as worker
 from sere_sglang.calibration.collection import CollectionSpec
 from sere_sglang.calibration.decoder import BlockExperts
-from sere_sglang.calibration.job import read_text, readable
+from sere_sglang.calibration.job import _differences, read_text, readable
 from sere_sglang.calibration.through_sglang import _require_experts_in_place
 from sere_sglang.errors import SereError
 from sere_sglang.profile import SereProfile, load_profile
@@ -259,3 +259,15 @@ def test_an_unreadable_model_is_one_error_and_a_refusal_keeps_its_words() -> Non
         raise OSError("torn\nin two")
     with pytest.raises(SereError, match=r"^drop --tp$"), readable("m"):
         raise SereError("drop --tp")
+
+
+def test_resuming_another_calibration_names_the_flags_that_differ() -> None:
+    now = {"model": "a", "text": "1", "spec": {"memory": 2, "measures": ["frobenius"]}}
+    kept = {
+        "model": "a",
+        "text": "2",
+        "spec": {"memory": 1, "measures": ["frobenius"], "surrogates": {"rank": 4}},
+    }
+    named = ["--data (or what is taken of it)", "--memory", "--surrogate-rank"]
+    assert list(_differences(now, kept)) == named
+    assert list(_differences(now, now)) == []

@@ -17,7 +17,6 @@ from sere_sglang.cli.main import app
 from sere_sglang.options import OPTIONS
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost import StepModel
-from sere_sglang.schedule.feedback import Feedback
 from sere_sglang.schedule.point import OFF
 from sere_sglang.schedule.simulate import Simulator, Traffic
 from sere_sglang.schedule.trace import TraceWriter
@@ -67,7 +66,7 @@ def test_command_on_a_trace(tmp_path: Path, cost: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     writer = TraceWriter(trace)
     for rows in [1, 8, 48] * 40:
-        writer.write(BatchComposition("decode", decode_tokens=rows), OFF, Feedback())
+        writer.write(BatchComposition("decode", decode_tokens=rows), OFF)
     writer.flush()
     result = _command(
         f"--profile={PROFILE}", f"--cost={cost}", f"--trace={trace}", "--fixed-ms=0.1",
@@ -107,7 +106,7 @@ def test_the_step_is_the_files_where_no_flag_says_otherwise(tmp_path: Path) -> N
     trace = tmp_path / "trace.jsonl"
     writer = TraceWriter(trace)
     for _ in range(20):
-        writer.write(BatchComposition("decode", decode_tokens=1), OFF, Feedback())
+        writer.write(BatchComposition("decode", decode_tokens=1), OFF)
     writer.flush()
     step = StepModel(fixed_ms=1.0, row_ms=0.5, scale=2.0)
     bare = write_cost(MODEL, tmp_path / "bare.json", expert_ms=0.01)
@@ -136,7 +135,16 @@ def test_the_simulated_budget_is_the_served_one() -> None:
     [
         (["--profile=/absent"], "/absent: no such file"),
         ([f"--profile={PROFILE}", "--trace=/absent"], "--trace /absent: cannot be read"),
-        ([f"--profile={PROFILE}", "--primary-k=6"], "primary_k must be in [1, 5]"),
+        ([f"--profile={PROFILE}", "--primary-k=6"], "--primary-k 6: give S from 1 to 5"),
+        ([f"--profile={PROFILE}", "--steps=0"], "'--steps': Input should be greater than or"),
+        ([f"--profile={PROFILE}", "--rate=0"], "'--rate': 0 is no finite number above 0"),
+        ([f"--profile={PROFILE}", "--rate=inf"], "'--rate': inf is no finite number above 0"),
+        ([f"--profile={PROFILE}", "--peak=-5"], "'--peak': -5 is no finite number above 0"),
+        ([f"--profile={PROFILE}", "--period=nan"], "'--period': nan is no finite number above 0"),
+        ([f"--profile={PROFILE}", "--tokens=0.5"], "'--tokens': Input should be greater than or"),
+        ([f"--profile={PROFILE}", "--tokens=nan"], "'--tokens': Input should be greater than or"),
+        ([f"--profile={PROFILE}", "--max-running=0"], "'--max-running': Input should be greater"),
+        ([f"--profile={PROFILE}", "--seed=-1"], "'--seed': Input should be greater than or"),
         (
             [f"--profile={PROFILE}", "--quality-budget=3"],
             "--quality-budget 3.0: must lie in [0, 1]",

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from sere_sglang.schedule.composition import BatchComposition
 from sere_sglang.schedule.cost_file import describe, load_cost
-from sere_sglang.schedule.feedback import Feedback
 from sere_sglang.schedule.point import OperatingPoint
 from sere_sglang.schedule.trace import TraceWriter, read_trace
 from tests.fuzz.outcome import cases, outcome
@@ -115,7 +114,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     point = OperatingPoint(True, 2, 0.25, layers=((0, OperatingPoint(True, 1, 0.5)),))
     for step in range(3):
         batch = BatchComposition("decode", decode_tokens=8, padded_rows=8, running=8, step=step)
-        writer.write(batch, point, Feedback())
+        writer.write(batch, point)
     writer.flush()
     return [json.loads(line) for line in path.read_text().splitlines()]
 

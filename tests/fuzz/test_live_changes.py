@@ -18,7 +18,7 @@ from sere_sglang.options import SereConfig
 from sere_sglang.patches.http_server import check, parse
 from sere_sglang.patches.number_keys import PREFIX, flatten, unflatten
 from sere_sglang.schedule.request_quality import KEY, QualityRules, RowClass
-from sere_sglang.schedule.settings import Settings
+from sere_sglang.schedule.settings import Limits, Settings
 from tests.fuzz.outcome import cases, outcome
 from tests.schedule.toy_model import AUTO
 
@@ -29,6 +29,8 @@ STATE = {
     "top_k": TOP_K,
     "auto_rule": dataclasses.asdict(AUTO),
     "unavailable_rules": {"budget": "of no use"},
+    "num_experts": 16,
+    "has_surrogates": False,
 }
 
 KEYS = st.one_of(
@@ -74,9 +76,9 @@ def _receive(body: bytes) -> dict[str, Any]:
         numbers |= flatten(asked)
     ours, rest = unflatten(json.loads(json.dumps(numbers)))
     assert not any(key.startswith(PREFIX) for key in rest)
-    new = START.updated(ours, top_k=TOP_K, auto=AUTO, unavailable=STATE["unavailable_rules"])
+    new = START.updated(ours, Limits.from_state(STATE))
     if asked is not None:
-        assert new == START.updated(asked, top_k=TOP_K, auto=AUTO), (
+        assert new == START.updated(asked, Limits(TOP_K, AUTO)), (
             "a scheduler has what was asked for"
         )
     return ours
@@ -104,7 +106,7 @@ def test_numbers_on_their_way_to_a_scheduler(numbers: dict[str, float]) -> None:
     if ours is not None:
         outcome(
             lambda: START.updated(
-                {k: v for k, v in ours[0].items() if k != "stop"}, top_k=TOP_K, auto=AUTO
+                {k: v for k, v in ours[0].items() if k != "stop"}, Limits(TOP_K, AUTO)
             )
         )
 

@@ -251,6 +251,17 @@ GOOD: dict[str, Any] = {"scores": torch.full((2, 4), 0.25), "similarity": torch.
         ("topk", {"k0": 1, "scores": torch.ones(3, 4)}, "scores must be"),
         ("topk", {"k0": 1, "scores": torch.full((2, 4), float("nan"))}, "scores contains NaN"),
         ("topk", {"k0": 1, "scores": -torch.ones(2, 4)}, "not the logits"),
+        (
+            "topk",
+            {"k0": 1, "scores": torch.full((2, 4), 1e300, dtype=torch.float64)},
+            "scores contains NaN",
+        ),
+        (
+            "topk",
+            {"k0": 1, "topk_weights": torch.full((2, 2), 1e300, dtype=torch.float64)},
+            "topk_weights con",
+        ),
+        ("energy", {"loss": 0.1, "scores": torch.ones(2, 0)}, "scores has no experts"),
         ("topk", {"k0": 1, "topk_weights": torch.full((2, 2), float("nan"))}, "topk_weights cont"),
         ("topk", {"k0": 1, "topk_ids": torch.tensor([[0, 1], [3, 3]])}, "twice in row 1"),
         ("topk", {"k0": 1, "topk_ids": torch.tensor([[0, 1], [3, 4]])}, "topk_ids must be -1 or"),
@@ -280,6 +291,14 @@ def test_what_is_no_tensor_is_named(name: str) -> None:
     }
     with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got list"):
         checked("topk", k0=1, **(arguments | {name: [[0.5, 0.5]]}))
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (3, 0)], ids=str)
+def test_what_has_no_slots_lost_nothing(shape: tuple[int, int]) -> None:
+    ids, weights = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape)
+    got = apply_rule("energy", ids, weights, similarity=torch.eye(5), loss=0.1)
+    assert got.ids.shape == got.weights.shape == shape and not got.active.any()
+    assert got.lost is not None and torch.equal(got.lost, torch.zeros(shape[0], 5))
 
 
 def test_a_gpus_kernel_says_what_it_serves() -> None:

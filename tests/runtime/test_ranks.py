@@ -130,12 +130,12 @@ def _dp_batches(rank: int, made: SereRuntime) -> Iterator[tuple[BatchComposition
 
 
 def _spawn(tmp_path: Path, batches: Any, *, alone: bool = False) -> tuple[list[Any], list[Any]]:
-    """Traces (without the time) and control blocks of all ranks."""
+    """Traces, without the time and what each rank counts for itself, and control blocks."""
     mp.spawn(_run, (str(tmp_path / "meeting"), str(tmp_path), alone, batches), nprocs=RANKS)
     traces, words = [], []
     for rank in range(RANKS):
         lines = (tmp_path / f"{rank}.jsonl").read_text().splitlines()
-        traces.append([{**json.loads(line), "time": None} for line in lines])
+        traces.append([{**json.loads(line), "time": None, "spent_loss": None} for line in lines])
         words.append(json.loads((tmp_path / f"{rank}.words").read_text()))
     return traces, words
 

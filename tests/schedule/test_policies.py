@@ -25,7 +25,7 @@ from sere_sglang.schedule.observer import WINDOW, Observer
 from sere_sglang.schedule.point import OFF, SIMILARITY, OperatingPoint
 from sere_sglang.schedule.policy import PolicyContext, choose
 from sere_sglang.schedule.registry import make_policy
-from sere_sglang.schedule.settings import Settings
+from sere_sglang.schedule.settings import Limits, Settings
 from tests.schedule.toy_model import (
     AUTO,
     COST,
@@ -102,9 +102,9 @@ def test_adaptive_takes_what_the_profile_was_tuned_to() -> None:
 
 def test_who_names_a_budget_means_that_one() -> None:
     now = settings(tuned=True)
-    assert not now.updated({"quality_budget": 0.1}, top_k=TOP_K, auto=AUTO).tuned
-    assert now.updated({"quality_budget": 0.1, "tuned": True}, top_k=TOP_K, auto=AUTO).tuned
-    assert now.updated({"primary_k": 1}, top_k=TOP_K, auto=AUTO).tuned
+    assert not now.updated({"quality_budget": 0.1}, Limits(TOP_K, AUTO)).tuned
+    assert now.updated({"quality_budget": 0.1, "tuned": True}, Limits(TOP_K, AUTO)).tuned
+    assert now.updated({"primary_k": 1}, Limits(TOP_K, AUTO)).tuned
     asked = SereConfig(moe_backend="sere", sere_quality_budget=0.05)
     assert live_settings(resolved(asked, top_k=TOP_K)).tuned is False
 
@@ -129,6 +129,17 @@ def test_exact_rows_leave_less_to_gain() -> None:
     half = ADAPTIVE.predict(decode(32, exact_rows=16), SIMILARITY, StepModel())
     assert (half.step_ms >= free.step_ms).all() and (half.loss <= free.loss).all()
     assert ADAPTIVE.decide(decode(32, exact_rows=32), now, NO_FEEDBACK) == OFF
+
+
+def test_what_energy_may_lose_is_of_all_rows_already() -> None:
+    """Its kernel divides by exact rows too: those that lose nothing leave no budget to others."""
+    free = ADAPTIVE.predict(decode(32), "energy", StepModel())
+    half = ADAPTIVE.predict(decode(32, exact_rows=16), "energy", StepModel())
+    assert (half.loss == free.loss).all() and (half.step_ms >= free.step_ms).all()
+    now = settings(rule="energy", quality_budget=0.05)
+    for exact_rows in (0, 8, 24):
+        point = ADAPTIVE.decide(decode(32, exact_rows=exact_rows), now, NO_FEEDBACK)
+        assert point.mean_loss <= 0.05, exact_rows
 
 
 @hypothesis.settings(deadline=None)
@@ -175,24 +186,36 @@ def test_whatever_the_batch_the_loss_stays_within_the_budget(
 )
 def test_wrong_settings_are_named(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(SereError) as refusal:
-        settings().updated(changes, top_k=TOP_K, auto=AUTO)
+        settings().updated(changes, Limits(TOP_K, AUTO))
     assert named in str(refusal.value)
+
+
+def test_settings_that_this_server_cannot_have_are_refused() -> None:
+    without = Limits(TOP_K, AUTO, num_experts=EXPERTS, surrogates=False)
+    now = settings(surrogates=False)
+    with pytest.raises(SereError, match="surrogates: this server's profile has none; calibrate"):
+        now.updated({"surrogates": True}, without)
+    assert now.updated({"surrogates": False}, without) == now
+    assert now.updated({"surrogates": True}, Limits(TOP_K, AUTO)).surrogates
+    assert now.updated({"max_experts": EXPERTS}, without).max_experts == EXPERTS
+    with pytest.raises(SereError, match=f"max_experts must be at most E={EXPERTS}, a layer's"):
+        now.updated({"max_experts": EXPERTS + 1}, without)
 
 
 def test_auto_is_what_the_server_says_it_is() -> None:
     before = settings(rule="similarity", surrogates=False)
-    new = before.updated({"rule": "auto"}, top_k=TOP_K, auto=AUTO)
+    new = before.updated({"rule": "auto"}, Limits(TOP_K, AUTO))
     assert (new.rule, new.surrogates) == ("energy", True)
-    new = before.updated({"rule": "auto", "surrogates": False}, top_k=TOP_K, auto=AUTO)
+    new = before.updated({"rule": "auto", "surrogates": False}, Limits(TOP_K, AUTO))
     assert (new.rule, new.surrogates) == ("energy", False), "who names a setting means that"
     other = RuleChoice("piggyback", False, "")
-    new = settings().updated({"rule": "auto"}, top_k=TOP_K, auto=other)
+    new = settings().updated({"rule": "auto"}, Limits(TOP_K, other))
     assert new.rule == "piggyback" and new.surrogates, "which piggyback does not look at"
 
 
 def test_who_names_s_or_rho_means_a_rule_that_has_it() -> None:
     def rule(before: str, **changes: Any) -> str:
-        return settings(rule=before).updated(changes, top_k=TOP_K, auto=AUTO).rule
+        return settings(rule=before).updated(changes, Limits(TOP_K, AUTO)).rule
 
     assert rule("energy", primary_k=2) == rule("piggyback", threshold=0.5) == "similarity"
     assert rule("piggyback", primary_k=2) == "piggyback"
@@ -216,7 +239,7 @@ def test_settings_survive_the_trip_through_numbers() -> None:
     numbers = {key: float(value) for key, value in flatten(changes).items()}
     ours, rest = unflatten(numbers | {"pp_max_micro_batch_size": 8})
     assert ours == changes and rest == {"pp_max_micro_batch_size": 8}
-    assert isinstance(settings().updated(ours, top_k=TOP_K, auto=AUTO), Settings)
+    assert isinstance(settings().updated(ours, Limits(TOP_K, AUTO)), Settings)
 
 
 def test_third_parties_are_listed_after_ours() -> None:

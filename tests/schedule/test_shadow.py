@@ -10,6 +10,7 @@ import pytest
 from sere_sglang.errors import SereError
 from sere_sglang.patches.number_keys import flatten, unflatten
 from sere_sglang.runtime.brake import Brake
+from sere_sglang.schedule.settings import Limits
 from sere_sglang.schedule.shadow import (
     MIN_REQUESTS,
     TOP,
@@ -130,9 +131,9 @@ def test_the_brake_waits_until_it_is_sure() -> None:
 
 def test_a_brake_needs_a_shadow() -> None:
     with pytest.raises(SereError, match="max_kl needs shadow"):
-        settings().updated({"max_kl": 0.1}, top_k=TOP_K, auto=AUTO)
-    on = settings().updated({"max_kl": 0.1, "shadow": 0.01}, top_k=TOP_K, auto=AUTO)
+        settings().updated({"max_kl": 0.1}, Limits(TOP_K, AUTO))
+    on = settings().updated({"max_kl": 0.1, "shadow": 0.01}, Limits(TOP_K, AUTO))
     with pytest.raises(SereError, match="max_kl needs shadow"):
-        on.updated({"shadow": 0.0}, top_k=TOP_K, auto=AUTO)
+        on.updated({"shadow": 0.0}, Limits(TOP_K, AUTO))
     with pytest.raises(SereError, match="unknown key 'shadow_kl'"):
-        on.updated({"shadow_kl": 0.0}, top_k=TOP_K, auto=AUTO)
+        on.updated({"shadow_kl": 0.0}, Limits(TOP_K, AUTO))

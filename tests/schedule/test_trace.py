@@ -9,7 +9,6 @@ import pytest
 from sere_sglang.errors import SereError
 from sere_sglang.schedule import trace as module
 from sere_sglang.schedule.composition import BatchComposition
-from sere_sglang.schedule.feedback import Feedback
 from sere_sglang.schedule.point import OFF, OperatingPoint
 from sere_sglang.schedule.trace import TraceWriter, read_trace
 
@@ -19,12 +18,12 @@ STEP = BatchComposition("verify", verify_tokens=12, padded_rows=16, running=4, e
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "trace.jsonl"
     writer = TraceWriter(path)
-    writer.write(STEP, OperatingPoint(True, 2, 0.25), Feedback(step_ms=3.5, budget=0.1))
-    writer.write(BatchComposition("extend", prefill_tokens=99), OFF, Feedback())
+    writer.write(STEP, OperatingPoint(True, 2, 0.25), step_ms=3.5, budget=0.1, spent_loss=0.02)
+    writer.write(BatchComposition("extend", prefill_tokens=99), OFF)
     writer.flush()
     first, second = read_trace(path)
     assert (first.composition, first.point) == (STEP, OperatingPoint(True, 2, 0.25))
-    assert (first.step_ms, first.budget) == (3.5, 0.1)
+    assert (first.step_ms, first.budget, first.spent_loss) == (3.5, 0.1, 0.02)
     assert second.composition.prefill_tokens == 99 and second.point == OFF
 
 
@@ -32,7 +31,7 @@ def test_points_of_layers_survive(tmp_path: Path) -> None:
     own = ((0, OperatingPoint(True, 1, 0.5)), (3, OFF))
     point = OperatingPoint(True, 2, 0.25, own)
     writer = TraceWriter(tmp_path / "trace.jsonl")
-    writer.write(STEP, point, Feedback())
+    writer.write(STEP, point)
     writer.flush()
     (step,) = read_trace(tmp_path / "trace.jsonl")
     assert step.point == point and step.point.at(3) == OFF and step.point.at(1).primary_k == 2
@@ -43,7 +42,7 @@ def test_rotation_keeps_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "trace.jsonl"
     writer = TraceWriter(path)
     for step in range(200):
-        writer.write(BatchComposition("decode", decode_tokens=1, step=step), OFF, Feedback())
+        writer.write(BatchComposition("decode", decode_tokens=1, step=step), OFF)
     writer.flush()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "trace.jsonl", "trace.jsonl.1", "trace.jsonl.2", "trace.jsonl.3"
@@ -55,7 +54,7 @@ def test_rotation_keeps_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_disk_that_fills_ends_the_trace_only(caplog: pytest.LogCaptureFixture) -> None:
     writer = TraceWriter("/dev/full")
     for _ in range(300):
-        writer.write(STEP, OFF, Feedback())
+        writer.write(STEP, OFF)
     writer.flush()
     (record,) = caplog.records
     assert "--sere-trace: " in record.message and "serving goes on" in record.message

@@ -178,8 +178,16 @@ def test_adaptive_spends_no_more_than_the_budget(server: Server, trace: Path) ->
     counters = _counters(server)
     assert all(0 < row["loss"] <= 0.2 * row["forwards"] for row in counters)
     server.set_sere(reset_counters=True)  # and flush
-    points = [s.point for s in list(read_trace(trace))[before:] if s.point.enabled]
-    assert points and all(p.rule == "energy" and 0 < p.mean_loss <= 0.2 for p in points)
+    for _ in range(4):  # exact requests lose nothing, and leave nothing over for the others
+        _ask(server, ["exact"] * 3 + [None] * (len(PROMPTS) - 3))
+    counters = list(server.sere()["counters"].values())
+    assert all(0 < row["loss"] <= 0.2 * row["forwards"] for row in counters)
+    server.set_sere(reset_counters=True)
+    steps = [s for s in list(read_trace(trace))[before:] if s.point.enabled]
+    assert steps and all(s.point.rule == "energy" and 0 < s.point.mean_loss <= 0.2 for s in steps)
+    assert {s.budget for s in steps} == {0.2}
+    spent = [s.spent_loss for s in steps if s.spent_loss is not None]
+    assert spent and 0 < max(spent) <= 0.2
 
 
 def test_surrogates_are_added_for_what_is_lost(server: Server) -> None:
@@ -223,6 +231,7 @@ def test_two_ranks_add_surrogates_once(
         ({"rule": 3}, "rule must be one of"),
         ({"rule": "budget", "policy": "static", "max_experts": None}, "needs max_experts"),
         ({"max_experts": 0}, "max_experts must be"),
+        ({"max_experts": EXPERTS + 1}, f"max_experts must be at most E={EXPERTS}"),
         ({"surrogates": 1}, "surrogates must be true or false"),
         ({"rule": "energy", "quality_budget": 1.01}, "quality_budget must lie in [0, 1]"),
     ],
@@ -234,6 +243,17 @@ def test_a_wrong_live_setting_is_refused(server: Server, change: Any, named: str
     assert refusal.value.code == 400
     assert named in json.loads(refusal.value.read())["error"]["message"]
     assert {k: v for k, v in server.sere().items() if k in change} == {k: before[k] for k in change}
+
+
+def test_a_key_that_sglang_does_not_know_is_refused_with_ours(server: Server) -> None:
+    before = server.sere()["quality_budget"]
+    body = {"server_args": {"sere": {"quality_budget": 0.07}, "nope": 1}}
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        server.post("/set_internal_state", body)
+    assert refusal.value.code == 400
+    message = json.loads(refusal.value.read())["error"]["message"]
+    assert message == "SGLang does not take 'nope'; nothing was applied"
+    assert server.sere()["quality_budget"] == before
 
 
 @pytest.mark.parametrize(
