@@ -261,7 +261,11 @@ GOOD: dict[str, Any] = {"scores": torch.full((2, 4), 0.25), "similarity": torch.
             {"k0": 1, "topk_weights": torch.full((2, 2), 1e300, dtype=torch.float64)},
             "topk_weights con",
         ),
-        ("energy", {"loss": 0.1, "scores": torch.ones(2, 0)}, "scores has no experts"),
+        (
+            "energy",
+            {"loss": 0.1, "scores": torch.ones(2, 0), "similarity": None},
+            "scores has no experts",
+        ),
         ("topk", {"k0": 1, "topk_weights": torch.full((2, 2), float("nan"))}, "topk_weights cont"),
         ("topk", {"k0": 1, "topk_ids": torch.tensor([[0, 1], [3, 3]])}, "twice in row 1"),
         ("topk", {"k0": 1, "topk_ids": torch.tensor([[0, 1], [3, 4]])}, "topk_ids must be -1 or"),
