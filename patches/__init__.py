@@ -73,6 +73,13 @@ PATCHES = (
         hooks=("sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",),
     ),
     Patch(
+        "token_ids",
+        "A request whose input_ids are outside the vocabulary ends the scheduler; it is answered "
+        "with status 400.",
+        "requests are checked for it",
+        hooks=("sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",),
+    ),
+    Patch(
         "shadow",
         "--sere-shadow: a sampled request gets its likeliest tokens, and is scored again once it "
         "has finished.",

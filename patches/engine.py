@@ -16,7 +16,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sere_sglang import config
 from sere_sglang.config_check import checked
 from sere_sglang.errors import SereError, exit_on_error
-from sere_sglang.patches import guard, http_server, request_quality, shadow
+from sere_sglang.patches import guard, http_server, request_quality, shadow, token_ids
 from sere_sglang.patches.seam import hook, resolve
 
 _TARGET = "sglang.srt.entrypoints.engine.Engine"
@@ -76,4 +76,5 @@ def _check_handshake(result: Any, _cls: type, server_args: Any, *_args: Any, **_
     http_server.install()
     asked = config.config_of(server_args)
     request_quality.install(config.quality_rules(asked))
+    token_ids.install()
     shadow.start(result[0], asked.sere_shadow or 0.0, config.quality_rules(asked))

@@ -70,7 +70,7 @@ def _endpoint() -> Any:
         theirs = sorted(key for key in numbers if not key.startswith(PREFIX))
         answer = await manager.set_internal_state(request_type(server_args=numbers))
         if asked is not None and theirs and not all(answer):
-            message = f"SGLang does not take {', '.join(map(shown, theirs))}; nothing was applied"
+            message = f"SGLang refuses {', '.join(map(shown, theirs))}; nothing was applied"
             return JSONResponse({"error": {"message": message, "code": 400}}, status_code=400)
         if asked is not None and all(answer):
             await shadow.follow(asked)

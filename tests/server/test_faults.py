@@ -132,11 +132,26 @@ def test_what_set_internal_state_refuses(server: Server, body: str, said: str) -
     assert server.sere() == before
 
 
+@pytest.mark.parametrize("ids", [[-1], [5, 10**9], [[3], [-7]]], ids=str)
+def test_tokens_that_are_none_are_refused(server: Server, ids: Any) -> None:
+    """SGLang by itself would end."""
+    before = _tokens(server)
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        server.post("/generate", {"input_ids": ids, "sampling_params": {"max_new_tokens": 2}})
+    assert refusal.value.code == 400
+    assert "input_ids must be whole numbers from 0 to" in refusal.value.read().decode()
+    assert _tokens(server) == before
+
+
 def test_all_or_nothing_with_sglangs_own_keys(server: Server) -> None:
     ours = {"sere": {"primary_k": 2}}
     for refused in ({"pp_max_micro_batch_size": 0}, {"no_such_key": 1}):
-        answer = server.post("/set_internal_state", {"server_args": refused | ours})
-        assert answer == [False] and server.sere()["primary_k"] == 1
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            server.post("/set_internal_state", {"server_args": refused | ours})
+        answer = json.loads(refusal.value.read())["error"]["message"]
+        assert refusal.value.code == 400
+        assert answer == f"SGLang refuses {next(iter(refused))!r}; nothing was applied"
+        assert server.sere()["primary_k"] == 1
     both = {"pp_max_micro_batch_size": 8} | ours
     assert server.post("/set_internal_state", {"server_args": both}) == [True]
     assert server.sere()["primary_k"] == 2
