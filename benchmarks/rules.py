@@ -28,7 +28,7 @@ from benchmarks._common import write_result
 from benchmarks._timing import Candidate, GraphTimer, HostTimer, Timer, cuda_info, first_line
 from benchmarks.op import arguments
 from sere_sglang.ops import cuda, rules_fused
-from sere_sglang.ops.dispatch import UnavailableError
+from sere_sglang.ops.registry import UnavailableError
 from sere_sglang.ops.rule_block import block_of, encode_rule
 from sere_sglang.ops.rule_ops import add_compensation_, begin_compensation
 from sere_sglang.ops.rules import load_rules

@@ -16,13 +16,14 @@ An implementation is a module with three functions:
 
 from __future__ import annotations
 
-import importlib
 import logging
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 
+from sere_sglang.ops import registry
 from sere_sglang.ops.jit import BuildError
+from sere_sglang.ops.registry import UnavailableError
 from sere_sglang.ops.table import LayerTable
 
 logger = logging.getLogger(__name__)
@@ -114,31 +115,9 @@ def available_impls(device: torch.device | str) -> list[str]:
     return names
 
 
-class UnavailableError(RuntimeError):
-    """The named implementation cannot serve this device on this machine."""
-
-
 def load_impl(name: str, device_type: str) -> Implementation:
-    """Import and build one implementation.
-
-    Raises:
-        ValueError: no such name; the message lists what exists.
-        UnavailableError: it exists, but not for this device or machine.
-        BuildError: it did not compile.
-    """
+    """One implementation, built. Raises as `registry.load` does."""
     ready = _ready.get((name, device_type))
-    if ready is not None:
-        return ready
-    if name not in IMPLEMENTATIONS:
-        choices = ", ".join(["auto", *IMPLEMENTATIONS])
-        raise ValueError(f"impl {name!r} is no implementation; choose one of: {choices}")
-    try:
-        module = cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
-    except ImportError as error:
-        raise UnavailableError(f"impl {name!r}: {error}") from error
-    reason = module.is_available(device_type)
-    if reason is not None:
-        raise UnavailableError(f"impl {name!r}: {reason}")
-    module.build()
-    _ready[name, device_type] = module
-    return module
+    if ready is None:
+        ready = _ready[name, device_type] = registry.load(IMPLEMENTATIONS, name, device_type)
+    return ready

@@ -14,8 +14,9 @@ import torch
 from sere_sglang.ops import cuda
 from sere_sglang.ops.control import CONTROL_WORDS
 from sere_sglang.ops.cuda_plan import plan_fused
-from sere_sglang.ops.dispatch import UnavailableError, select_impl
+from sere_sglang.ops.dispatch import select_impl
 from sere_sglang.ops.jit import BuildError
+from sere_sglang.ops.registry import UnavailableError
 from sere_sglang.ops.reroute import MAX_TOP_K, check_arguments, reroute_
 from sere_sglang.ops.table import LayerTable
 

@@ -42,9 +42,9 @@ def reroute_(
     num_valid = control[ctl.WORD_NUM_VALID]
     valid = (num_valid < 0) | (torch.arange(num_tokens, device=device) < num_valid)
     valid_slot = valid[:, None] & routed
-    primary_slot = _rank_slots(topk_ids, topk_weights) < row_k[:, None]
+    primary_slot = rank_slots(topk_ids, topk_weights) < row_k[:, None]
 
-    primary = _expert_set(ids, valid_slot & primary_slot, table.num_experts)
+    primary = expert_set(ids, valid_slot & primary_slot, table.num_experts)
     best, best_id = _best_primary(table.similarity, primary)
 
     # A protected row has S = K: all its slots are primary, so none of them is a candidate.
@@ -57,9 +57,9 @@ def reroute_(
     if weights is not None and table.scale is not None:
         factor = table.scale[ids_or_zero, new_ids.where(moves, 0)]
         weights = torch.where(moves, weights * factor, weights)
-    members = _expert_set(new_ids, valid_slot, table.num_experts)  # A
+    members = expert_set(new_ids, valid_slot, table.num_experts)  # A
     if counters is not None:
-        before = _expert_set(ids, valid_slot, table.num_experts).sum()
+        before = expert_set(ids, valid_slot, table.num_experts).sum()
         rows = valid.sum()
         step = [(rows > 0).long(), rows, before, members.sum(), moves.sum(), critical.sum()]
         counters.add_(torch.stack(step) * active)
@@ -98,7 +98,7 @@ def _row_settings(
     return active, class_k.clamp(min=1)[index], class_rho[index]
 
 
-def _rank_slots(topk_ids: torch.Tensor, topk_weights: torch.Tensor | None) -> torch.Tensor:
+def rank_slots(topk_ids: torch.Tensor, topk_weights: torch.Tensor | None) -> torch.Tensor:
     """Rank of every slot in its row: weight descending, ties by slot order."""
     slot = torch.arange(topk_ids.shape[1], device=topk_ids.device)
     if topk_weights is None:
@@ -108,7 +108,7 @@ def _rank_slots(topk_ids: torch.Tensor, topk_weights: torch.Tensor | None) -> to
     return ((other > mine) | ((other == mine) & earlier)).sum(dim=2)
 
 
-def _expert_set(ids: torch.Tensor, member: torch.Tensor, num_experts: int) -> torch.Tensor:
+def expert_set(ids: torch.Tensor, member: torch.Tensor, num_experts: int) -> torch.Tensor:
     """bool ``[E]``: the experts of the slots where `member` holds."""
     # One expert too many, as the place where the other slots write.
     found = torch.zeros(num_experts + 1, dtype=torch.bool, device=ids.device)

@@ -7,11 +7,11 @@ with declared mutation.
 from __future__ import annotations
 
 import numbers
-import operator
 
 import torch
 
 from sere_sglang.ops import control as ctl
+from sere_sglang.ops.checks import check_tensor, whole_number
 from sere_sglang.ops.counters import COUNTER_FIELDS
 from sere_sglang.ops.dispatch import load_impl, select_impl
 from sere_sglang.ops.table import MAX_EXPERTS, LayerTable
@@ -62,8 +62,8 @@ def reroute(
         raise TypeError(f"topk_ids must be int32 or int64, got {topk_ids.dtype}")
     if topk_ids.dim() != 2:
         raise ValueError(f"topk_ids must be [T, K], got {list(topk_ids.shape)}")
-    primary_k = _integer("primary_k", primary_k)
-    num_valid = None if num_valid is None else _integer("num_valid", num_valid)
+    primary_k = whole_number("primary_k", primary_k)
+    num_valid = None if num_valid is None else whole_number("num_valid", num_valid)
     if not isinstance(threshold, numbers.Real):
         raise TypeError(f"threshold must be a number, got {type(threshold).__name__}")
     if not 0.0 <= threshold <= 1.0:
@@ -159,13 +159,6 @@ def reroute_(
     )
 
 
-def _integer(name: str, value: object) -> int:
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
-
-
 def _check_values_on_cpu(topk_ids: torch.Tensor, similarity: torch.Tensor) -> None:
     """Value checks, only where reading values does not synchronize a device."""
     if topk_ids.device.type != "cpu" or topk_ids.numel() == 0:
@@ -237,11 +230,11 @@ def check_arguments(
             f"got E={num_experts}, K={top_k}"
         )
     square = (num_experts, num_experts)
-    _check("topk_ids", topk_ids, torch.int32, (num_tokens, top_k), topk_ids, rows_apart=True)
-    _check("similarity", table.similarity, torch.float32, square, topk_ids)
-    _check("control", control, torch.int32, (ctl.CONTROL_WORDS,), topk_ids)
+    check_tensor("topk_ids", topk_ids, torch.int32, (num_tokens, top_k), topk_ids, rows_apart=True)
+    check_tensor("similarity", table.similarity, torch.float32, square, topk_ids)
+    check_tensor("control", control, torch.int32, (ctl.CONTROL_WORDS,), topk_ids)
     if topk_weights is not None:
-        _check(
+        check_tensor(
             "topk_weights",
             topk_weights,
             torch.float32,
@@ -250,37 +243,15 @@ def check_arguments(
             rows_apart=True,
         )
     if table.neighbors is not None:
-        _check("neighbors", table.neighbors, torch.int16, square, topk_ids)
+        check_tensor("neighbors", table.neighbors, torch.int16, square, topk_ids)
     if table.scale is not None:
-        _check("scale", table.scale, torch.float32, square, topk_ids)
+        check_tensor("scale", table.scale, torch.float32, square, topk_ids)
     if counters is not None:
-        _check("counters", counters, torch.int64, (len(COUNTER_FIELDS),), topk_ids)
+        check_tensor("counters", counters, torch.int64, (len(COUNTER_FIELDS),), topk_ids)
     if row_class is not None:
         if row_class.dim() != 1 or row_class.shape[0] < num_tokens:
             raise ValueError(f"row_class must be [>= T={num_tokens}], got {list(row_class.shape)}")
-        _check("row_class", row_class, torch.uint8, tuple(row_class.shape), topk_ids)
-
-
-def _check(
-    name: str,
-    tensor: torch.Tensor,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    like: torch.Tensor,
-    rows_apart: bool = False,
-) -> None:
-    if tensor.dtype is not dtype or tensor.shape != shape:
-        raise ValueError(
-            f"{name} must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
-        )
-    if tensor is not like and tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, topk_ids on {like.device}")
-    if tensor.is_contiguous():
-        return
-    if not rows_apart:
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    if tensor.stride(1) != 1 and tensor.shape[1] > 1:
-        raise ValueError(f"{name} must have unit stride within a row, got {tensor.stride()}")
+        check_tensor("row_class", row_class, torch.uint8, tuple(row_class.shape), topk_ids)
 
 
 _library = torch.library.Library("sere", "FRAGMENT")

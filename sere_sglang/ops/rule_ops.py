@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from sere_sglang.ops.checks import check_tensor
 from sere_sglang.ops.counters import COUNTER_FIELDS
-from sere_sglang.ops.reroute import _check
 from sere_sglang.ops.rule_block import RULE_WORDS
 from sere_sglang.ops.rules import load_rules
 from sere_sglang.ops.rules_call import MAX_ROWS, LostSlots
@@ -50,8 +50,8 @@ def apply_rule_(
             named.
         block: int32 ``[16]`` (`rule_block.encode_rule`).
         num_experts: E.
-        expert_loss: float32 ``[E]``, as in `apply_rule`, looked at where the block asks for what
-            rows lost; or None.
+        expert_loss: float32 ``[E]``, as in `rules_check.checked`, looked at where the block asks
+            for what rows lost; or None.
         row_class: uint8 ``[>= T]``, looked at where the block says that rows have classes.
         counters: int64 ``[7]`` to add to (`rules.Implementation`), or None.
         lost: `LostSlots.none`, written where the block asks for it, or None.
@@ -154,22 +154,22 @@ def check_apply(
     if topk_ids.dim() != 2 or topk_ids.shape[0] > MAX_ROWS:
         raise ValueError(f"topk_ids must be [T <= {MAX_ROWS}, K], got {list(topk_ids.shape)}")
     shape = tuple(topk_ids.shape)
-    _check("topk_ids", topk_ids, torch.int32, shape, topk_ids, rows_apart=True)
-    _check("topk_weights", topk_weights, torch.float32, shape, topk_ids, rows_apart=True)
-    _check("block", block, torch.int32, (RULE_WORDS,), topk_ids)
+    check_tensor("topk_ids", topk_ids, torch.int32, shape, topk_ids, rows_apart=True)
+    check_tensor("topk_weights", topk_weights, torch.float32, shape, topk_ids, rows_apart=True)
+    check_tensor("block", block, torch.int32, (RULE_WORDS,), topk_ids)
     if scores is not None:
-        _check("scores", scores, torch.float32, (shape[0], num_experts), topk_ids)
+        check_tensor("scores", scores, torch.float32, (shape[0], num_experts), topk_ids)
     if expert_loss is not None:
-        _check("expert_loss", expert_loss, torch.float32, (num_experts,), topk_ids)
+        check_tensor("expert_loss", expert_loss, torch.float32, (num_experts,), topk_ids)
     if counters is not None:
-        _check("counters", counters, torch.int64, (len(COUNTER_FIELDS) + 1,), topk_ids)
+        check_tensor("counters", counters, torch.int64, (len(COUNTER_FIELDS) + 1,), topk_ids)
     if row_class is not None:
         if row_class.dim() != 1 or row_class.shape[0] < shape[0]:
             raise ValueError(f"row_class must be [>= T={shape[0]}], got {list(row_class.shape)}")
-        _check("row_class", row_class, torch.uint8, tuple(row_class.shape), topk_ids)
+        check_tensor("row_class", row_class, torch.uint8, tuple(row_class.shape), topk_ids)
     if lost is not None and lost_experts is not None:
-        _check("lost", lost, torch.float32, shape, topk_ids)
-        _check("lost_experts", lost_experts, torch.int32, shape, topk_ids)
+        check_tensor("lost", lost, torch.float32, shape, topk_ids)
+        check_tensor("lost_experts", lost_experts, torch.int32, shape, topk_ids)
 
 
 def _check_rows(name: str, rows: torch.Tensor, lost: torch.Tensor, matrices: torch.Tensor) -> None:

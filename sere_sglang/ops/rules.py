@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 from typing import Protocol, cast
 
 import torch
 
-from sere_sglang.ops.dispatch import UnavailableError
+from sere_sglang.ops import registry
 from sere_sglang.ops.jit import BuildError
-from sere_sglang.ops.reference import _expert_set
+from sere_sglang.ops.reference import expert_set
+from sere_sglang.ops.registry import UnavailableError
 from sere_sglang.ops.rules_call import Routed, RuleCall
 from sere_sglang.ops.rules_check import checked
 
@@ -39,8 +39,8 @@ class Implementation(Protocol):
         """`apply_rule` of arguments that were checked.
 
         counters: int64 ``[7]`` to add to: `COUNTER_FIELDS`, where experts of weight 0 are not
-            active after it, then the squared weight that was lost, times `expert_loss`, per valid
-            row, in units of 2^-32; fast rows lose nothing that counts.
+            active after it, then the squared weight that was lost, times `RuleCall.expert_loss`,
+            per valid row, in units of 2^-32; fast rows lose nothing that counts.
         """
         ...
 
@@ -59,7 +59,6 @@ def apply_rule(
     warmup: bool = True,
     fill: str = "piggyback",
     loss: float | None = None,
-    expert_loss: torch.Tensor | None = None,
     fill_weight: float = 0.0,
     renormalize: float = 0.0,
     num_valid: int | None = None,
@@ -86,9 +85,6 @@ def apply_rule(
         warmup: ``budget`` loads every row's best expert first, beyond B if need be.
         fill: of ``budget``: ``piggyback``, a row takes its best of A; ``truncate``, only its own.
         loss: in [0, 1]: the energy, in weight squared per valid row, that ``energy`` may drop.
-        expert_loss: floating ``[E]``, >= 0: what an expert's squared weight is multiplied by under
-            ``energy``; None for 1. A server takes what the expert's surrogate leaves of its output,
-            as a share of what surrogates leave in the mean (`profile.loss_shares`).
         fill_weight: a >= 0: ``energy`` gives lost slots the row's next best of A with a times the
             weight that the router would give it. 0 drops them.
         renormalize: gamma in [0, 1]: ``energy`` multiplies a row that lost a slot by
@@ -108,8 +104,7 @@ def apply_rule(
     call = checked(
         rule, topk_ids, topk_weights, scores=scores, similarity=similarity, primary_k=primary_k,
         threshold=threshold, k0=k0, budget=budget, warmup=warmup, fill=fill, loss=loss,
-        expert_loss=expert_loss, fill_weight=fill_weight, renormalize=renormalize,
-        num_valid=num_valid, protected=protected,
+        fill_weight=fill_weight, renormalize=renormalize, num_valid=num_valid, protected=protected,
     )  # fmt: skip
     return applied(call, impl)
 
@@ -152,22 +147,11 @@ def _auto(device_type: str) -> str:
 
 @functools.cache
 def _load(name: str, device_type: str) -> Implementation:
-    choices = ", ".join(["auto", *IMPLEMENTATIONS])
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"impl {name!r} is no implementation; choose one of: {choices}")
-    try:
-        module = cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
-    except ImportError as error:
-        raise UnavailableError(f"impl {name!r}: {error}") from error
-    reason = module.is_available(device_type)
-    if reason is not None:
-        raise UnavailableError(f"impl {name!r}: {reason}")
-    module.build()
-    return module
+    return cast(Implementation, registry.load(IMPLEMENTATIONS, name, device_type))
 
 
 def _untouched(call: RuleCall) -> Routed:
     ids = call.ids[: call.num_valid].to(torch.int64)
-    active = _expert_set(ids, (ids >= 0) & (ids < call.num_experts), call.num_experts)
+    active = expert_set(ids, (ids >= 0) & (ids < call.num_experts), call.num_experts)
     lost = torch.zeros(len(call.ids), call.num_experts, device=ids.device)
     return Routed(call.ids.clone(), call.weights.clone(), active, None if call.is_off else lost)

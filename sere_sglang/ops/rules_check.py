@@ -7,7 +7,8 @@ import numbers
 import torch
 
 from sere_sglang.names import RULES
-from sere_sglang.ops.reroute import MAX_TOP_K, _integer
+from sere_sglang.ops.checks import whole_number
+from sere_sglang.ops.reroute import MAX_TOP_K
 from sere_sglang.ops.rules_call import FILLS, MAX_ROWS, RuleCall
 from sere_sglang.ops.table import MAX_EXPERTS
 
@@ -26,18 +27,20 @@ def checked(
     warmup: bool = True,
     fill: str = "piggyback",
     loss: float | None = None,
-    expert_loss: torch.Tensor | None = None,
     fill_weight: float = 0.0,
     renormalize: float = 0.0,
     num_valid: int | None = None,
     protected: torch.Tensor | None = None,
     fast: torch.Tensor | None = None,
     fast_k: int = 1,
+    expert_loss: torch.Tensor | None = None,
 ) -> RuleCall:
-    """The arguments of `apply_rule`, checked, as implementations take them; and two of servers.
+    """The arguments of `apply_rule`, checked, as implementations take them; and three of servers.
 
     fast: bool ``[T]``; such a row is sure of its `fast_k` best experts only and has no say in what
         else is loaded; not for ``similarity``. fast_k: in [1, K).
+    expert_loss: floating ``[E]``, >= 0: what an expert's squared weight is multiplied by under
+        ``energy``; None for 1. Servers take it from `profile.loss_shares`.
     """
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is none of: {', '.join(RULES)}")
@@ -78,25 +81,25 @@ def checked(
         None if table is None else _floats(table) for table in (scores, similarity, expert_loss)
     )
     _check_values_on_cpu(topk_ids, weights, num_experts, scores, similarity, expert_loss)
-    valid = num_rows if num_valid is None else _integer("num_valid", num_valid)
+    valid = num_rows if num_valid is None else whole_number("num_valid", num_valid)
     if not 0 <= valid <= num_rows:
         raise ValueError(f"num_valid must be in [0, T={num_rows}], got {num_valid}")
 
     keep = 1
     if rule == "similarity":
-        keep = _integer("primary_k", primary_k)
+        keep = whole_number("primary_k", primary_k)
     elif rule in ("piggyback", "topk"):
-        keep = _integer("k0", k0)
+        keep = whole_number("k0", k0)
         if not 1 <= keep < top_k:
             raise ValueError(f"k0 must be in [1, K={top_k}), got {keep}; k0 >= K is plain routing")
     fast_keep = 1
     if fast is not None:
         if rule == "similarity":
             raise ValueError("fast is not for rule 'similarity'; protect rows, or split the batch")
-        fast_keep = _integer("fast_k", fast_k)
+        fast_keep = whole_number("fast_k", fast_k)
         if not 1 <= fast_keep <= max(1, top_k - 1):
             raise ValueError(f"fast_k must be in [1, K={top_k}), got {fast_k}")
-    experts = _integer("budget", budget) if rule == "budget" else num_experts
+    experts = whole_number("budget", budget) if rule == "budget" else num_experts
     if not 1 <= experts <= num_experts:
         raise ValueError(f"budget must be in [1, E={num_experts}], got {experts}")
 

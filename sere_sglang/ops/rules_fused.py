@@ -13,9 +13,9 @@ import torch
 
 from sere_sglang.ops import cuda
 from sere_sglang.ops.cuda_plan import plan_rule
-from sere_sglang.ops.dispatch import UnavailableError
 from sere_sglang.ops.fused import check_logits, new_slots
 from sere_sglang.ops.jit import BuildError
+from sere_sglang.ops.registry import UnavailableError
 from sere_sglang.ops.rule_block import encode_rule
 from sere_sglang.ops.rule_ops import check_apply
 from sere_sglang.ops.rules_call import LostSlots

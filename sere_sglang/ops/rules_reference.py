@@ -15,7 +15,7 @@ from sere_sglang.ops.distinct import (
     merge_slots,
     sum_slots,
 )
-from sere_sglang.ops.reference import _expert_set, _rank_slots
+from sere_sglang.ops.reference import expert_set, rank_slots
 from sere_sglang.ops.reroute import reroute
 from sere_sglang.ops.rules_call import FRACTION_BITS, LARGEST_TERM, Routed, RuleCall
 
@@ -56,7 +56,7 @@ class _Batch:
         kept = torch.zeros_like(self.valid) if call.protected is None else call.protected
         self.protected = self.valid & kept
         self.changes = (self.valid & ~kept)[:, None] & self.routed_slot  # slots a rule may change
-        self.rank = _rank_slots(self.ids, self.weights)
+        self.rank = rank_slots(self.ids, self.weights)
         fast = torch.zeros_like(self.valid) if call.fast is None else call.fast
         self.speaks = (self.valid & ~fast)[:, None]  # rows that sums over rows are taken of
         sure = torch.full_like(rows, call.keep).where(~fast, call.fast_keep)
@@ -82,7 +82,7 @@ class _Batch:
         ids = padding_ids.where(pads, ids)
         weights = padding_weights.where(pads, weights)
         held = self.valid[:, None] & self.routed_slot
-        active = _expert_set(ids, held, self.call.num_experts)
+        active = expert_set(ids, held, self.call.num_experts)
         return Routed(ids.to(torch.int32), weights, active, lost)
 
     def count(self, routed: Routed, counters: torch.Tensor) -> None:
@@ -91,9 +91,9 @@ class _Batch:
         held = self.valid[:, None] & self.routed_slot
         assert routed.lost is not None
         some = self.valid.any().to(torch.int64)
-        before = _expert_set(self.ids, held, call.num_experts).sum()
+        before = expert_set(self.ids, held, call.num_experts).sum()
         now = routed.ids.to(torch.int64)
-        loaded = _expert_set(now, held & (routed.weights != 0.0), call.num_experts).sum()
+        loaded = expert_set(now, held & (routed.weights != 0.0), call.num_experts).sum()
         moved = ((routed.ids != call.ids) & held).sum()
         squares = routed.lost * routed.lost
         if call.expert_loss is not None:
@@ -113,11 +113,11 @@ class _Batch:
         call = self.call
         live = self.valid[:, None] & self.routed_slot
         first = live & (self.sure | self.protected[:, None])
-        members = _expert_set(self.ids, first, call.num_experts)
+        members = expert_set(self.ids, first, call.num_experts)
         if call.rule == "similarity":
             # P and the critical experts; where P is empty nothing changes.
             after = self._moved()
-            return _expert_set(after, live, call.num_experts) & members.any()
+            return expert_set(after, live, call.num_experts) & members.any()
         if call.rule == "budget":
             return self._within_budget(members, live)
         if call.rule == "energy":
@@ -128,7 +128,7 @@ class _Batch:
         call = self.call
         assert call.scores is not None
         if not call.warmup:
-            first = _expert_set(self.ids, live & self.protected[:, None], call.num_experts)
+            first = expert_set(self.ids, live & self.protected[:, None], call.num_experts)
         summed = (_fixed(call.scores) * self.speaks).sum(dim=0)
         # Those that are in already come first, the others by their sum; ties by the lowest id.
         order = summed.where(~first, torch.iinfo(torch.int64).max).argsort(
@@ -140,7 +140,7 @@ class _Batch:
 
     def _within_loss(self, stay: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
         call = self.call
-        used = _expert_set(self.ids, live, call.num_experts)
+        used = expert_set(self.ids, live, call.num_experts)
         energy = torch.zeros(call.num_experts, dtype=torch.int64, device=self.ids.device)
         squares = self.weights * self.weights
         if call.expert_loss is not None:

@@ -85,7 +85,7 @@ def apply_(
     gone = lost or (None, None)
     active = None if active is None else active.view(torch.uint8)
 
-    with rerouting._on_device(ids):
+    with rerouting.on_device(ids):
         make = torch.empty if plan.one_program else torch.zeros
         # Sums, totals, and behind them the flags.
         words = e_pad + TOTAL_SUMS + SCRATCH_ROWS * e_pad // 2

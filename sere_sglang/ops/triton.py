@@ -75,7 +75,7 @@ def reroute_(
     e_pad, expert_tile = sizes["E_PAD"], plan.expert_tile
     scratch_words = phases.SCRATCH_ROWS * e_pad
 
-    with _on_device(topk_ids):
+    with on_device(topk_ids):
         if plan.one_program:
             scratch = torch.empty(scratch_words, dtype=torch.int32, device=topk_ids.device)
             kernels.reroute_decode[(1,)](
@@ -136,6 +136,6 @@ def plan_reroute(num_rows: int, top_k: int, num_experts: int) -> Plan:
     )
 
 
-def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sere_sglang.ops.triton import _on_device
+from sere_sglang.ops.triton import on_device
 
 INWARD_TILE = 512
 OUTWARD_TILE = 256
@@ -95,7 +95,7 @@ def inner_products(
     inner = torch.empty(rows, slots, rank, dtype=torch.float32, device=hidden.device)
     if rows == 0 or rank == 0:
         return inner
-    with _on_device(hidden):
+    with on_device(hidden):
         inward_slots[(rows, slots)](
             hidden, lost, experts, inward, inner, share, hidden.stride(0),
             H=size, K=slots, R=rank, R_PAD=triton.next_power_of_2(rank),
@@ -118,7 +118,7 @@ def add_(
     if rows == 0:
         return
     tile = tile_of(OUTWARD_TILE, size, rank)
-    with _on_device(output):
+    with on_device(output):
         outward_slots[(rows, triton.cdiv(size, tile))](
             output, lost, experts, inner, outward, bias, share, output.stride(0),
             H=size, K=slots, K_PAD=triton.next_power_of_2(slots), R=rank,

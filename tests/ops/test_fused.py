@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sere_sglang.ops import LayerTable, encode_control, fused, reroute_
-from sere_sglang.ops.dispatch import UnavailableError
 from sere_sglang.ops.fused import fused_topk_reroute, softmax_topk
 from sere_sglang.ops.jit import BuildError
+from sere_sglang.ops.registry import UnavailableError
 from tests.ops import cases, fused_cases
 from tests.ops.cases import Spec
 

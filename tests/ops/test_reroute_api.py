@@ -21,6 +21,7 @@ from sere_sglang.ops import (
     dispatch,
     encode_control,
     new_counters,
+    registry,
     reroute,
     reroute_,
     select_impl,
@@ -174,9 +175,9 @@ class Broken:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, module: object) -> None:
     """Put `module` in the place of the implementation named cpu."""
-    real = dispatch.importlib.import_module
+    real = registry.importlib.import_module
     monkeypatch.setattr(
-        dispatch,
+        registry,
         "importlib",
         types.SimpleNamespace(
             import_module=lambda name: module if name == "sere_sglang.ops.cpu" else real(name)
@@ -224,7 +225,7 @@ def test_a_gpu_without_nvcc_is_told_what_it_serves_without(
 ) -> None:
     def load(name: str, _device_type: str) -> None:
         if name == "cuda":
-            raise dispatch.UnavailableError("cuda needs nvcc")
+            raise registry.UnavailableError("cuda needs nvcc")
 
     monkeypatch.setattr(dispatch, "load_impl", load)
     with caplog.at_level("WARNING"):

@@ -238,12 +238,6 @@ GOOD: dict[str, Any] = {"scores": torch.full((2, 4), 0.25), "similarity": torch.
         ("energy", {}, "loss is missing"),
         ("energy", {"loss": 1.5}, r"loss must be in \[0, 1\], got 1.5"),
         ("energy", {"loss": float("nan")}, "loss must be in"),
-        (
-            "energy",
-            {"loss": 0.1, "expert_loss": torch.ones(3)},
-            r"expert_loss must be \[E\] = \[4\]",
-        ),
-        ("energy", {"loss": 0.1, "expert_loss": -torch.ones(4)}, "expert_loss contains NaN"),
         ("energy", {"loss": 0.1, "fill_weight": -1.0}, "fill_weight must be in"),
         ("energy", {"loss": 0.1, "renormalize": 2.0}, "renormalize must be in"),
         ("topk", {"k0": 1, "num_valid": 3}, r"num_valid must be in \[0, T=2\]"),
@@ -295,6 +289,20 @@ def test_what_is_no_tensor_is_named(name: str) -> None:
     }
     with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got list"):
         checked("topk", k0=1, **(arguments | {name: [[0.5, 0.5]]}))
+
+
+@pytest.mark.parametrize(
+    ("expert_loss", "message"),
+    [
+        (torch.ones(3), r"expert_loss must be \[E\] = \[4\], got \[3\]"),
+        (-torch.ones(4), "expert_loss contains NaN, infinity or a value below 0"),
+        (torch.full((4,), float("inf")), "expert_loss contains NaN"),
+    ],
+)
+def test_a_wrong_expert_loss_is_named(expert_loss: torch.Tensor, message: str) -> None:
+    ids, weights = torch.tensor([[0, 1], [2, -1]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    with pytest.raises(ValueError, match=message):
+        checked("energy", ids, weights, scores=torch.ones(2, 4), loss=0.1, expert_loss=expert_loss)
 
 
 @pytest.mark.parametrize("shape", [(0, 2), (3, 0)], ids=str)

@@ -132,9 +132,11 @@ def test_experts_weigh_what_their_surrogates_leave(surrogates: bool) -> None:
     logits = torch.randn(ROWS, EXPERTS, generator=generator)
     ids, weights = _routed(logits.softmax(-1))
     own, other = (
-        apply_rule("energy", ids, weights, scores=logits.softmax(-1), loss=0.08 * 2.25,
-                   expert_loss=cost, fill_weight=0.0 if surrogates else WEIGHTS.fill,
-                   renormalize=0.0 if surrogates else WEIGHTS.renormalize)
+        applied(checked(
+            "energy", ids, weights, scores=logits.softmax(-1), loss=0.08 * 2.25,
+            expert_loss=cost, fill_weight=0.0 if surrogates else WEIGHTS.fill,
+            renormalize=0.0 if surrogates else WEIGHTS.renormalize,
+        ))
         for cost in (stage.expert_loss, None)
     )  # fmt: skip
     assert not torch.equal(own.ids, other.ids), "a case that shows it"
