@@ -135,8 +135,69 @@ def bind_model(
 ) -> Binding:
     """Find the model's MoE layers and bind one stage to each. Raises `SereError`."""
     name = type(model).__name__
-    layers = moe_layers(model)
-    routers = routers_of(model)
+    layers, routers = moe_layers(model), routers_of(model)
+    _require_routable(name, layers, routers, profile, config)
+    target = torch.device(device)
+    strict = target.type == "cuda" and config.sere_on_error != "fallback"
+    impl = select_impl(target, strict=strict)
+    configs = {i: routers[i].topk_config for i in sorted(layers)}
+    auto, rule, unavailable = resolve_rules(target.type, config, layers, configs, profile)
+    rules: dict[int, LayerRules] = {}
+    if target.type == "cpu" or rule not in {SIMILARITY, *unavailable}:
+        shares = profile.loss_shares
+        rules = {i: layer_rules(layers[i], configs[i], profile, target, shares[i]) for i in configs}
+    words = {i: own.words for i, own in rules.items()}
+    on_host = target.type == "cpu" or not words
+    control = ControlBlock(target, sorted(layers), _MAX_CLASS_ROWS, None if on_host else words)
+    counters = torch.zeros(len(layers), len(FIELDS), dtype=torch.int64, device=target)
+    switch = Switch()
+    softmax_routers = [id for id in layers if is_plain_softmax(routers[id].topk_config)]
+    # Built now: at its first use SGLang may be capturing a graph.
+    fuses = impl == "cuda" and bool(softmax_routers) and not rules and uses_cuda(strict)
+    stages = []
+    for row, layer_id in enumerate(sorted(layers)):
+        layer, router = layers[layer_id], routers[layer_id]
+        require_standard_format(router, name)
+        require_weights_on_output(layer, name)
+        if target.type != "cpu":
+            require_probabilities(router, runner_of(layer), name)
+        scale = profile.tables[layer_id]["scale"] if config.sere_scale else None
+        stage = RerouteStage(
+            layer_id=layer_id,
+            top_k=routed_top_k(router),
+            table=LayerTable.build(profile.similarity[layer_id], scale, device=target),
+            control=control.words[row],
+            row_class=control.row_class,
+            counters=counters[row, : len(COUNTER_FIELDS)],
+            switch=switch,
+            impl=impl,
+            fuse=fuses and layer_id in softmax_routers,
+            distinct=target.type == "cpu" or _distinct(layer, config),
+        )
+        if layer_id in rules:
+            own = rules[layer_id]
+            stage.rules = (
+                own.on_host(counters[row])
+                if control.rule_words is None
+                else own.in_graphs(control.rule_words[row], counters[row])
+            )
+        # Written by the router from its own ids; it would go stale behind re-routing.
+        router.topk_config.fused_gate_packed_ids = False
+        bind_stage(router.topk_config, stage)
+        bind_stage(layer, stage)
+        stages.append(stage)
+    return Binding(name, stages, control, counters, switch, impl, auto, unavailable)
+
+
+def _require_routable(
+    name: str,
+    layers: Mapping[int, Any],
+    routers: Mapping[int, Any],
+    profile: SereProfile,
+    config: SereConfig,
+) -> None:
+    """Raise `SereError` where a model `name` has no MoE layers, or not all of them can be
+    re-routed."""
     if not layers:
         raise SereError(
             f"--moe-backend sere: {name} has no MoE layers here; drop the flag, or, where a "
@@ -155,62 +216,6 @@ def bind_model(
             f"--sere-profile {config.sere_profile}: no similarity for MoE layer(s) "
             f"{ranges(missing)} of {name}; calibrate this model again"
         )
-    target = torch.device(device)
-    strict = target.type == "cuda" and config.sere_on_error != "fallback"
-    impl = select_impl(target, strict=strict)
-    configs = {i: routers[i].topk_config for i in sorted(layers)}
-    auto, rule, unavailable = resolve_rules(target.type, config, layers, configs, profile)
-    rules: dict[int, LayerRules] = {}
-    if target.type == "cpu" or rule not in {SIMILARITY, *unavailable}:
-        shares = profile.loss_shares
-        rules = {i: layer_rules(layers[i], configs[i], profile, target, shares[i]) for i in configs}
-    control = ControlBlock(
-        target,
-        sorted(layers),
-        _MAX_CLASS_ROWS,
-        {i: own.words for i, own in rules.items()} if rules and target.type != "cpu" else None,
-    )
-    counters = torch.zeros(len(layers), len(FIELDS), dtype=torch.int64, device=target)
-    switch = Switch()
-    softmax_routers = [id for id in layers if is_plain_softmax(routers[id].topk_config)]
-    # Built now: at its first use SGLang may be capturing a graph.
-    fuses = impl == "cuda" and bool(softmax_routers) and not rules and uses_cuda(strict)
-    stages = []
-    for row, layer_id in enumerate(sorted(layers)):
-        router = routers[layer_id]
-        require_standard_format(router, name)
-        require_weights_on_output(layers[layer_id], name)
-        if target.type != "cpu":
-            require_probabilities(router, runner_of(layers[layer_id]), name)
-        topk_config = router.topk_config
-        stage = RerouteStage(
-            layer_id=layer_id,
-            top_k=routed_top_k(router),
-            table=LayerTable.build(
-                profile.similarity[layer_id],
-                profile.tables[layer_id]["scale"] if config.sere_scale else None,
-                device=target,
-            ),
-            control=control.words[row],
-            row_class=control.row_class,
-            counters=counters[row, : len(COUNTER_FIELDS)],
-            switch=switch,
-            impl=impl,
-            fuse=fuses and layer_id in softmax_routers,
-            distinct=target.type == "cpu" or _distinct(layers[layer_id], config),
-        )
-        if layer_id in rules:
-            stage.rules = (
-                rules[layer_id].on_host(counters[row])
-                if control.rule_words is None
-                else rules[layer_id].in_graphs(control.rule_words[row], counters[row])
-            )
-        # Written by the router from its own ids; it would go stale behind re-routing.
-        topk_config.fused_gate_packed_ids = False
-        bind_stage(topk_config, stage)
-        bind_stage(layers[layer_id], stage)
-        stages.append(stage)
-    return Binding(name, stages, control, counters, switch, impl, auto, unavailable)
 
 
 def _distinct(layer: Any, config: SereConfig) -> bool:
