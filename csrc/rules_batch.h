@@ -108,7 +108,8 @@ inline void add_within_loss(const RuleProblem& p, const ExpertSet& used, ExpertS
     const int32_t* ids = p.row_ids(row);
     const float* weights = p.row_weights(row);
     for (int k = 0; k < p.top_k; ++k) {
-      if (is_expert(ids[k], p.experts)) energy[ids[k]] += lost_energy(weights[k], p.expert_loss, ids[k]);
+      if (!is_expert(ids[k], p.experts)) continue;
+      energy[ids[k]] += lost_energy(weights[k], p.expert_loss, ids[k]);
     }
   }
   int32_t droppable[kMaxExperts];

@@ -34,14 +34,14 @@ struct RuleScratch {
 static_assert(sizeof(RuleScratch) <= 9216, "what sere_sglang/ops/rules_cuda.py allocates");
 
 struct RuleParams : Routing {
-  const float* scores;    // [rows, experts] or null
+  const float* scores;       // [rows, experts] or null
   const float* expert_loss;  // [experts] or null
-  const int32_t* block;   // a RuleBlock
-  uint8_t* active;        // [experts], zeros, or null
-  float* lost;            // [rows, top_k], zeros, or null; with it
-  int32_t* lost_experts;  // likewise
-  RuleScratch* scratch;   // grid form only
-  bool quads;             // rows of scores are aligned for loads of four
+  const int32_t* block;      // a RuleBlock
+  uint8_t* active;           // [experts], zeros, or null
+  float* lost;               // [rows, top_k], zeros, or null; with it
+  int32_t* lost_experts;     // likewise
+  RuleScratch* scratch;      // grid form only
+  bool quads;                // rows of scores are aligned for loads of four
 };
 
 struct RuleShared {
@@ -102,7 +102,7 @@ SERE_DEVICE int kind_of(const RuleShared& s, const RuleParams& p, int row) {
   return p.row_class != nullptr && (s.options.flags & kHasClasses) ? p.row_class[row] : 0;
 }
 
-// What a slot's loss is multiplied by (lost_energy): it is known of what surrogates leave.
+// For lost_energy. It says what surrogates leave, so it holds where they make up for what is lost.
 SERE_DEVICE const float* expert_loss_of(const RuleShared& s, const RuleParams& p) {
   return s.options.flags & kWritesLost ? p.expert_loss : nullptr;
 }

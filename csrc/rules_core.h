@@ -45,8 +45,8 @@ SERE_HD int64_t fixed_point(float value) {
 #endif
 }
 
-// What losing a slot of an expert costs under `energy`: its squared weight, times what the expert's
-// own is worth where that is known.
+// What losing a slot costs under `energy`: its squared weight, times `expert_loss` [experts] where
+// there is one.
 SERE_HD int64_t lost_energy(float weight, const float* expert_loss, int expert) {
   const float square = multiply_rounded(weight, weight);
   return fixed_point(expert_loss == nullptr ? square
