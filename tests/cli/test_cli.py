@@ -307,7 +307,7 @@ def test_sigterm_leaves_like_ctrl_c(ignores_interrupts: bool) -> None:
     """So that servers which a command started end with it."""
     program = """
 import signal, time
-if IGNORES: signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN if IGNORES else signal.default_int_handler)
 from sere_sglang.cli.main import terminated_as_interrupted
 with terminated_as_interrupted():
     try:

@@ -19,7 +19,7 @@ from tests.server.harness import TWO_RANKS, Server, refusal_of, serve
 
 PROMPTS = [f"request number {i} " * (1 + i % 3) for i in range(10)]
 EAGER = {"policy": "adaptive", "quality_budget": 1.0, "min_gain": 0.0, "min_batch": 1}
-LOCAL = ("time", "after_idle")  # what ranks may see differently; no decision reads it
+LOCAL = ("time", "after_idle", "spent_loss")  # what ranks may see differently; no decision reads it
 
 Step = dict[str, Any]
 
