@@ -312,7 +312,8 @@ from sere_sglang.cli.main import terminated_as_interrupted
 with terminated_as_interrupted():
     try:
         print("started", flush=True)
-        time.sleep(60)
+        for _ in range(600):  # a signal just before a long sleep would wait for its end
+            time.sleep(0.1)
     finally:
         print("cleaned up", flush=True)
 """
