@@ -32,6 +32,15 @@ def replace_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         raise
 
 
+def can_write_in(folder: Path) -> bool:
+    """By trying: of some file systems a system says to root that it may."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
 def write_output(path: Path, content: str | bytes, flag: str = "--out") -> None:
     """`replace_file` of what a user asked for by `flag`. Raises `SereError`."""
     try:

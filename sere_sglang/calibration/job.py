@@ -19,7 +19,7 @@ from sere_sglang.calibration.text import CalibrationText, check_files, read_wind
 from sere_sglang.cpu import isa as cpu_isa
 from sere_sglang.cpu.large_pages import ask_allocator_for_large_pages
 from sere_sglang.errors import SereError
-from sere_sglang.files import one_writer
+from sere_sglang.files import can_write_in, one_writer
 from sere_sglang.profile import MoeModelInfo, ProfileError, default_place, find_profile
 from sere_sglang.profile.model_files import downloaded, model_folder, weights_fingerprint
 
@@ -229,7 +229,7 @@ def _check_out(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SereError(f"--out {out}: {error}; choose another place") from None
-    if not os.access(out.parent, os.W_OK):
+    if not can_write_in(out.parent):
         raise SereError(f"--out {out}: {out.parent} is not writable; choose another place")
 
 

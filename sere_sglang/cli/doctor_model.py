@@ -9,7 +9,6 @@ import os
 import shlex
 import signal
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sere_sglang.errors import SereError
+from sere_sglang.files import can_write_in
 
 if TYPE_CHECKING:
     from sere_sglang.profile import MoeModelInfo
@@ -235,13 +235,8 @@ def _check_out(out: Path | None) -> None:
         return
     if out.is_dir():
         raise SereError(f"--out {out} is a folder; name the file to write")
-    try:
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError:
-        raise SereError(
-            f"--out {out}: {out.parent} cannot be written in; choose another folder"
-        ) from None
+    if not can_write_in(out.parent):
+        raise SereError(f"--out {out}: {out.parent} cannot be written in; choose another folder")
 
 
 def _say(what: str) -> None:

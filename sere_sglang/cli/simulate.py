@@ -199,11 +199,12 @@ def _policies(
     elif rule != "budget":
         chosen = primary_k or sorted({1, 2, max(1, top_k // 2)} & set(range(1, top_k)))
         policies |= {f"static S={s}": one(primary_k=s) for s in chosen}
-    min_batch = OPTIONS["sere_min_batch"]
-    for policy, name in (("adaptive", "adaptive"), ("slo", f"slo {tpot_slo_ms or 0:g} ms")):
-        least = min_batch.default_of(SereConfig(sere_policy=policy), top_k)
-        if policy != "slo" or tpot_slo_ms is not None:
-            policies[name] = one(policy=policy, min_batch=least)
+    live = {"adaptive": "adaptive"}
+    if tpot_slo_ms is not None:
+        live["slo"] = f"slo {tpot_slo_ms:g} ms"
+    for policy, name in live.items():
+        least = OPTIONS["sere_min_batch"].default_of(SereConfig(sere_policy=policy), top_k)
+        policies[name] = one(policy=policy, min_batch=least)
     return policies
 
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from sere_sglang.cli.served import Asked, Served, one_line_errors, served
 from sere_sglang.cli.tune_report import line, page
 from sere_sglang.cli.tune_search import CANDIDATES, Measured, Search
 from sere_sglang.errors import SereError
-from sere_sglang.files import cannot_write, write_output
+from sere_sglang.files import can_write_in, cannot_write, write_output
 from sere_sglang.measure.cells import Cells
 from sere_sglang.measure.halving import REFINED, Target, rounds_of
 from sere_sglang.measure.machine import cpu_info, gpu_names
@@ -209,6 +208,5 @@ def _untuned(metadata: Any) -> dict[str, Any]:
 
 def _require_writable(path: Path) -> None:
     """Raise `SereError` before hours are spent on what cannot be kept."""
-    folder = path.parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+    if not can_write_in(path.parent):
         raise SereError(f"{path}: its folder cannot be written to; name a file by --profile-out")

@@ -75,15 +75,14 @@ class AdaptivePolicy:
     def predict(self, composition: BatchComposition, rule: str, model: StepModel) -> Prediction:
         """What each rung would do to this batch.
 
-        Exact rows keep their experts active and cost no quality, so they thin out both; but not
-        what ``energy`` may lose, which the kernel counts over all rows.
+        Exact rows keep their experts active and cost no quality, so they thin out both.
         """
         rows = composition.num_tokens
         ladder = self.ladders(rule).of(rows)
         free = composition.free_share
         active = ladder.active[0] - free * (ladder.active[0] - ladder.active)
         return Prediction(
-            loss=ladder.loss if rule == "energy" else free * ladder.loss,
+            loss=composition.loss_factor(rule) * ladder.loss,
             step_ms=model.step_ms(rows, self.cost.moe_ms(rows, active)),
         )
 

@@ -52,6 +52,11 @@ class BatchComposition:
         """Of the rows, those that re-routing may change."""
         return 1.0 - self.exact_rows / max(self.num_tokens, 1)
 
+    def loss_factor(self, rule: str) -> float:
+        """What exact rows leave of a point's loss, since they lose nothing. What ``energy`` may
+        lose is of all rows already: its kernel counts exact ones too."""
+        return 1.0 if rule == "energy" else self.free_share
+
     @property
     def is_decode_like(self) -> bool:
         """Every row is a decode step or a draft to verify: the memory-bound case SERE is for."""

@@ -141,11 +141,11 @@ class Simulator:
         return run
 
     def _effect(self, composition: BatchComposition, point: OperatingPoint) -> tuple[float, float]:
-        """(active experts, loss); exact rows thin them out as in `AdaptivePolicy.predict`."""
+        """(active experts, loss); exact rows thin out both."""
         active, loss = self.expectation.effect(composition.num_tokens, point)
         plain = self.expectation.plain_active(composition.num_tokens)
         free = composition.free_share
-        return plain - free * (plain - active), loss if point.rule == "energy" else free * loss
+        return plain - free * (plain - active), composition.loss_factor(point.rule) * loss
 
 
 def _arrivals(traffic: Traffic, run: Run, steps: int) -> Iterator[BatchComposition]:
