@@ -78,28 +78,46 @@ use_wheels() {
   echo "${#wheels[@]} wheels, $SECONDS s"
 }
 
-# Memory errors in a small case. Some virtual machines do not let the tool at the GPU.
-sanitize() {
-  local tool log="$scratch/sanitizer.log" status
-  tool=$(command -v compute-sanitizer)
-  if [ -z "$tool" ]; then
+# Memory errors, races for shared memory and barriers that not every thread reaches, in a small case.
+# Some virtual machines do not let the tool at the GPU.
+sanitize() { # seconds
+  local check checks=(memcheck racecheck synccheck) running=() status worst=0
+  if ! command -v compute-sanitizer >/dev/null; then
     echo "compute-sanitizer is not on this machine: skipped"
     return 0
   fi
+  # All at once: most of each run is one core that loads libraries and compiles.
+  for check in "${checks[@]}"; do
+    sanitize_for "$check" "$1" >"$scratch/$check.txt" 2>&1 &
+    running+=($!)
+  done
+  for i in "${!checks[@]}"; do
+    wait "${running[i]}"
+    status=$?
+    echo "-- ${checks[i]}"
+    cat "$scratch/${checks[i]}.txt"
+    if [ $status -ne 0 ]; then worst=$status; fi
+  done
+  return $worst
+}
+
+sanitize_for() { # memcheck | racecheck | synccheck, seconds
+  local log="$scratch/$1.log" options=() status
+  if [ "$1" = memcheck ]; then options=(--report-api-errors no); fi
   # Without torch's cache every tensor is an allocation, so that the tool sees its bounds. Calls that
   # fail are no finding: CUDA's own runtime asks the driver for functions that it may not have.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "$1" "$tool" --tool memcheck --error-exitcode 99 \
-    --report-api-errors no "$PYTHON" -m launch.gpu_parts small-case >"$log" 2>&1
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "$2" compute-sanitizer --tool "$1" \
+    --error-exitcode 99 ${options[@]+"${options[@]}"} "$PYTHON" -m launch.gpu_parts small-case >"$log" 2>&1
   status=$?
   grep -m 40 '^=========' "$log" # the errors, the first ones first
   tail -n 12 "$log"
-  if [[ $status -eq 124 || $status -eq 137 ]] && ! grep -qE '^========= +(Invalid|Misaligned|Out)' "$log"
-  then
-    echo "compute-sanitizer: no error in the $1 s that it was given, but it did not get through"
+  if [[ $status -eq 124 || $status -eq 137 ]] &&
+    ! grep -qE '^========= +(Invalid|Misaligned|Out|Error|Warning|Barrier)' "$log"; then
+    echo "$1: no error in the $2 s that it was given, but it did not get through"
     return 0
   fi
   if [ $status -ne 0 ] && grep -qiE 'device not supported|not supported on|unable to (attach|inject)|failed to initialize' "$log"; then
-    echo "compute-sanitizer does not work on this machine: skipped"
+    echo "$1 does not work on this machine: skipped"
     return 0
   fi
   return $status
@@ -114,7 +132,7 @@ gpu_tests() { # seconds, processes
     -p no:cacheprovider ${spread[@]+"${spread[@]}"} 2>&1 | tee "$log"
   [ "${PIPESTATUS[0]}" -eq 0 ] && grep -qE '[0-9]+ passed' "$log"
 }
-export -f sanitize gpu_tests
+export -f sanitize sanitize_for gpu_tests
 export PYTHON scratch
 
 check_on_gpu() {
