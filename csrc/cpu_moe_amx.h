@@ -65,6 +65,28 @@ inline void transpose(__m512i rows[16]) {
   }
 }
 
+// Columns 4 q to 4 q + 3 of a tile of 16 rows, as rows of 16 words: words of four rows that are four
+// apart meet in a register, so that what follows stays within its quarters.
+inline void four_columns(const float* tile, int q, __m512 columns[4]) {
+  __m512 t[4], u[4];
+  for (int i = 0; i < 4; ++i) {
+    const float* from = tile + i * kTile + 4 * q;
+    t[i] = _mm512_castps128_ps512(_mm_load_ps(from));
+    t[i] = _mm512_insertf32x4(t[i], _mm_load_ps(from + 4 * kTile), 1);
+    t[i] = _mm512_insertf32x4(t[i], _mm_load_ps(from + 8 * kTile), 2);
+    t[i] = _mm512_insertf32x4(t[i], _mm_load_ps(from + 12 * kTile), 3);
+  }
+  for (int i = 0; i < 4; i += 2) {
+    u[i] = _mm512_unpacklo_ps(t[i], t[i + 1]);
+    u[i + 1] = _mm512_unpackhi_ps(t[i], t[i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m512d low = _mm512_castps_pd(u[i]), high = _mm512_castps_pd(u[i + 2]);
+    columns[2 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+    columns[2 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+  }
+}
+
 // c[a][b] = 16 weight rows from left + 16 a, times block b of 16 tokens, for kBlocks blocks. Weights
 // at `ahead`, unless null, are requested meanwhile, as many as there are at `left`.
 template <int kBlocks>

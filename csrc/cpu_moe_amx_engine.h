@@ -119,13 +119,16 @@ class Engine {
       }
       for (int half = 0; half < 2; ++half) {
         for (int block = 0; block < blocks; ++block) {
-          __m512i rows[kTile];
           const float* tile = thread.products[half][block];
-          for (int r = 0; r < kTile; ++r) rows[r] = _mm512_load_si512(tile + r * kTile);
-          transpose(rows);
           float* to = out + block * kTile * stride + w + half * kTile;
           const int rows_here = std::min(kTile, count - block * kTile);
-          for (int r = 0; r < rows_here; ++r) _mm512_storeu_si512(to + r * stride, rows[r]);
+          for (int q = 0; 4 * q < rows_here; ++q) {
+            __m512 columns[4];
+            four_columns(tile, q, columns);
+            for (int i = 0; i < 4 && 4 * q + i < rows_here; ++i) {
+              _mm512_storeu_ps(to + (4 * q + i) * stride, columns[i]);
+            }
+          }
         }
       }
     }
