@@ -15,7 +15,7 @@ import torch
 
 from sere_sglang.profile import load_profile, save_profile
 from tests.server.checks import PROMPTS
-from tests.server.harness import CPU_ENGINE, SERE, Server, refusal_of, run, serve
+from tests.server.harness import SERE, Server, refusal_of, run, serve
 from tests.server.profiles import random_profile, without_profile
 
 Checkpoint = Callable[[str], Path]
@@ -119,9 +119,9 @@ def _is_at(server: Server, *, primary_k: int, threshold: float) -> None:
 
 
 def test_help_shows_the_flags() -> None:
-    command = [sys.executable, "-m", "sglang.launch_server", "--help"]
-    env = {**os.environ, **CPU_ENGINE}
-    shown = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    result = run([sys.executable, "-m", "sglang.launch_server", "--help"])
+    assert result.returncode == 0, result.stderr[-3000:]
+    shown = result.stdout
     for flag in (
         "--moe-backend",
         "--sere-profile",
