@@ -24,8 +24,8 @@ class BuildWithKernels(build_py):
         super().run()
         if AHEAD and not self.editable_mode:
             sys.path.insert(0, str(Path(__file__).parent))
-            from sere_sglang.ops.cuda import compile_into
-            from sere_sglang.ops.prebuilt import folder_of
+            from sere_sglang.ops.cuda.library import compile_into
+            from sere_sglang.ops.cuda.prebuilt import folder_of
 
             compile_into(folder_of(Path(self.build_lib, "sere_sglang", "csrc")))
 

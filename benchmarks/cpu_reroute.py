@@ -21,13 +21,13 @@ from benchmarks._common import interleaved_median, random_similarity, write_resu
 from sere_sglang.ops import (
     LayerTable,
     apply_rule,
-    cpu,
     encode_control,
-    reference,
     reroute_,
-    rules_cpu,
-    rules_reference,
 )
+from sere_sglang.ops.cpu import reroute as native
+from sere_sglang.ops.cpu import rules as native_rules
+from sere_sglang.ops.reference import reroute as reference
+from sere_sglang.ops.reference import rules as reference_rules
 from sere_sglang.ops.rules_call import RuleCall
 from sere_sglang.ops.surrogates import Surrogates, compensate_
 
@@ -77,7 +77,7 @@ def measure(tokens: int, experts: int, top_k: int, budget_s: float) -> dict[str,
 
     functions = {
         "us": in_place(lambda: reroute_(*operands, impl="cpu")),
-        "us_native": in_place(lambda: cpu.reroute_(*operands, None, None, True)),
+        "us_native": in_place(lambda: native.reroute_(*operands, None, None, True)),
         "us_torch": in_place(lambda: reference.reroute_(*operands, None, None, True)),
         "us_published": lambda: work.copy_(
             published_sequence.run_torch(ids, similarity, PRIMARY_K, THRESHOLD)
@@ -128,8 +128,8 @@ def measure_rules(budget_s: float) -> list[dict[str, Any]]:
         )
         functions = {
             "us": functools.partial(apply_rule, rule, ids, weights, **inputs, **options),
-            "us_native": functools.partial(rules_cpu.apply, call),
-            "us_torch": functools.partial(rules_reference.apply, call),
+            "us_native": functools.partial(native_rules.apply, call),
+            "us_torch": functools.partial(reference_rules.apply, call),
         }
         results = [function() for function in functions.values()]
         assert all(torch.equal(r.ids, results[0].ids) for r in results)
@@ -182,7 +182,7 @@ def main() -> None:
     options = parser.parse_args()
     budget_s = 0.2 if options.quick else 1.5
     torch.set_num_threads(1)
-    cpu.build()
+    native.build()
     if not options.rules:
         measure_all(budget_s)
     print(write_result("cpu_rules", measure_rules(budget_s), threads=1))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from benchmarks._common import random_similarity
-from sere_sglang.ops import LayerTable, encode_control, new_counters, reference
+from sere_sglang.ops import LayerTable, encode_control, new_counters
+from sere_sglang.ops.reference import reroute as reference
 
 PRIMARY_K = 2
 THRESHOLD = 0.3

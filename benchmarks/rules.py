@@ -27,14 +27,14 @@ import torch
 from benchmarks._common import write_result
 from benchmarks._timing import Candidate, GraphTimer, HostTimer, Timer, cuda_info, first_line
 from benchmarks.op import arguments
-from sere_sglang.ops import cuda, rules_fused
+from sere_sglang.ops.cuda import library, rules_fused
+from sere_sglang.ops.cuda.rules_fused import Selected, fused_topk_rule
 from sere_sglang.ops.registry import UnavailableError
 from sere_sglang.ops.rule_block import block_of, encode_rule
 from sere_sglang.ops.rule_ops import add_compensation_, begin_compensation
 from sere_sglang.ops.rules import load_rules
 from sere_sglang.ops.rules_call import LostSlots, RuleCall
 from sere_sglang.ops.rules_device import ApplyInPlace
-from sere_sglang.ops.rules_fused import Selected, fused_topk_rule
 from sere_sglang.ops.surrogates import Surrogates, compensate_
 
 TOKENS: tuple[int, ...] = (1, 8, 32, 128, 256, 1024)
@@ -187,7 +187,7 @@ def _build(impl: str) -> None:
     if impl != "fused":
         load_rules(impl, "cuda")
         return
-    reason = cuda.is_available("cuda")
+    reason = library.is_available("cuda")
     if reason is not None:
         raise UnavailableError(f"fused: {reason}")
     rules_fused.build()

@@ -1,4 +1,4 @@
-// Re-routing of chosen experts, in place. Called by sere_sglang/ops/cuda.py.
+// Re-routing of chosen experts, in place. Called by sere_sglang/ops/cuda/reroute.py.
 #include "reroute_kernels.cuh"
 #include "reroute_launch.h"
 

@@ -30,7 +30,7 @@ struct GridScratch {
   int blocks_voted, blocks_done;
   Tally tally;
 };
-static_assert(sizeof(GridScratch) <= 1024, "what sere_sglang/ops/cuda.py allocates");
+static_assert(sizeof(GridScratch) <= 1024, "what sere_sglang/ops/cuda/reroute.py allocates");
 
 // The routed rows that a kernel changes in place, and how they lie among its threads.
 struct Routing {

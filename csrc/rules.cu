@@ -1,4 +1,4 @@
-// The rules beside re-routing, in place. Called by sere_sglang/ops/rules_cuda.py.
+// The rules beside re-routing, in place. Called by sere_sglang/ops/cuda/rules.py.
 #include "rules_kernels.cuh"
 #include "rules_launch.h"
 

@@ -31,7 +31,7 @@ struct RuleScratch {
   uint32_t members[kExpertWords];  // A
   int blocks_voted, blocks_done;
 };
-static_assert(sizeof(RuleScratch) <= 9216, "what sere_sglang/ops/rules_cuda.py allocates");
+static_assert(sizeof(RuleScratch) <= 9216, "what sere_sglang/ops/cuda/rules.py allocates");
 
 struct RuleParams : Routing {
   const float* scores;       // [rows, experts] or null

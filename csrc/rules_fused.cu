@@ -1,5 +1,5 @@
 // Softmax top-k of router logits and a rule beside re-routing, in one launch for decode sizes. Called
-// by sere_sglang/ops/rules_fused.py.
+// by sere_sglang/ops/cuda/rules_fused.py.
 #include "rules_fused.cuh"
 #include "rules_launch.h"
 

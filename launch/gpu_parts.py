@@ -48,7 +48,7 @@ def machine() -> int:
 def build(arch: str | None) -> int:
     """Compile everything that the check uses, for this GPU; or for `arch`, loading no kernel."""
     from benchmarks import op_impls, published_sequence
-    from sere_sglang.ops import rules_fused
+    from sere_sglang.ops.cuda import rules_fused
     from sere_sglang.ops.dispatch import load_impl
     from sere_sglang.ops.rules import load_rules
 

@@ -22,13 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
-from sere_sglang.ops import (
-    rules_triton,
-    triton_kernels,
-    triton_rule_kernels,
-    triton_surrogates,
-)
-from sere_sglang.ops import triton as rerouting
+from sere_sglang.ops.triton import kernels, rule_kernels, rules, surrogates
+from sere_sglang.ops.triton import reroute as rerouting
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 SIZES = ((8, 8, 128), (32, 8, 128), (256, 8, 128), (64, 10, 512), (8192, 8, 128))
@@ -54,11 +49,11 @@ class Compiled(NamedTuple):
 
 def kernels_of(num_rows: int, top_k: int, experts: int) -> Iterator[tuple[Any, dict[str, int]]]:
     """What a layer of that size launches, with its compile-time arguments."""
-    yield from rerouting_kernels(num_rows, top_k, experts)
-    yield from rule_kernels(num_rows, top_k, experts)
+    yield from kernels_of_rerouting(num_rows, top_k, experts)
+    yield from kernels_of_rules(num_rows, top_k, experts)
 
 
-def rerouting_kernels(
+def kernels_of_rerouting(
     num_rows: int, top_k: int, experts: int
 ) -> Iterator[tuple[Any, dict[str, int]]]:
     """Of ``similarity``, with all that it may do."""
@@ -71,12 +66,14 @@ def rerouting_kernels(
     if not plan.one_program:
         names = [f"{phase}_many" for phase in ("vote", "match", "mark", "apply", "finish")]
     for name in names:
-        yield getattr(triton_kernels, name), sizes
+        yield getattr(kernels, name), sizes
 
 
-def rule_kernels(num_rows: int, top_k: int, experts: int) -> Iterator[tuple[Any, dict[str, int]]]:
+def kernels_of_rules(
+    num_rows: int, top_k: int, experts: int
+) -> Iterator[tuple[Any, dict[str, int]]]:
     """Of the other rules; ``active`` as servers have it, None."""
-    plan = rules_triton.plan_rule(num_rows, top_k, experts)
+    plan = rules.plan_rule(num_rows, top_k, experts)
     sizes = {
         **plan.experts, **plan.slots, "TILE": plan.tile, "WIDE_TILE": plan.wide_tile,
         "EXPERT_TILE": plan.expert_tile, "num_warps": plan.warps,
@@ -86,7 +83,7 @@ def rule_kernels(num_rows: int, top_k: int, experts: int) -> Iterator[tuple[Any,
         names = [f"rule_{phase}_many" for phase in ("vote", "add_scores", "choose", "fill")]
         names.append("rule_finish_many")
     for name in names:
-        yield getattr(triton_rule_kernels, name), sizes
+        yield getattr(rule_kernels, name), sizes
 
 
 def surrogate_kernels(top_k: int) -> Iterator[tuple[Any, dict[str, int]]]:
@@ -94,10 +91,10 @@ def surrogate_kernels(top_k: int) -> Iterator[tuple[Any, dict[str, int]]]:
     for rank in RANKS:
         sizes = {**slots, "H": HIDDEN, "R": rank, "R_PAD": triton.next_power_of_2(rank)}
         for kernel, columns in (
-            (triton_surrogates.inward_slots, triton_surrogates.INWARD_TILE),
-            (triton_surrogates.outward_slots, triton_surrogates.OUTWARD_TILE),
+            (surrogates.inward_slots, surrogates.INWARD_TILE),
+            (surrogates.outward_slots, surrogates.OUTWARD_TILE),
         ):
-            yield kernel, {**sizes, "TILE": triton_surrogates.tile_of(columns, HIDDEN, rank)}
+            yield kernel, {**sizes, "TILE": surrogates.tile_of(columns, HIDDEN, rank)}
 
 
 def compile_for(kernel: Any, sizes: dict[str, int], arch: str) -> Compiled:

@@ -148,7 +148,8 @@ def _report_implementations(build: bool) -> list[str]:
 
     import torch
 
-    from sere_sglang.ops import fused, rules_cuda, rules_fused
+    from sere_sglang.ops import fused
+    from sere_sglang.ops.cuda import rules, rules_fused
     from sere_sglang.ops.dispatch import IMPLEMENTATIONS, PREFERENCE, load_impl
     from sere_sglang.ops.jit import BuildError
 
@@ -168,7 +169,7 @@ def _report_implementations(build: bool) -> list[str]:
                     load_impl(name, device)
                     if name == "cuda":
                         fused.build()
-                        rules_cuda.build()
+                        rules.build()
                         rules_fused.build()
                 except BuildError as error:
                     problems.append(f"reroute {name} on {device} does not build: {error}")
@@ -181,11 +182,11 @@ def _report_implementations(build: bool) -> list[str]:
 
 
 def _compile_for(arch: str) -> list[str]:
-    from sere_sglang.ops import cuda
+    from sere_sglang.ops.cuda import library
     from sere_sglang.ops.jit import BuildError, cache_dir
 
     try:
-        cuda.compile_for(arch)
+        library.compile_for(arch)
     except BuildError as error:
         return [f"the CUDA kernels do not build for {arch}: {error}"]
     _line(f"CUDA kernels for {arch}", f"compiled, in {cache_dir()}")

@@ -1,7 +1,9 @@
-"""``reroute()``, ``apply_rule()`` and their implementations. Nothing here imports SGLang.
+"""``reroute()`` and ``apply_rule()``. Nothing here imports SGLang.
 
-A new implementation is a module as `dispatch` describes it, plus one line in its registry; the
-tests of ``tests/ops`` then run over it wherever it is available.
+Here: their arguments, what they act on and how an implementation is chosen. The implementations
+are folders, ``reference``, ``cpu``, ``triton`` and ``cuda``, each with a ``reroute.py`` and a
+``rules.py``. A new one is two modules as `dispatch` and `rules` describe them, plus a line in the
+registry of each; the tests of ``tests/ops`` then run over it wherever it is available.
 """
 
 from __future__ import annotations

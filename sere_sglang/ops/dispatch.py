@@ -29,10 +29,10 @@ from sere_sglang.ops.table import LayerTable
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = {
-    "torch": "sere_sglang.ops.reference",
-    "cpu": "sere_sglang.ops.cpu",
-    "triton": "sere_sglang.ops.triton",
-    "cuda": "sere_sglang.ops.cuda",
+    "torch": "sere_sglang.ops.reference.reroute",
+    "cpu": "sere_sglang.ops.cpu.reroute",
+    "triton": "sere_sglang.ops.triton.reroute",
+    "cuda": "sere_sglang.ops.cuda.reroute",
 }
 """Name -> module, imported when first asked for."""
 

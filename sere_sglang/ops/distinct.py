@@ -1,4 +1,4 @@
-"""Rows stay distinct (docs/semantics.md, rule 8), in torch: for `reference` and `rules_reference`.
+"""Rows stay distinct (docs/semantics.md, rule 8), in torch: for `reference`.
 
 Shapes depend on nothing but the inputs' shapes and nothing is read back from the device. T rows, K
 slots, E experts; ``members`` bool ``[E]`` is A.

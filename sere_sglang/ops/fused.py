@@ -11,9 +11,10 @@ import logging
 
 import torch
 
-from sere_sglang.ops import cuda
 from sere_sglang.ops.control import CONTROL_WORDS
-from sere_sglang.ops.cuda_plan import plan_fused
+from sere_sglang.ops.cuda import library
+from sere_sglang.ops.cuda import reroute as cuda
+from sere_sglang.ops.cuda.plan import plan_fused
 from sere_sglang.ops.dispatch import select_impl
 from sere_sglang.ops.jit import BuildError
 from sere_sglang.ops.registry import UnavailableError
@@ -92,7 +93,7 @@ def softmax_topk(
 def build() -> None:
     """Compile the CUDA kernel now and launch it once; raises `BuildError`."""
     device = torch.device("cuda", torch.cuda.current_device())
-    cuda.load_function("fused")
+    library.load_function("fused")
     logits = torch.zeros(1, 2, device=device)
     switched_off = torch.zeros(CONTROL_WORDS, dtype=torch.int32, device=device)
     table = LayerTable(torch.eye(2, device=device))
@@ -114,11 +115,11 @@ def _launch(
     counters: torch.Tensor | None,
     distinct: bool,
 ) -> None:
-    has_clusters = cuda.has_clusters(ids.device)
+    has_clusters = library.has_clusters(ids.device)
     plan = plan_fused(ids.shape[0], table.num_experts, has_clusters)
     operands = cuda.operands(weights, ids, table, control, row_class, counters, distinct)
     launch = cuda.launch_operands(plan, ids.device, has_clusters)
-    cuda.load_function("fused")(router_logits, renormalize, *operands, *launch)
+    library.load_function("fused")(router_logits, renormalize, *operands, *launch)
 
 
 @functools.cache
@@ -147,7 +148,7 @@ def _chooses_cuda(impl: str, device: torch.device) -> bool:
     if impl == "auto":
         return device.type == "cuda" and uses_cuda()
     if impl == "cuda":
-        reason = cuda.is_available(device.type)
+        reason = library.is_available(device.type)
         if reason is not None:
             raise UnavailableError(f"cuda: {reason}")
         build()

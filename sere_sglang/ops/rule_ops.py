@@ -189,7 +189,7 @@ def _begin(
     share: float,
 ) -> torch.Tensor:
     _check_rows("hidden", hidden, lost, inward)
-    return _module("triton_surrogates").inner_products(hidden, lost, experts, inward, share)
+    return _module("triton.surrogates").inner_products(hidden, lost, experts, inward, share)
 
 
 def _begin_fake(
@@ -212,7 +212,7 @@ def _add(
     share: float,
 ) -> None:
     _check_rows("output", output, lost, outward)
-    _module("triton_surrogates").add_(output, inner, lost, experts, outward, bias, share)
+    _module("triton.surrogates").add_(output, inner, lost, experts, outward, bias, share)
 
 
 def _add_fake(

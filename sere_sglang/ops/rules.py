@@ -10,7 +10,7 @@ import torch
 
 from sere_sglang.ops import registry
 from sere_sglang.ops.jit import BuildError
-from sere_sglang.ops.reference import expert_set
+from sere_sglang.ops.reference.reroute import expert_set
 from sere_sglang.ops.registry import UnavailableError
 from sere_sglang.ops.rules_call import Routed, RuleCall
 from sere_sglang.ops.rules_check import checked
@@ -18,10 +18,10 @@ from sere_sglang.ops.rules_check import checked
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = {
-    "torch": "sere_sglang.ops.rules_reference",
-    "cpu": "sere_sglang.ops.rules_cpu",
-    "triton": "sere_sglang.ops.rules_triton",
-    "cuda": "sere_sglang.ops.rules_cuda",
+    "torch": "sere_sglang.ops.reference.rules",
+    "cpu": "sere_sglang.ops.cpu.rules",
+    "triton": "sere_sglang.ops.triton.rules",
+    "cuda": "sere_sglang.ops.cuda.rules",
 }
 """Name -> module with ``is_available`` and ``build`` as in `dispatch`, and ``apply``."""
 

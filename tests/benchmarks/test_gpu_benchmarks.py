@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import layer, moe_layer, op, rules
 from benchmarks._timing import Candidate, GraphTimer, copy_bandwidth
-from sere_sglang.ops.cuda_plan import Form, Plan
+from sere_sglang.ops.cuda.plan import Form, Plan
 from sere_sglang.ops.jit import BuildError
 from sere_sglang.ops.registry import UnavailableError
 from tests.ops import emulated

@@ -25,7 +25,7 @@ def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 def not_for_this_gpu(name: str) -> str | None:
     """Why an implementation does not apply to this GPU. A missing compiler is no such reason."""
-    from sere_sglang.ops.cuda import OLDEST_GPU
+    from sere_sglang.ops.cuda.library import OLDEST_GPU
 
     if name != "cuda":
         return None

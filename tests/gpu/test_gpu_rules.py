@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from sere_sglang.names import RULES
-from sere_sglang.ops.cuda_plan import Form, Plan
+from sere_sglang.ops.cuda.plan import Form, Plan
 from sere_sglang.ops.rule_block import block_of, classes_of, encode_rule
 from sere_sglang.ops.rules import IMPLEMENTATIONS, load_rules
 from sere_sglang.ops.rules_call import LostSlots

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sere_sglang.names import RULES
-from sere_sglang.ops import rules_fused
+from sere_sglang.ops.cuda import rules_fused
 from sere_sglang.ops.rules_call import LostSlots
 from tests.gpu.shared import SIZES, not_for_this_gpu
 from tests.ops.fused_rule_cases import check

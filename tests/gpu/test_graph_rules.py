@@ -18,9 +18,10 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from sere_sglang.names import RowClass
-from sere_sglang.ops import LayerTable, triton_phases
+from sere_sglang.ops import LayerTable
 from sere_sglang.ops.rules import load_rules
 from sere_sglang.ops.surrogates import Surrogates
+from sere_sglang.ops.triton.phases import INTERPRETED
 from sere_sglang.runtime import stage as stage_module
 from sere_sglang.runtime.control import ControlBlock
 from sere_sglang.runtime.counters import FIELDS
@@ -29,7 +30,7 @@ from sere_sglang.runtime.rule_stage import RuleForward, RuleStage
 from sere_sglang.runtime.stage import RerouteStage, Switch
 from sere_sglang.schedule.point import OFF, OperatingPoint
 
-if triton_phases.INTERPRETED:
+if INTERPRETED:
     DEVICE = "cpu"
 elif torch.cuda.is_available():
     DEVICE = "cuda"

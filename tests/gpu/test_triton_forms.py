@@ -14,7 +14,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from sere_sglang.ops import triton as implementation
+from sere_sglang.ops.triton import reroute as implementation
 from tests.ops import cases
 from tests.ops.cases import Spec
 

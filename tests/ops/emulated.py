@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from sere_sglang.ops import LayerTable, cuda, rules_cuda
-from sere_sglang.ops.cuda_plan import Plan
+from sere_sglang.ops import LayerTable
+from sere_sglang.ops.cuda import reroute as cuda
+from sere_sglang.ops.cuda import rules as rules_cuda
+from sere_sglang.ops.cuda.plan import Plan
+from sere_sglang.ops.cuda.rules_fused import Selected
 from sere_sglang.ops.fused import new_slots
 from sere_sglang.ops.jit import load_module
 from sere_sglang.ops.rules_call import LostSlots, Routed, RuleCall
 from sere_sglang.ops.rules_device import apply_copy
-from sere_sglang.ops.rules_fused import Selected
 
 NATIVE = Path(__file__).parent / "native"
 
@@ -121,7 +123,7 @@ def fused_rule(
     counters: torch.Tensor | None = None,
     lost: LostSlots | None = None,
 ) -> Selected:
-    """As `sere_sglang.ops.rules_fused.fused_topk_rule`."""
+    """As `sere_sglang.ops.cuda.rules_fused.fused_topk_rule`."""
     weights, ids = new_slots(logits, top_k)
     scores = torch.full(logits.shape, -1.0)
     library().rules_fused(

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import torch
 
+from sere_sglang.ops.cuda.rules_fused import Selected
 from sere_sglang.ops.fused import softmax_topk
 from sere_sglang.ops.rule_block import block_of, classes_of, encode_rule
 from sere_sglang.ops.rules import load_rules
 from sere_sglang.ops.rules_call import LostSlots, RuleCall
-from sere_sglang.ops.rules_fused import Selected
 
 Fused = Callable[..., Selected]
 """(logits, top_k, renormalize, block, expert_loss, row_class, counters, lost)"""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sere_sglang.ops import dispatch
-from sere_sglang.ops.cuda_plan import (
+from sere_sglang.ops.cuda.plan import (
     GRID_THREADS,
     HELD_SLOTS,
     MAX_THREADS,

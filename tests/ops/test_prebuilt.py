@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sere_sglang.ops import cuda, jit, prebuilt
+from sere_sglang.ops import jit
+from sere_sglang.ops.cuda import library, prebuilt
 from sere_sglang.ops.jit import BuildError
 
 SOURCE = """
@@ -29,9 +30,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(prebuilt, "csrc_dir", lambda: tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(jit, "find_nvcc", no_nvcc)
-    monkeypatch.setattr(cuda, "find_nvcc", no_nvcc)
+    monkeypatch.setattr(library, "find_nvcc", no_nvcc)
     jit._load_module.cache_clear()
-    cuda.load_function.cache_clear()
+    library.load_function.cache_clear()
     folder = prebuilt.folder_of(tmp_path)
     folder.mkdir()
     return folder
@@ -60,14 +61,14 @@ def test_what_is_there_is_loaded_without_nvcc(installed: Path) -> None:
     (installed.parent / "reroute.cpp").write_text(SOURCE)
     made = jit.build_library("reroute", ["reroute.cpp"], jit.find_cxx(), jit.CXX_FLAGS)
     made.rename(prebuilt.library_in(installed, "reroute", "sm_90a"))
-    function = cuda.load_function("reroute")
-    cuda.load_function.cache_clear()
+    function = library.load_function("reroute")
+    library.load_function.cache_clear()
     assert function(41) == 42
 
 
 def test_without_one_nvcc_is_asked_for(installed: Path) -> None:
     with pytest.raises(BuildError, match="no nvcc found"):
-        cuda.load_function("reroute")
+        library.load_function("reroute")
 
 
 def test_one_that_does_not_load_is_compiled_anew(
@@ -75,7 +76,7 @@ def test_one_that_does_not_load_is_compiled_anew(
 ) -> None:
     prebuilt.library_in(installed, "reroute", "sm_90a").write_text("no library")
     with pytest.raises(BuildError, match="no nvcc found"):
-        cuda.load_function("reroute")
+        library.load_function("reroute")
     assert "does not load" in caplog.text
 
 
@@ -84,7 +85,7 @@ def test_a_wheels_gpu_is_served_without_nvcc(
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert cuda.is_available("cuda") == "no nvcc found"
-    for name in cuda.LIBRARIES:
+    assert library.is_available("cuda") == "no nvcc found"
+    for name in library.LIBRARIES:
         prebuilt.library_in(installed, name, "sm_90a").touch()
-    assert cuda.is_available("cuda") is None
+    assert library.is_available("cuda") is None

@@ -180,7 +180,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, module: object) -> None:
         registry,
         "importlib",
         types.SimpleNamespace(
-            import_module=lambda name: module if name == "sere_sglang.ops.cpu" else real(name)
+            import_module=lambda name: (
+                module if name == "sere_sglang.ops.cpu.reroute" else real(name)
+            )
         ),
     )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sere_sglang.names import RULES
-from sere_sglang.ops.cuda_plan import Form, Plan, plan_rule
+from sere_sglang.ops.cuda.plan import Form, Plan, plan_rule
 from sere_sglang.ops.rule_block import encode_rule
 from sere_sglang.ops.rules import load_rules
 from sere_sglang.ops.rules_call import LARGEST_TERM, MAX_ROWS, LostSlots, RuleCall

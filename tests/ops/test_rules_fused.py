@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sere_sglang.names import RULES
-from sere_sglang.ops.cuda_plan import Form, Plan, plan_rule
+from sere_sglang.ops.cuda.plan import Form, Plan, plan_rule
+from sere_sglang.ops.cuda.rules_fused import fused_topk_rule
 from sere_sglang.ops.rule_block import encode_rule
-from sere_sglang.ops.rules_fused import fused_topk_rule
 from tests.ops import emulated
 from tests.ops.fused_rule_cases import Fused, check
 

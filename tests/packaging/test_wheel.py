@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sere_sglang.ops import cuda, prebuilt
+from sere_sglang.ops.cuda import library, prebuilt
 from tests.packaging.dist import ROOT, build
 
 DATA = ("py.typed", "calibration/calibration.txt")
@@ -95,6 +95,6 @@ def test_a_wheel_can_bring_its_kernels(tmp_path: Path) -> None:
             for name in archive.namelist()
             if name.startswith("sere_sglang/csrc/prebuilt/")
         }
-    assert set(made) == {f"{n}-{a}.so" for n in cuda.LIBRARIES for a in prebuilt.ARCHS}
+    assert set(made) == {f"{n}-{a}.so" for n in library.LIBRARIES for a in prebuilt.ARCHS}
     assert "-arch=sm_90a" in made["fused-sm_90a.so"]
     assert "reroute_fused.cu" in made["fused-sm_90a.so"]

@@ -1,7 +1,7 @@
 """``impl="triton"`` of `apply_rule`: the rules on a GPU.
 
 Under ``TRITON_INTERPRET=1`` it serves CPU tensors too, slowly, which is how it is tested without a
-GPU. ``similarity`` has kernels of its own (triton.py), to which this adds what `Routed` says.
+GPU. ``similarity`` has kernels of its own (reroute.py), to which this adds what `Routed` says.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import NamedTuple
 import torch
 import triton
 
-from sere_sglang.ops import rules_reference
-from sere_sglang.ops import triton as rerouting
-from sere_sglang.ops import triton_rule_kernels as kernels
 from sere_sglang.ops.jit import BuildError
+from sere_sglang.ops.reference import rules as reference
 from sere_sglang.ops.rule_block import encode_rule
 from sere_sglang.ops.rules_call import LostSlots, Routed, RuleCall
 from sere_sglang.ops.rules_device import apply_copy
-from sere_sglang.ops.triton_phases import SCRATCH_ROWS
-from sere_sglang.ops.triton_rule_phases import TOTAL_SUMS
+from sere_sglang.ops.triton import reroute as rerouting
+from sere_sglang.ops.triton import rule_kernels as kernels
+from sere_sglang.ops.triton.phases import SCRATCH_ROWS
+from sere_sglang.ops.triton.rule_phases import TOTAL_SUMS
 
 is_available = rerouting.is_available
 
 ONE_PROGRAM_SCORES = 0 if torch.version.hip else 4096
 """Up to so many scores (rows times padded E), and `ONE_PROGRAM_EXPERTS`, one program does it all in
-one launch (triton.py says why not on AMD)."""
+one launch (reroute.py says why not on AMD)."""
 ONE_PROGRAM_EXPERTS = 256
 
 SMALL_TILE_SLOTS = 512
@@ -57,7 +57,7 @@ def build() -> None:
 def apply(call: RuleCall, counters: torch.Tensor | None = None) -> Routed:
     """See `Implementation.apply`."""
     if call.rule == "similarity":
-        return rules_reference.apply(call, counters, reroute_impl="triton")
+        return reference.apply(call, counters, reroute_impl="triton")
     return apply_copy(apply_, call, counters)
 
 

@@ -15,7 +15,7 @@ from sere_sglang.ops.distinct import (
     merge_slots,
     sum_slots,
 )
-from sere_sglang.ops.reference import expert_set, rank_slots
+from sere_sglang.ops.reference.reroute import expert_set, rank_slots
 from sere_sglang.ops.reroute import reroute
 from sere_sglang.ops.rules_call import FRACTION_BITS, LARGEST_TERM, Routed, RuleCall
 

@@ -1,4 +1,4 @@
-"""The phases of re-routing in Triton, for the kernels in triton_kernels.py to call.
+"""The phases of re-routing in Triton, for the kernels in triton/kernels.py to call.
 
 vote    rows -> which experts are in use, which are primary
 match   experts in use outside P -> their best primary

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sere_sglang.ops.triton import on_device
+from sere_sglang.ops.triton.reroute import on_device
 
 INWARD_TILE = 512
 OUTWARD_TILE = 256

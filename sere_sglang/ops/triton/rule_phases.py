@@ -1,12 +1,12 @@
-"""The phases of the rules beside ``similarity`` in Triton, for triton_rule_kernels.py to call.
+"""The phases of the rules beside ``similarity`` in Triton, for triton/rule_kernels.py to call.
 
 vote        rows -> which experts are in use, which are in A at once; under energy what each weighs
 add_scores  rows -> under budget what each expert's scores add up to
 choose      experts -> A
-fill        rows -> new ids and weights, what was lost, counts (triton_rule_rows.py)
+fill        rows -> new ids and weights, what was lost, counts (triton/rule_rows.py)
 finish      padding rows, counters, active experts
 
-They share a scratch: flags per expert, laid out as those of re-routing (triton_phases.py), and
+They share a scratch: flags per expert, laid out as those of re-routing (triton/phases.py), and
 int64 sums in units of 2^-32, to which who adds first does not matter.
 """
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from sere_sglang.ops import rule_block, rules_call
-from sere_sglang.ops.triton_phases import AFTER, BEFORE, LISTED, PRIMARY, load_slots, rank_slots
+from sere_sglang.ops.triton.phases import AFTER, BEFORE, LISTED, PRIMARY, load_slots, rank_slots
 
 PIGGYBACK = tl.constexpr(rules_call.CODES["piggyback"])
 BUDGET = tl.constexpr(rules_call.CODES["budget"])

@@ -1,7 +1,7 @@
 """``impl="cuda"`` of `apply_rule`: the rules in CUDA C++ (``csrc/rules.cu``), one launch for decode
 sizes.
 
-``similarity`` has kernels of its own (cuda.py), to which this adds what `Routed` says.
+``similarity`` has kernels of its own (cuda/reroute.py), to which this adds what `Routed` says.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from sere_sglang.ops import cuda, rules_reference
-from sere_sglang.ops.cuda_plan import Plan, plan_rule
+from sere_sglang.ops.cuda import library
+from sere_sglang.ops.cuda.plan import Plan, plan_rule
 from sere_sglang.ops.jit import BuildError
+from sere_sglang.ops.reference import rules as reference
 from sere_sglang.ops.rule_block import encode_rule
 from sere_sglang.ops.rules_call import LostSlots, Routed, RuleCall
 from sere_sglang.ops.rules_device import apply_copy
 
-is_available = cuda.is_available
+is_available = library.is_available
 
 SCRATCH_BYTES = 9216  # at least sizeof(RuleScratch)
 
@@ -27,7 +28,7 @@ SCRATCH_BYTES = 9216  # at least sizeof(RuleScratch)
 def build() -> None:
     """Compile, and launch once: a driver too old for the compiler shows only then."""
     device = torch.device("cuda", torch.cuda.current_device())
-    cuda.load_function("rules")
+    library.load_function("rules")
     ids = torch.zeros(1, 2, dtype=torch.int32, device=device)
     switched_off = encode_rule("similarity").to(device)
     try:
@@ -39,7 +40,7 @@ def build() -> None:
 def apply(call: RuleCall, counters: torch.Tensor | None = None) -> Routed:
     """See `Implementation.apply`."""
     if call.rule == "similarity":
-        return rules_reference.apply(call, counters, reroute_impl="cuda")
+        return reference.apply(call, counters, reroute_impl="cuda")
     return apply_copy(apply_, call, counters)
 
 
@@ -57,10 +58,10 @@ def apply_(
     active: torch.Tensor | None = None,
 ) -> None:
     """See `rules_device.ApplyInPlace`."""
-    overlaps = cuda.has_clusters(ids.device)
+    overlaps = library.has_clusters(ids.device)
     plan = plan_rule(ids.shape[0], num_experts, overlaps)
     operands = (ids, weights, scores, block, num_experts, expert_loss, row_class, counters)
-    cuda.load_function("rules")(
+    library.load_function("rules")(
         *operands, *outputs(lost, active), *launch_operands(plan, ids.device, overlaps)
     )
 
@@ -71,6 +72,6 @@ def outputs(lost: LostSlots | None, active: torch.Tensor | None) -> tuple[Any, .
 
 
 def launch_operands(plan: Plan, device: torch.device, overlaps: bool) -> tuple[Any, ...]:
-    """The last arguments of the native function, as `cuda.launch_operands`."""
-    scratch = cuda.grid_scratch(plan, device, SCRATCH_BYTES)
+    """The last arguments of the native function, as `cuda.reroute.launch_operands`."""
+    scratch = library.grid_scratch(plan, device, SCRATCH_BYTES)
     return scratch, int(plan.form), plan.blocks, plan.threads, overlaps

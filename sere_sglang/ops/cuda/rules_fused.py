@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 import torch
 
-from sere_sglang.ops import cuda
-from sere_sglang.ops.cuda_plan import plan_rule
+from sere_sglang.ops.cuda import library
+from sere_sglang.ops.cuda.plan import plan_rule
+from sere_sglang.ops.cuda.rules import launch_operands, outputs
 from sere_sglang.ops.fused import check_logits, new_slots
 from sere_sglang.ops.jit import BuildError
 from sere_sglang.ops.registry import UnavailableError
 from sere_sglang.ops.rule_block import encode_rule
 from sere_sglang.ops.rule_ops import check_apply
 from sere_sglang.ops.rules_call import LostSlots
-from sere_sglang.ops.rules_cuda import launch_operands, outputs
 
 
 class Selected(NamedTuple):
@@ -66,7 +66,7 @@ def fused_topk_rule(
     scores = torch.empty(num_rows, num_experts, dtype=torch.float32, device=ids.device)
     gone = lost or (None, None)
     check_apply(ids, weights, scores, block, num_experts, expert_loss, row_class, counters, *gone)
-    reason = cuda.is_available(ids.device.type)
+    reason = library.is_available(ids.device.type)
     if reason is not None:
         raise UnavailableError(f"fused top-k and rule: {reason}")
     build()
@@ -81,7 +81,7 @@ def fused_topk_rule(
 def build() -> None:
     """Compile, and launch once: a driver too old for the compiler shows only then."""
     device = torch.device("cuda", torch.cuda.current_device())
-    cuda.load_function("rules_fused")
+    library.load_function("rules_fused")
     logits = torch.zeros(1, 2, device=device)
     selected = Selected(*new_slots(logits, 1), torch.empty(1, 2, device=device))
     switched_off = encode_rule("similarity").to(device)
@@ -101,9 +101,9 @@ def _launch(
     counters: torch.Tensor | None,
     lost: LostSlots | None,
 ) -> None:
-    overlaps = cuda.has_clusters(to.ids.device)
+    overlaps = library.has_clusters(to.ids.device)
     plan = plan_rule(to.scores.shape[0], to.scores.shape[1], overlaps)
-    cuda.load_function("rules_fused")(
+    library.load_function("rules_fused")(
         *(router_logits, renormalize, to.ids, to.weights, to.scores, block),
         *(expert_loss, row_class, counters),
         *outputs(lost, None),

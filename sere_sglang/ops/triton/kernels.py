@@ -1,4 +1,4 @@
-"""Triton kernels of re-routing: vote, match, mark, apply and finish (triton_phases.py).
+"""Triton kernels of re-routing: vote, match, mark, apply and finish (triton/phases.py).
 
 For decode sizes one program runs all of them, with barriers between; for more rows each phase is a
 launch of its own over many programs.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sere_sglang.ops.triton_phases import (
+from sere_sglang.ops.triton.phases import (
     AFTER,
     BEFORE,
     BEST_ID,

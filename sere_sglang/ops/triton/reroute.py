@@ -13,11 +13,10 @@ from typing import NamedTuple
 import torch
 import triton
 
-from sere_sglang.ops import triton_kernels as kernels
-from sere_sglang.ops import triton_phases as phases
 from sere_sglang.ops.control import encode_control
 from sere_sglang.ops.jit import BuildError
 from sere_sglang.ops.table import LayerTable
+from sere_sglang.ops.triton import kernels, phases
 
 ONE_PROGRAM_SLOTS = 0 if torch.version.hip else 8192
 """Up to so many slots (rows times padded K) one program does it all in one launch.

@@ -1,7 +1,7 @@
 """Triton kernels of the rules beside ``similarity``: vote, choose, fill, finish.
 
 For few rows and experts one program runs all of them, with barriers between; else each phase is a
-launch of its own over many programs (triton_rule_phases.py, triton_rule_rows.py).
+launch of its own over many programs (triton/rule_phases.py, triton/rule_rows.py).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sere_sglang.ops.triton_phases import BEFORE, PRIMARY, list_active
-from sere_sglang.ops.triton_rule_phases import (
+from sere_sglang.ops.triton.phases import BEFORE, PRIMARY, list_active
+from sere_sglang.ops.triton.rule_phases import (
     BUDGET,
     HELD,
     LOADED,
@@ -27,7 +27,7 @@ from sere_sglang.ops.triton_rule_phases import (
     rule_rows,
     vote,
 )
-from sere_sglang.ops.triton_rule_rows import fill
+from sere_sglang.ops.triton.rule_rows import fill
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -1,6 +1,6 @@
 """What a row holds of A under a rule, in which slot and with which weight, in Triton.
 
-As csrc/rules_core.h and rules_reference.py, for a tile of rows at once. Weights are added slot
+As csrc/rules_core.h and reference/rules.py, for a tile of rows at once. Weights are added slot
 after slot and rounded as there: launch with ``enable_fp_fusion=False``.
 """
 
@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sere_sglang.ops.triton_phases import AFTER, keep_distinct
-from sere_sglang.ops.triton_rule_phases import (
+from sere_sglang.ops.triton.phases import AFTER, keep_distinct
+from sere_sglang.ops.triton.rule_phases import (
     BUDGET,
     ENERGY,
     FILL_WEIGHT,

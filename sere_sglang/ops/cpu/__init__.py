@@ -1,0 +1,1 @@
+"""In C++ (``csrc/*_cpu.cpp``), for CPU tensors."""

@@ -1,0 +1,1 @@
+"""In CUDA C++ (``csrc/*.cu``), for NVIDIA GPUs from sm_80."""

@@ -1,0 +1,1 @@
+"""In torch, for any device: what the other implementations are held against."""
