@@ -54,10 +54,17 @@ def _endpoint() -> Any:
     request_type = resolve(_REQUEST)
     server = sys.modules[_MODULE]
 
+    one_change = asyncio.Lock()  # what is checked is still so when it is changed
+
     async def set_internal_state(request: Request) -> Any:
+        body = await request.body()
+        async with one_change:
+            return await change(body)
+
+    async def change(body: bytes) -> Any:
         manager = server._global_state.tokenizer_manager  # type: ignore[attr-defined]
         try:
-            numbers, asked = parse(await request.body())
+            numbers, asked = parse(body)
             if asked is not None:
                 states = await manager.get_internal_state()
                 for state in states:
@@ -69,8 +76,11 @@ def _endpoint() -> Any:
             return JSONResponse({"error": {"message": str(error), "code": 400}}, status_code=400)
         theirs = sorted(key for key in numbers if not key.startswith(PREFIX))
         answer = await manager.set_internal_state(request_type(server_args=numbers))
-        if asked is not None and theirs and not all(answer):
-            message = f"SGLang refuses {', '.join(map(shown, theirs))}; nothing was applied"
+        if asked is not None and not all(answer):
+            refuses = f"SGLang refuses {', '.join(map(shown, theirs))}"
+            if not theirs:
+                refuses = "settings changed meanwhile, or SERE has failed (/server_info has why)"
+            message = f"{refuses}; nothing was applied"
             return JSONResponse({"error": {"message": message, "code": 400}}, status_code=400)
         if asked is not None and all(answer):
             await shadow.follow(asked)

@@ -161,9 +161,14 @@ class Shadow:
         self.following[tokenized.rid] = _Followed(
             list(tokenized.input_ids), float(tokenized.sampling_params.temperature), self._under,
             {name: value for name, value in same.items() if value is not None},
-            # SGLang wants a token of room in the context.
-            max(0, min(_MOST_TOKENS, self.manager.context_len - len(tokenized.input_ids) - 2)),
+            max(0, min(_MOST_TOKENS, self._longest_input() - len(tokenized.input_ids))),
         )  # fmt: skip
+
+    def _longest_input(self) -> int:
+        """Tokens of the longest request that the scheduler takes (``validate_input_length``); there
+        is none to ask about it before the engine is up, and its margin is six tokens."""
+        limit = self.manager.max_req_input_len
+        return int(self.manager.context_len - 6 if limit is None else limit) - 1
 
     def _comparable(self, tokenized: Any) -> bool:
         sampling = tokenized.sampling_params

@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from sere_sglang.errors import cut
+from sere_sglang.errors import shown
 from sere_sglang.patches.request_quality import Refusal
 from sere_sglang.patches.seam import hook
 
@@ -29,6 +29,4 @@ def _check(manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:
     size = manager.model_config.vocab_size
     if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= size:
         wrong = next(i for i in ids if type(i) is not int or not 0 <= i < size)
-        raise Refusal(
-            f"input_ids must be whole numbers from 0 to {size - 1}, got {cut(repr(wrong))}"
-        )
+        raise Refusal(f"input_ids must be whole numbers from 0 to {size - 1}, got {shown(wrong)}")

@@ -57,7 +57,10 @@ def shown(value: object) -> str:
         return "a number of more than 60 digits"  # whose repr Python may refuse
     if isinstance(value, (str, bytes)):
         value = value[: 2 * _SHOWN]
-    return cut(repr(value))
+    try:
+        return cut(repr(value))
+    except (RecursionError, ValueError):  # the latter of a number within it, as above
+        return "something too deep or long to show"
 
 
 def cut(text: str, limit: int = _SHOWN) -> str:

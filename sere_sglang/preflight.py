@@ -44,6 +44,7 @@ def prepare(
     try:
         model = MoeModelInfo.from_config(hf_config, name=model_path, revision=revision)
         config = resolved(restrict(asked), top_k=model.top_k)
+        _check_max_experts(config, model)
         path = _profile(model, asked.sere_profile, calibrate)
         profile = load_profile(path)
         check_profile_fits(profile, model, path)
@@ -59,6 +60,14 @@ def prepare(
         logger.warning("Serving WITHOUT SERE (--sere-on-error fallback): %s", error)
         return SereConfig()
     return dataclasses.replace(config, sere_profile=str(path))
+
+
+def _check_max_experts(config: SereConfig, model: MoeModelInfo) -> None:
+    if (config.sere_max_experts or 0) > model.num_experts:
+        raise SereError(
+            f"--sere-max-experts {config.sere_max_experts}: a layer has {model.num_experts} "
+            "experts; choose fewer"
+        )
 
 
 def _check_surrogates(

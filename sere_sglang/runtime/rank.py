@@ -67,11 +67,6 @@ class SereRuntime:
             self.settings.require_rule(binding.unavailable)
         except SereError as error:
             raise SereError(f"--sere-rule {self.settings.rule}: {error}") from None
-        if (self.settings.max_experts or 0) > binding.num_experts:
-            raise SereError(
-                f"--sere-max-experts {self.settings.max_experts}: a layer has "
-                f"{binding.num_experts} experts; choose fewer"
-            )
         self.context = PolicyContext(expect(statistics_of(profile)), cost, profile.tuning)
         self.context.expectation.of(self.settings.rule)  # now, not in the first decode step
         self.policy = make_policy(self.settings.policy, self.context)

@@ -89,11 +89,12 @@ class StaticPolicy:
 
 
 def eligible(composition: BatchComposition, settings: Settings) -> bool:
-    """Decode-like batches of the configured sizes; everything else runs exact."""
+    """Decode-like batches of the configured sizes with a row that may change; else all is exact."""
     rows = composition.num_tokens
     return (
         settings.enabled
         and composition.is_decode_like
+        and composition.exact_rows < rows
         and settings.min_batch <= rows
         and (settings.max_batch is None or rows <= settings.max_batch)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from typing import Any
@@ -133,6 +134,17 @@ def test_custom_params(params: Any, allowed: list[str]) -> None:
     assert wishes in ([], [KEY])
     asked = None if params is None else params.get(KEY)
     assert got is (RowClass[asked.upper()] if asked is not None else RowClass[allowed[0].upper()])
+
+
+def test_a_wish_nested_too_deeply_is_refused_like_any_other() -> None:
+    """Python refuses to show it, and SGLang's JSON reader does not refuse to read it."""
+    deep: list[Any] = []
+    for _ in range(20_000):
+        deep = [deep]
+    rules = QualityRules("balanced", ("balanced", "exact"))
+    for params in ({KEY: deep}, deep, {KEY: [10**9000]}):
+        _, refusal = outcome(functools.partial(rules.check, params))
+        assert refusal is not None and "too deep or long to show" in refusal and len(refusal) < 300
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 10**400, -(10**400), "x" * 9000])

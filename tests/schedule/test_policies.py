@@ -131,6 +131,13 @@ def test_exact_rows_leave_less_to_gain() -> None:
     assert ADAPTIVE.decide(decode(32, exact_rows=32), now, NO_FEEDBACK) == OFF
 
 
+def test_a_batch_of_exact_rows_is_not_re_routed_by_any_policy() -> None:
+    now = settings(policy="static", primary_k=1)
+    policy = make_policy("static", CONTEXT)
+    assert choose(policy, decode(32, exact_rows=31), now, NO_FEEDBACK).enabled
+    assert choose(policy, decode(32, exact_rows=32), now, NO_FEEDBACK) == OFF
+
+
 def test_what_energy_may_lose_is_of_all_rows_already() -> None:
     """Its kernel divides by exact rows too: those that lose nothing leave no budget to others."""
     free = ADAPTIVE.predict(decode(32), "energy", StepModel())

@@ -58,6 +58,12 @@ def test_a_flag_of_sglangs_that_rules_it_out(checkpoint: Checkpoint) -> None:
     assert "with --enable-pdmux prefill and decode run at the same time" in message
 
 
+def test_more_experts_than_there_are(checkpoint: Checkpoint) -> None:
+    model = f"--model-path={checkpoint('qwen3_moe')}"
+    flags = ("--moe-backend=sere", "--sere-rule=budget", "--sere-max-experts=17")
+    assert "--sere-max-experts 17: a layer has 16 experts" in _refused(model, *flags)
+
+
 def test_named_profile_is_missing(checkpoint: Checkpoint, tmp_path: Path) -> None:
     message = _with_profile(checkpoint("qwen3_moe"), tmp_path / "absent.safetensors")
     assert "--sere-profile" in message and "absent.safetensors" in message

@@ -136,6 +136,30 @@ def test_live_policy_and_slo(server: Server) -> None:
     }  # fmt: skip
 
 
+def test_changes_at_once_are_applied_or_told_why_not(server: Server) -> None:
+    """Each is checked against the settings that it meets, whoever changes them meanwhile."""
+    changes: list[dict[str, Any]] = [
+        {"policy": "slo", "tpot_slo_ms": 25.0}, {"tpot_slo_ms": None}, {"policy": "slo"},
+        {"policy": "adaptive"}, {"min_batch": 10, "max_batch": 12}, {"max_batch": 5},
+        {"min_batch": 2}, {"max_batch": None},
+    ]  # fmt: skip
+
+    def change(number: int) -> Any:
+        wanted = changes[number * 3 % len(changes)]
+        try:
+            return server.post("/set_internal_state", {"server_args": {"sere": wanted}})
+        except urllib.error.HTTPError as refusal:
+            assert refusal.code == 400
+            return json.load(refusal)["error"]["message"]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(change, range(64)))
+    assert answers.count([True]) > 8, answers
+    told = [answer for answer in answers if answer != [True]]
+    assert not [t for t in told if not isinstance(t, str) or "meanwhile" in t], told
+    server.set_sere(**STATIC | {"tpot_slo_ms": None, "max_batch": None})
+
+
 def test_every_metric_is_there(server: Server) -> None:
     """By name, with its labels, after a load that has prefill, re-routed and exact decoding."""
     server.set_sere(**EAGER | {"policy": "slo", "tpot_slo_ms": 0.01, "min_batch": 3})

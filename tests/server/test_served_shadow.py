@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -108,6 +109,20 @@ def test_what_cannot_be_compared_is_left_alone(server: Server) -> None:
     _until(lambda: _compared(server) >= before + 3)
     time.sleep(0.3)
     assert _compared(server) == before + 3
+
+
+def test_a_request_that_fills_the_context(server: Server, model: Path) -> None:
+    """SGLang takes less as an input than a request may come to have."""
+    server.set_sere(**HARSH | {"max_kl": None})
+    failed = (server.sere()["shadow_report"] or {"failed": 0})["failed"]
+    before = _compared(server)
+    config = json.loads((model / "config.json").read_text())
+    longest = config["max_position_embeddings"] - 24
+    sampling = {"max_new_tokens": 20, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": [5] * longest, "sampling_params": sampling}
+    assert len(server.post("/generate", body)["output_ids"]) == 20
+    _until(lambda: _compared(server) == before + 1)
+    assert server.sere()["shadow_report"]["failed"] == failed
 
 
 def test_through_the_openai_api_and_streamed(server: Server) -> None:
