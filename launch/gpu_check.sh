@@ -81,7 +81,7 @@ use_wheels() {
 # Memory errors, races for shared memory and barriers that not every thread reaches, in a small case.
 # Some virtual machines do not let the tool at the GPU.
 sanitize() { # seconds
-  local check checks=(memcheck racecheck synccheck) running=() status worst=0
+  local check checks=(memcheck racecheck synccheck) running=() i status worst=0
   if ! command -v compute-sanitizer >/dev/null; then
     echo "compute-sanitizer is not on this machine: skipped"
     return 0
@@ -91,6 +91,8 @@ sanitize() { # seconds
     sanitize_for "$check" "$1" >"$scratch/$check.txt" 2>&1 &
     running+=($!)
   done
+  # Each has a group of its own, which an end from outside would leave to itself.
+  trap 'kill "${running[@]}" 2>/dev/null; wait; exit 143' TERM
   for i in "${!checks[@]}"; do
     wait "${running[i]}"
     status=$?
@@ -98,6 +100,7 @@ sanitize() { # seconds
     cat "$scratch/${checks[i]}.txt"
     if [ $status -ne 0 ]; then worst=$status; fi
   done
+  trap - TERM
   return $worst
 }
 
@@ -107,12 +110,14 @@ sanitize_for() { # memcheck | racecheck | synccheck, seconds
   # Without torch's cache every tensor is an allocation, so that the tool sees its bounds. Calls that
   # fail are no finding: CUDA's own runtime asks the driver for functions that it may not have.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "$2" compute-sanitizer --tool "$1" \
-    --error-exitcode 99 ${options[@]+"${options[@]}"} "$PYTHON" -m launch.gpu_parts small-case >"$log" 2>&1
+    --error-exitcode 99 ${options[@]+"${options[@]}"} "$PYTHON" -m launch.gpu_parts small-case >"$log" 2>&1 &
+  trap "kill $! 2>/dev/null" TERM
+  wait $!
   status=$?
   grep -m 40 '^=========' "$log" # the errors, the first ones first
   tail -n 12 "$log"
   if [[ $status -eq 124 || $status -eq 137 ]] &&
-    ! grep -qE '^========= +(Invalid|Misaligned|Out|Error|Warning|Barrier)' "$log"; then
+    ! grep -qE '^========= +(Invalid|Misaligned|Out|Barrier|.*hazard|(Error|Warning): (Race|Potential))' "$log"; then
     echo "$1: no error in the $2 s that it was given, but it did not get through"
     return 0
   fi

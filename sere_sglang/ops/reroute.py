@@ -82,7 +82,7 @@ def reroute(
             f"protected must be bool [T={num_tokens}], "
             f"got {protected.dtype} {list(protected.shape)}"
         )
-    _check_values_on_cpu(topk_ids, similarity)
+    _check_values_on_cpu(topk_ids, topk_weights, similarity)
 
     ids = topk_ids.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
     # With several classes the control block reads S <= 0 as 1, so this is decided here.
@@ -159,7 +159,9 @@ def reroute_(
     )
 
 
-def _check_values_on_cpu(topk_ids: torch.Tensor, similarity: torch.Tensor) -> None:
+def _check_values_on_cpu(
+    topk_ids: torch.Tensor, topk_weights: torch.Tensor | None, similarity: torch.Tensor
+) -> None:
     """Value checks, only where reading values does not synchronize a device."""
     if topk_ids.device.type != "cpu" or topk_ids.numel() == 0:
         return
@@ -169,8 +171,10 @@ def _check_values_on_cpu(topk_ids: torch.Tensor, similarity: torch.Tensor) -> No
         raise ValueError(
             f"topk_ids must be -1 or in [0, E={num_experts}), found {lowest} to {highest}"
         )
-    if bool(torch.isnan(similarity).any()):
-        raise ValueError("similarity contains NaN")
+    if topk_weights is not None and bool(torch.isnan(topk_weights).any()):
+        raise ValueError("topk_weights contains NaN")
+    if not bool(torch.isfinite(similarity).all()):
+        raise ValueError("similarity contains NaN or infinity")
 
 
 def _op(

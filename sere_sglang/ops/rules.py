@@ -69,7 +69,8 @@ def apply_rule(
 
     Rules: ``similarity`` (SERE), ``piggyback`` (OEA, arXiv 2511.02237), ``budget`` (XShare,
     2602.07265; with ``fill="truncate"`` MoE-Spec, 2602.16052), ``topk`` and ``energy`` (ours);
-    docs/semantics.md says exactly what each does. What a rule does not need is not looked at.
+    docs/semantics.md says exactly what each does. What a rule does not need changes nothing, but a
+    tensor that is given is checked.
 
     Args:
         rule: one of those five.

@@ -218,8 +218,8 @@ def _check_values_on_cpu(
         raise ValueError(f"topk_ids holds an expert twice in row {row}")
     if not bool(torch.isfinite(topk_weights).all()):
         raise ValueError("topk_weights contains NaN or infinity")
-    if similarity is not None and bool(torch.isnan(similarity).any()):
-        raise ValueError("similarity contains NaN")
+    if similarity is not None and not bool(torch.isfinite(similarity).all()):
+        raise ValueError("similarity contains NaN or infinity")
     if scores is not None and not bool(((scores >= 0) & torch.isfinite(scores)).all()):
         raise ValueError(
             "scores contains NaN, infinity or a value below 0; "

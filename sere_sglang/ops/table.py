@@ -12,7 +12,7 @@ MAX_EXPERTS = 1024
 class LayerTable(NamedTuple):
     """One layer's tables, all contiguous and on the device of the ids they will meet.
 
-    similarity: float32 ``[E, E]``, row i holds M[i, :], no NaN.
+    similarity: float32 ``[E, E]``, row i holds M[i, :], finite.
     neighbors: int16 ``[E, E]`` or None; row i lists every expert by M[i, .] descending, lowest id
         first on a tie, so the best primary of i is the first of them that is in P.
     scale: float32 ``[E, E]`` or None; a slot that moves from e to j has its weight multiplied by
@@ -41,7 +41,7 @@ class LayerTable(NamedTuple):
             device: where the table will live; default: where `similarity` is.
 
         Raises:
-            ValueError: not square, shapes that differ, NaN, or more than 1024 experts.
+            ValueError: not square, shapes that differ, NaN or infinity, or more than 1024 experts.
         """
         _check_square("similarity", similarity)
         if similarity.shape[0] > MAX_EXPERTS:
@@ -67,5 +67,5 @@ def _check_square(name: str, matrix: torch.Tensor) -> None:
         raise ValueError(f"{name} must be a square [E, E] matrix, got {list(matrix.shape)}")
     if not matrix.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {matrix.dtype}")
-    if bool(torch.isnan(matrix).any()):
-        raise ValueError(f"{name} contains NaN")
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError(f"{name} contains NaN or infinity")

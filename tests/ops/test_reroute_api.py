@@ -46,6 +46,8 @@ SIMILARITY = torch.eye(4)
         ({"similarity": torch.ones(4, 3)}, "similarity must be square"),
         ({"similarity": torch.ones(4, 4, dtype=torch.int32)}, "similarity must be floating"),
         ({"similarity": torch.full((4, 4), float("nan"))}, "similarity contains NaN"),
+        ({"similarity": torch.full((4, 4), -float("inf"))}, "similarity contains NaN or infinity"),
+        ({"topk_weights": torch.full((2, 2), float("nan"))}, "topk_weights contains NaN"),
         ({"similarity": torch.ones(1025, 1025)}, "at most 1024 experts"),
         ({"primary_k": 1.0}, "primary_k must be an integer, got float"),
         ({"primary_k": None}, "primary_k must be an integer, got NoneType"),

@@ -51,6 +51,20 @@ def test_equals_the_oracle(impl_name: str) -> None:
     run()
 
 
+@pytest.mark.parametrize("impl_name", IMPLS)
+def test_a_square_beyond_float32_costs_the_most_there_is(impl_name: str) -> None:
+    """Also times a loss of 0, which float32 makes NaN of."""
+    call = checked(
+        "energy",
+        torch.tensor([[3, 1, 0, 2]]),
+        torch.tensor([[3e38, -1e20, 1e30, -1e20]]),
+        scores=torch.ones(1, 4),
+        loss=0.0,
+        expert_loss=torch.tensor([1.0, 1.0, 0.0, 0.0]),
+    )
+    assert load_rules(impl_name, "cpu").apply(call).active.all()
+
+
 @pytest.mark.parametrize("impl_name", [name for name in IMPLS if name != "torch"])
 def test_equals_the_reference_bit_for_bit(impl_name: str) -> None:
     """At sizes too large for the oracle; a power of the mass alone may round differently."""

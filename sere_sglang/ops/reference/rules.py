@@ -261,4 +261,5 @@ def _ratio(above: torch.Tensor, below: torch.Tensor, otherwise: float) -> torch.
 def _fixed(values: torch.Tensor) -> torch.Tensor:
     """int64, nearest, ties to even: scaling by a power of two is exact."""
     scaled = (values * float(1 << FRACTION_BITS)).round()
-    return scaled.clamp(max=float(LARGEST_TERM)).to(torch.int64)
+    largest = float(LARGEST_TERM)  # also of a square beyond float32 times a loss of 0
+    return scaled.nan_to_num(nan=largest).clamp(max=largest).to(torch.int64)
