@@ -273,6 +273,7 @@ PINNED = {
 PROCESS_STATE = {
     "sere_sglang.runtime.process._asked": "what this scheduler process was asked for",
     "sere_sglang.runtime.process._current": "the runtime of this scheduler process",
+    "sere_sglang.runtime.process._given_up": "this scheduler process goes without SERE after all",
     "sere_sglang.patches.topk._selecting": "whose top-k SGLang's router is computing right now",
     "sere_sglang.patches.guard.HOOKS": "every hook that this process has installed",
     "sere_sglang.patches.guard._launcher": "what failed in the launcher",

@@ -16,6 +16,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sere_sglang import config
 from sere_sglang.config_check import checked
 from sere_sglang.errors import SereError, exit_on_error
+from sere_sglang.options import SereConfig
 from sere_sglang.patches import guard, http_server, request_quality, shadow, token_ids
 from sere_sglang.patches.seam import hook, resolve
 
@@ -63,9 +64,13 @@ def reported(record: Any) -> AbstractContextManager[None]:
 
 
 def _check_handshake(result: Any, _cls: type, server_args: Any, *_args: Any, **_kw: Any) -> None:
-    if not config.config_of(server_args).enabled:
+    asked = config.config_of(server_args)
+    if not asked.enabled:
         return
     infos = result[3].scheduler_infos
+    if asked.sere_on_error == "fallback" and not any("sere" in info for info in infos):
+        config.attach(server_args, SereConfig())  # the schedulers have said why
+        return
     if not all("sere" in info for info in infos):
         with reported(server_args):
             raise SereError(
@@ -74,7 +79,6 @@ def _check_handshake(result: Any, _cls: type, server_args: Any, *_args: Any, **_
             )
     guard.launcher_serves(lambda: http_server.stop(result[0]))
     http_server.install()
-    asked = config.config_of(server_args)
     request_quality.install(config.quality_rules(asked))
     token_ids.install()
     shadow.start(result[0], asked.sere_shadow or 0.0, config.quality_rules(asked))

@@ -54,10 +54,12 @@ class Guarded:
         HOOKS.append(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        around = self.kind is HookType.AROUND
+        if process.has_given_up():
+            return args[0](*args[1:], **kwargs) if around else None
         # torch.compile traces the hook as it is.
         if torch.compiler.is_compiling() or not _is_serving():
             return self.function(*args, **kwargs)
-        around = self.kind is HookType.AROUND
         if self._is_left_out():
             return args[0](*args[1:], **kwargs) if around else None
         if around:

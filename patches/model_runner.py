@@ -7,6 +7,7 @@ graph or eager, before it runs and before padding. Draft models are left alone.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang.config import quality_rules
+from sere_sglang.errors import SereError
+from sere_sglang.options import SereConfig
 from sere_sglang.patches import moe_rows
 from sere_sglang.patches.forward_batch import noted
 from sere_sglang.patches.seam import hook
-from sere_sglang.profile import load_profile
+from sere_sglang.profile import SereProfile, load_profile
 from sere_sglang.runtime import process
 from sere_sglang.runtime.bind import Binding, bind_model
 from sere_sglang.runtime.moe_layers import moe_layers
@@ -26,6 +29,8 @@ from sere_sglang.runtime.rank import SereRuntime
 from sere_sglang.schedule.composition import BatchComposition, Mode, MoeRows
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.cost_file import load_cost
+
+logger = logging.getLogger(__name__)
 
 _TARGET = "sglang.srt.model_executor.model_runner.ModelRunner"
 
@@ -53,13 +58,35 @@ def _bind(_result: Any, runner: Any) -> None:
     asked = process.asked()
     if asked is None or runner.is_draft_worker:
         return
-    rows = moe_rows.moe_rows()
-    moe_rows.require_no_quality(quality_rules(asked).allowed)
     # Found or made before any worker started (`preflight.prepare`).
     profile = load_profile(str(asked.sere_profile))
-    binding = bind_model(runner.model, profile, asked, device=runner.device)
+    binding = _binding(runner, profile, asked)
+    if binding is None:
+        process.give_up()
+        return
     cost = _cost(runner, binding, asked.sere_cost).covering(profile.similarity)
-    process.start(SereRuntime(asked, binding, profile, cost, rows))
+    process.start(SereRuntime(asked, binding, profile, cost, moe_rows.moe_rows()))
+
+
+def _binding(runner: Any, profile: SereProfile, asked: SereConfig) -> Binding | None:
+    """None where the model cannot be bound, on whichever rank, and is to be served all the same."""
+    from sglang.srt.runtime_context import get_parallel
+
+    binding, error = None, None
+    try:
+        moe_rows.require_no_quality(quality_rules(asked).allowed)
+        binding = bind_model(runner.model, profile, asked, device=runner.device)
+    except SereError as caught:
+        if asked.sere_on_error != "fallback":
+            raise
+        error = caught
+    if asked.sere_on_error == "fallback":
+        errors = get_parallel().world_group.all_gather_object(error and str(error))
+        told = next((e for e in errors if e is not None), None)
+        if told is not None:
+            logger.warning("Serving WITHOUT SERE (--sere-on-error fallback): %s", told)
+            return None
+    return binding
 
 
 def _cost(runner: Any, binding: Binding, file: str | None) -> MoeCost:

@@ -142,6 +142,8 @@ def bind_model(
     impl = select_impl(target, strict=strict)
     configs = {i: routers[i].topk_config for i in sorted(layers)}
     auto, rule, unavailable = resolve_rules(target.type, config, layers, configs, profile)
+    if rule in unavailable:
+        raise SereError(f"--sere-rule {rule}: rule {rule} cannot be had: {unavailable[rule]}")
     rules: dict[int, LayerRules] = {}
     if target.type == "cpu" or rule not in {SIMILARITY, *unavailable}:
         shares = profile.loss_shares
@@ -154,13 +156,15 @@ def bind_model(
     softmax_routers = [id for id in layers if is_plain_softmax(routers[id].topk_config)]
     # Built now: at its first use SGLang may be capturing a graph.
     fuses = impl == "cuda" and bool(softmax_routers) and not rules and uses_cuda(strict)
+    for layer_id in layers:  # all of them before any is changed
+        router = routers[layer_id]
+        require_standard_format(router, name)
+        require_weights_on_output(layers[layer_id], name)
+        if target.type != "cpu":
+            require_probabilities(router, runner_of(layers[layer_id]), name)
     stages = []
     for row, layer_id in enumerate(sorted(layers)):
         layer, router = layers[layer_id], routers[layer_id]
-        require_standard_format(router, name)
-        require_weights_on_output(layer, name)
-        if target.type != "cpu":
-            require_probabilities(router, runner_of(layer), name)
         scale = profile.tables[layer_id]["scale"] if config.sere_scale else None
         stage = RerouteStage(
             layer_id=layer_id,

@@ -7,6 +7,7 @@ from sere_sglang.runtime.rank import SereRuntime
 
 _asked: SereConfig | None = None
 _current: SereRuntime | None = None
+_given_up = False
 
 
 def ask(config: SereConfig) -> None:
@@ -18,6 +19,16 @@ def ask(config: SereConfig) -> None:
 def asked() -> SereConfig | None:
     """What was asked of this process; None when it does not run SERE."""
     return _asked
+
+
+def give_up() -> None:
+    """SERE cannot be had, and is to be done without: this process is plain SGLang's from now on."""
+    global _asked, _given_up
+    _asked, _given_up = None, True
+
+
+def has_given_up() -> bool:
+    return _given_up
 
 
 def start(runtime: SereRuntime) -> None:

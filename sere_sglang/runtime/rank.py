@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sere_sglang.config import live_settings, quality_rules
-from sere_sglang.errors import SereError
 from sere_sglang.names import AUTO, RowClass
 from sere_sglang.options import SereConfig
 from sere_sglang.profile import SereProfile
@@ -53,7 +52,7 @@ class SereRuntime:
         cost: MoeCost,
         moe_rows: MoeRows = MoeRows.OWN,
     ) -> None:
-        """config: resolved. Raises `SereError` for a rule that cannot be had here."""
+        """config: resolved. binding: of a model that the rule can be had for."""
         self.config = config
         if config.rule == AUTO:
             chosen = binding.auto.settings
@@ -63,10 +62,6 @@ class SereRuntime:
         self.quality_rules = quality_rules(config)
         self.binding = binding
         self.moe_rows = moe_rows
-        try:
-            self.settings.require_rule(binding.unavailable)
-        except SereError as error:
-            raise SereError(f"--sere-rule {self.settings.rule}: {error}") from None
         self.context = PolicyContext(expect(statistics_of(profile)), cost, profile.tuning)
         self.context.expectation.of(self.settings.rule)  # now, not in the first decode step
         self.policy = make_policy(self.settings.policy, self.context)

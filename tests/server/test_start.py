@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.error
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,15 @@ import torch
 
 from sere_sglang.profile import load_profile, save_profile
 from tests.server.checks import PROMPTS
-from tests.server.harness import SERE, Server, refusal_of, run, serve
+from tests.server.harness import SERE, TWO_RANKS, Server, refusal_of, run, serve
 from tests.server.profiles import random_profile, without_profile
 
 Checkpoint = Callable[[str], Path]
 HERE = Path(__file__).parent
+OWN_ROUTER = {
+    "SGLANG_EXTERNAL_MODEL_PACKAGE": "own_router",
+    "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+}
 
 
 def _engine(**keywords: Any) -> subprocess.CompletedProcess[str]:
@@ -148,6 +153,25 @@ def test_fallback_serves_without_sere_and_says_so(checkpoint: Checkpoint, tmp_pa
     assert "Serving WITHOUT SERE" in log.read_text()
 
 
+def test_fallback_where_only_the_loaded_model_shows_it(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Both ranks go without, and what they answer is plain SGLang's."""
+    model = _renamed(checkpoint("qwen3_moe"), tmp_path / "model", "NoTopKForCausalLM")
+    log = tmp_path / "log"
+    flags = (*SERE, "--sere-on-error=fallback", "--tp-size=2")
+    with serve(model, log, *flags, env=OWN_ROUTER | TWO_RANKS) as server:
+        assert len(server.generate(["hello"], 4)[0]["output_ids"]) == 4
+        info = server.get("/server_info")
+        assert "sere" not in info["internal_states"][0]
+        assert not [key for key in info if key.startswith("sere_")]
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            server.set_sere(enabled=False)
+        assert refusal.value.code == 400
+    told = [line for line in log.read_text().splitlines() if "Serving WITHOUT SERE" in line]
+    assert told and all("MoE layer(s) 0-2" in line for line in told)
+
+
 @pytest.mark.parametrize(
     ("architecture", "where"),
     [("NoTopKForCausalLM", "0-2"), ("UnusedTopKForCausalLM", "1")],
@@ -160,10 +184,7 @@ def test_router_of_its_own_is_refused_by_name(
         f"--model-path={model}",
         *SERE,
         warm_up=True,
-        env={
-            "SGLANG_EXTERNAL_MODEL_PACKAGE": "own_router",
-            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
-        },
+        env=OWN_ROUTER,
     )
     assert result.returncode != 0
     told = [line for line in result.stderr.splitlines() if "--moe-backend sere:" in line]
