@@ -26,11 +26,7 @@ class SereError(ValueError):
     """
 
     def __init__(self, message: str = "") -> None:
-        lines = (
-            "".join(c if c.isprintable() else _escape(c) for c in line)
-            for line in message.split("\n", 1)
-        )
-        super().__init__("\n".join(lines))
+        super().__init__("\n".join(map(printable, message.split("\n", 1))))
 
 
 class ProfileError(SereError):
@@ -45,6 +41,11 @@ def exit_on_error() -> Iterator[None]:
     except SereError as error:
         print(f"{PREFIX}{error}", file=sys.stderr, flush=True)
         raise SystemExit(USER_ERROR) from None
+
+
+def printable(text: str) -> str:
+    """`text` in one line that does nothing to a terminal: what cannot be printed is an escape."""
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
 
 
 def _escape(character: str) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from sere_sglang.cli.literal import literal
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -56,7 +58,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
     """Of all levels, a section each."""
     from rich.table import Table
 
-    table = Table(title=title)
+    table = Table(title=literal(title, "table.title"))
     for head in ("streams", "routing", "tok/s", "x off", "TPOT p50", "p99 ms", "active", "KL"):
         table.add_column(head, justify="left" if head == "routing" else "right")
     for i, row in enumerate(rows):

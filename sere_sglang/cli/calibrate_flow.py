@@ -3,6 +3,7 @@ words."""
 
 from __future__ import annotations
 
+import shlex
 import signal
 import time
 from typing import Any
@@ -19,6 +20,7 @@ from rich.progress import (
 )
 
 from sere_sglang.calibration import CalibrationJob, Interrupted, calibrate
+from sere_sglang.cli.literal import say
 from sere_sglang.profile.surrogate_report import surrogate_reports
 from sere_sglang.schedule.auto_rule import choose_rule
 
@@ -26,10 +28,10 @@ from sere_sglang.schedule.auto_rule import choose_rule
 def run(job: CalibrationJob) -> None:
     """Raises `SereError`, and `typer.Exit` at Ctrl-C."""
     console = Console(stderr=True)
-    console.print(
+    say(
+        console,
         f"Calibrating {job.model}: {', '.join(job.spec.measures)}; experts' outputs take at most "
         f"{job.spec.memory / (1 << 20):.0f} MiB (--memory)",
-        soft_wrap=True,
     )
     stopping = _StopOnInterrupt(console)
     bar = Progress(
@@ -56,19 +58,19 @@ def run(job: CalibrationJob) -> None:
         with bar, stopping:
             profile = calibrate(job, progress=show, stop=stopping.asked)
     except Interrupted:
-        console.print(
+        say(
+            console,
             f"Stopped. What is done is in {job.partial}; repeat the command with --resume.",
-            soft_wrap=True,
         )
         raise typer.Exit(130) from None
     for layer in surrogate_reports(profile):
         console.print(layer.line(), soft_wrap=True, highlight=False)
     console.print(f"--sere-rule auto is {choose_rule(profile)}", soft_wrap=True, highlight=False)
     size = job.out.stat().st_size / 1024
-    console.print(
+    say(
+        console,
         f"Wrote {job.out}: {len(profile.similarity)} layers, {profile.num_experts} experts, "
-        f"{size:.0f} KiB. Look at it: sere-sglang inspect {job.out}",
-        soft_wrap=True,
+        f"{size:.0f} KiB. Look at it: sere-sglang inspect {shlex.quote(str(job.out))}",
     )
 
 

@@ -18,6 +18,7 @@ from sere_sglang.cli.chosen_text import texts_of
 from sere_sglang.cli.counted import counted
 from sere_sglang.cli.evaluate_report import page, table
 from sere_sglang.cli.evaluate_run import Grid, ask_questions, digest, walk_texts
+from sere_sglang.cli.literal import literal, say
 from sere_sglang.cli.served import Asked, Served, one_line_errors, served
 from sere_sglang.errors import SereError
 from sere_sglang.files import write_output
@@ -91,7 +92,7 @@ class Evaluation:
         stopped = False
         try:
             with one_line_errors(log), contextlib.ExitStack() as stack:
-                with self.console.status(f"starting the server; its log is {log}"):
+                with self.console.status(literal(f"starting the server; its log is {log}")):
                     server = stack.enter_context(served(self.asked, self.out, max(self.batches)))
                 points, left_out = server.points(self.points, self.usual)
                 # What a point costs does not hang on what a step takes on a busy machine.
@@ -128,7 +129,7 @@ class Evaluation:
             ("evaluate.html", page(payload)),
         ):
             write_output(self.out / name, content)
-            console.print(f"wrote {self.out / name}", highlight=False, soft_wrap=True)
+            say(console, f"wrote {self.out / name}")
 
     def _say(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+        say(self.console, line)

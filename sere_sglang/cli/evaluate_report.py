@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from sere_sglang.cli.literal import literal
 from sere_sglang.cli.report_page import report_page
 from sere_sglang.cli.svg_chart import Mark, chart
 
@@ -68,7 +69,8 @@ def table(payload: dict[str, Any]) -> Table:
     from rich.table import Table
 
     rows, columns = payload["rows"], _columns(payload)
-    table = Table(title=f"{payload['model']}: {_source(payload)}, against exact routing")
+    title = f"{payload['model']}: {_source(payload)}, against exact routing"
+    table = Table(title=literal(title, "table.title"))
     for head in columns:
         table.add_column(head, justify="left" if head == "point" else "right")
     for i, row in enumerate(rows):

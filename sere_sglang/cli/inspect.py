@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sere_sglang.cli.literal import literal, say
 from sere_sglang.errors import SereError, cut
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def command(
     if compare is not None:
         _print_comparison(console, facts["compare"], compare)
     if plot is not None:
-        console.print(f"wrote {plot}")
+        say(console, f"wrote {plot}")
 
 
 def _load(path: Path) -> SereProfile:
@@ -84,6 +85,8 @@ def _plot(profile: SereProfile, path: Path, measure: str | None) -> None:
     from sere_sglang.cli.drawing import require_matplotlib
     from sere_sglang.profile.plot import plot_profile
 
+    if profile.num_experts < 2:
+        raise SereError(f"--plot {path}: one expert has no pairs to draw; leave --plot out")
     require_matplotlib(f"--plot {path}")
     plot_profile(profile, path, measure)
 
@@ -107,7 +110,7 @@ def _print_provenance(console: Console, profile: SereProfile, path: Path) -> Non
     if tuned:
         lines["tuned"] = "; ".join(tuned)
     for name, value in lines.items():
-        console.print(f"[bold]{name:13}[/bold]{value}", highlight=False, soft_wrap=True)
+        console.print(literal(f"{name:13}", "bold") + literal(value), soft_wrap=True)
 
 
 def _print_layers(console: Console, layers: list[dict[str, Any]]) -> None:
@@ -159,7 +162,7 @@ def _print_measures(
     for name, rows in measures.items():
         correlation = sum(r["rank_correlation"] for r in rows) / len(rows)
         differs = sum(r["best_substitute_differs"] for r in rows) / len(rows)
-        table.add_row(name, f"{correlation:.3f}", f"{differs:.1%}")
+        table.add_row(literal(name), f"{correlation:.3f}", f"{differs:.1%}")
     console.print(table)
 
 
@@ -237,7 +240,7 @@ def _print_comparison(console: Console, rows: list[dict[str, float]], other: Pat
 def _table(console: Console, title: str, numbers: list[str], texts: list[str] | None = None) -> Any:
     from rich.table import Table
 
-    console.print(f"\n[bold]{title}[/bold]", highlight=False)
+    console.print("\n", literal(title, "bold"), sep="")
     table = Table(box=None, pad_edge=False)
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)

@@ -18,6 +18,7 @@ import sere_sglang
 from sere_sglang.cli.chosen_text import texts_of
 from sere_sglang.cli.counted import counted
 from sere_sglang.cli.evaluate_run import digest
+from sere_sglang.cli.literal import literal, say
 from sere_sglang.cli.served import Asked, Served, one_line_errors, served
 from sere_sglang.cli.tune_report import line, page
 from sere_sglang.cli.tune_search import CANDIDATES, Measured, Search
@@ -68,7 +69,7 @@ class Tune:
         log = self.asked.log(self.out)
         try:
             with one_line_errors(log), contextlib.ExitStack() as stack:
-                with self.console.status(f"starting the server; its log is {log}"):
+                with self.console.status(literal(f"starting the server; its log is {log}")):
                     server = stack.enter_context(served(self.asked, self.out, max(self.batches)))
                 if server.cannot_force:
                     raise SereError(f"{server.cannot_force}, so text cannot be walked; change that")
@@ -193,12 +194,11 @@ class Tune:
             (self.out / "tune.html", page(payload)),
         ):
             write_output(path, content)
-            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-        told = payload["tuned_profile"]
-        console.print(f"wrote the table into {told}", highlight=False, soft_wrap=True)
+            say(console, f"wrote {path}")
+        say(console, f"wrote the table into {payload['tuned_profile']}")
 
     def _say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+        say(self.console, text)
 
 
 def _untuned(metadata: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +17,7 @@ BATCH_SIZES = (1, 4, 16, 64, 256)
 @dataclass(frozen=True)
 class LayerReport:
     """Similarities of pairs of different experts; `best` is an expert's most similar other one.
+    A layer of one expert has neither: they are nan.
 
     critical, replaceable: expert ids with the lowest and the highest best similarity.
     balance: perplexity of the popularity divided by E, 1 when all experts are used alike; None
@@ -64,8 +66,8 @@ def matrices_of(profile: SereProfile, measure: str | None = None) -> dict[int, t
 def layer_reports(profile: SereProfile, measure: str | None = None) -> list[LayerReport]:
     reports = []
     for layer, matrix in matrices_of(profile, measure).items():
-        pairs = upper(matrix)
-        best = best_similarity(matrix)
+        pairs = _or_nan(upper(matrix))
+        best = best_similarity(matrix)[: 0 if len(matrix) < 2 else None]
         popularity = profile.tables.get(layer, {}).get("popularity")
         reports.append(
             LayerReport(
@@ -75,8 +77,8 @@ def layer_reports(profile: SereProfile, measure: str | None = None) -> list[Laye
                 lowest=pairs.min().item(),
                 median=pairs.median().item(),
                 highest=pairs.max().item(),
-                mean_best=best.mean().item(),
-                lowest_best=best.min().item(),
+                mean_best=_or_nan(best).mean().item(),
+                lowest_best=_or_nan(best).min().item(),
                 critical=best.argsort(stable=True)[:3].tolist(),
                 replaceable=best.argsort(descending=True, stable=True)[:3].tolist(),
                 balance=None if popularity is None else balance(popularity),
@@ -136,7 +138,10 @@ def expected_active_table(profile: SereProfile) -> list[dict[str, float]]:
 
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Spearman's correlation of the pairs of two matrices; nan when one is constant."""
+    """Spearman's correlation of the pairs of two matrices; nan when one is constant, or has fewer
+    than two."""
+    if len(a) < 3:
+        return math.nan
     from scipy.stats import ConstantInputWarning, spearmanr
 
     with warnings.catch_warnings():
@@ -165,6 +170,10 @@ def compare(a: dict[int, torch.Tensor], b: dict[int, torch.Tensor]) -> list[dict
     if not rows:
         raise ProfileError("the two profiles have no layer in common; compare the same model")
     return rows
+
+
+def _or_nan(values: torch.Tensor) -> torch.Tensor:
+    return values if len(values) else torch.full((1,), math.nan)
 
 
 def _without_self(matrix: torch.Tensor) -> torch.Tensor:
