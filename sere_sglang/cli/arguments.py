@@ -37,6 +37,15 @@ ServerArgs = Annotated[
     ),
 ]
 
+MeasuredServerArgs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[-- SGLANG FLAGS]",
+        help="Anything sglang serve takes but --port, --host and --config, for instance: "
+        "-- --tp 2 --quantization fp8",
+    ),
+]
+
 
 def numbers(value: str, flag: str, most: int = MOST_STREAMS) -> list[int]:
     """Of a comma-separated list, ascending. Raises `SereError` naming `flag`."""

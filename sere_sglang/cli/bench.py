@@ -13,8 +13,8 @@ from sere_sglang.cli.arguments import (
     ApiKey,
     Column,
     Device,
+    MeasuredServerArgs,
     ServedModel,
-    ServerArgs,
     make_folder,
     numbers,
     routings_of,
@@ -90,7 +90,7 @@ def command(
     ] = Path("out/bench"),
     device: Device = "auto",
     api_key: ApiKey = None,
-    server_args: ServerArgs = None,
+    server_args: MeasuredServerArgs = None,
 ) -> None:
     """Measure speed against quality on your machine: worth it, and at which setting?
 
@@ -110,6 +110,7 @@ def command(
     from rich.console import Console
 
     from sere_sglang.cli.bench_run import Plan
+    from sere_sglang.cli.chosen_text import check_text
     from sere_sglang.cli.served import Asked
 
     asked = Asked(model, url, api_key, device, tuple(server_args or ()))
@@ -125,6 +126,7 @@ def command(
     )
     chosen = routings_of(points)
     make_folder(out)
+    check_text(text)
     asked.check()
     console = Console(stderr=True)
     _run(asked, plan, chosen, plain, text, column, out, console)
@@ -143,19 +145,20 @@ def _run(
     from sere_sglang.cli.bench_run import Bench, measure
     from sere_sglang.cli.chosen_text import texts_of
     from sere_sglang.cli.counted import counted
+    from sere_sglang.cli.literal import literal, say
     from sere_sglang.cli.served import one_line_errors, served
 
     bench = Bench({"command": asked.command}, out / "bench.json")
     stopped = False
     try:
         with one_line_errors(asked.log(out)), contextlib.ExitStack() as stack:
-            with console.status(f"starting the server; its log is {asked.log(out)}"):
+            with console.status(literal(f"starting the server; its log is {asked.log(out)}")):
                 server = stack.enter_context(served(asked, out, max(plan.concurrency), plain=plain))
             routings, left_out = _routings(server, chosen, plain)
             name, texts = texts_of(text, column, server.tokenizer(), max(plan.concurrency))
             bench.about |= server.about | _about(name, plain, left_out, plan)
             for line in _preface(server, name, left_out):
-                console.print(line, soft_wrap=True, highlight=False, markup=False)
+                say(console, line)
             advance = stack.enter_context(counted(console, plan.turns(len(routings))))
             measure(server, routings, texts, plan, bench, advance)
     except KeyboardInterrupt:
@@ -202,6 +205,7 @@ def _report(bench: Bench, out: Path, plain: bool) -> None:
 
     from sere_sglang.cli.bench_table import SURE_ROUNDS, best, bursts, table
     from sere_sglang.cli.drawing import can_draw
+    from sere_sglang.cli.literal import say
 
     rows = bench.rows()
     if not rows:
@@ -214,7 +218,7 @@ def _report(bench: Bench, out: Path, plain: bool) -> None:
     for told in (best(rows), bursts(rows)):
         if told is not None:
             console.print(told, highlight=False, soft_wrap=True)
-    console.print(f"wrote {bench.path}", highlight=False, soft_wrap=True)
+    say(console, f"wrote {bench.path}")
     shown = [row for row in rows if row.kl is not None]
     if not shown:
         return
@@ -226,4 +230,4 @@ def _report(bench: Bench, out: Path, plain: bool) -> None:
     from sere_sglang.cli.speed_plot import draw
 
     draw(shown, out / "bench.png", "plain SGLang" if plain else "exact routing")
-    console.print(f"wrote {out / 'bench.png'}", highlight=False, soft_wrap=True)
+    say(console, f"wrote {out / 'bench.png'}")

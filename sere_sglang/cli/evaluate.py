@@ -11,8 +11,8 @@ from sere_sglang.cli.arguments import (
     ApiKey,
     Column,
     Device,
+    MeasuredServerArgs,
     ServedModel,
-    ServerArgs,
     WalkedText,
     make_folder,
     numbers,
@@ -47,7 +47,7 @@ def command(
         str | None,
         typer.Option(
             metavar="reasoning-gym:NAME",
-            help="Questions of reasoning-gym instead (pip install 'sere-sglang[tasks]').",
+            help="Questions of reasoning-gym instead (pip install 'sere-sglang\\[tasks]').",
         ),
     ] = None,
     humaneval: Annotated[
@@ -81,7 +81,7 @@ def command(
     ] = Path("out/evaluate"),
     device: Device = "auto",
     api_key: ApiKey = None,
-    server_args: ServerArgs = None,
+    server_args: MeasuredServerArgs = None,
 ) -> None:
     """Measure what re-routing costs in quality, against exact routing, by batch size.
 
@@ -102,6 +102,7 @@ def command(
     """
     from rich.console import Console
 
+    from sere_sglang.cli.chosen_text import check_text
     from sere_sglang.cli.evaluate_flow import Evaluation
     from sere_sglang.cli.served import Asked
 
@@ -115,6 +116,7 @@ def command(
         chosen = [routing for routing in chosen if routing.name != "off"]
     make_folder(out)
     question_set = _questions(jsonl, tasks, humaneval, questions)
+    check_text(text)
     asked.check()
     evaluation = Evaluation(asked, batches, chosen, POINTS.split(","), out, Console(stderr=True))
     if question_set is not None:

@@ -28,6 +28,8 @@ from sere_sglang.schedule.settings import Limits, Settings
 FORCING_FLAG = "--enable-custom-logit-processor"
 _FLAGS = ("--chunked-prefill-size=16384", "--disable-radix-cache", FORCING_FLAG)
 """A batch is prefilled at once, as often as it is sent, and decodes in lockstep."""
+_ADDRESS = ("--port", "--host", "--config")
+"""Where the server would be, the last in a file that may say so; a command chooses that."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Asked:
                 f"--url {self.url}: its server has its flags already; drop "
                 f"'-- {' '.join(self.server_args)}', or give --model instead"
             )
+        _refuse_address(self.server_args)
         if self.model is not None and not self._names_profile:
             _require_profile(self.model, self.server_args)
 
@@ -273,6 +276,17 @@ def _refusal(error: NotServing, plain: bool) -> str:
         "-- --mem-fraction-static 0.4, or drop it" if plain else ""
     )  # fmt: skip
     return f"the {error.what} ({said}); its log is {error.log}{more}"
+
+
+def _refuse_address(server_args: tuple[str, ...]) -> None:
+    """Of two ``--port`` SGLang takes the last, also cut short; the command waits at the first."""
+    for argument in server_args:
+        name = argument.partition("=")[0]
+        if len(name) > len("--p") and any(flag.startswith(name) for flag in _ADDRESS):
+            raise SereError(
+                f"-- {name}: the command chooses the address of the server that it starts; drop "
+                f"{name}, or measure a server that runs with --url"
+            )
 
 
 def _require_profile(model: str, server_args: tuple[str, ...]) -> None:

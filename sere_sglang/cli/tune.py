@@ -11,8 +11,8 @@ from sere_sglang.cli.arguments import (
     ApiKey,
     Column,
     Device,
+    MeasuredServerArgs,
     ServedModel,
-    ServerArgs,
     WalkedText,
     make_folder,
     numbers,
@@ -81,7 +81,7 @@ def command(
     ] = Path("out/tune"),
     device: Device = "auto",
     api_key: ApiKey = None,
-    server_args: ServerArgs = None,
+    server_args: MeasuredServerArgs = None,
 ) -> None:
     """Find what the adaptive policy may spend at each decode batch size.
 
@@ -98,6 +98,7 @@ def command(
     """
     from rich.console import Console
 
+    from sere_sglang.cli.chosen_text import check_text
     from sere_sglang.cli.served import Asked
     from sere_sglang.cli.tune_flow import Tune
     from sere_sglang.measure.halving import Target
@@ -119,6 +120,7 @@ def command(
     asked = Asked(model, url, api_key, device, tuple(server_args or ()))
     batches = numbers(batch, "--batch")
     make_folder(out)
+    check_text(text)
     asked.check()
     tune = Tune(
         asked, target, rule, batches, sequences, rounds, profile_out, out, Console(stderr=True),
