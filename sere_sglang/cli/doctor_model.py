@@ -61,12 +61,15 @@ def run(model: str, out: Path | None, device: str, server_args: tuple[str, ...])
     """
     from sere_sglang.calibration.job import about_model, prepare_device
     from sere_sglang.profile import MoeModelInfo
+    from sere_sglang.profile.model_files import downloaded
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # SGLang's imports warn in every process
     warnings.simplefilter("ignore")
     _check_out(out)
     if Path(model).is_dir():
         about_model(lambda: MoeModelInfo.from_folder(model))  # before SGLang is even imported
+    elif model.startswith(("/", "./", "..")) and not os.path.exists(model):
+        downloaded(model)  # which refuses it: no hub id is written like that
     device = prepare_device(device)
     _say("starting SGLang")
     info, cost = _time_layers(model, device, server_args)

@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sere_sglang.cli.arguments import positive
+
 if TYPE_CHECKING:
     from rich.console import Group
 
 
 def command(
     url: Annotated[str, typer.Argument(help="The server.")] = "http://127.0.0.1:30000",
-    every: Annotated[float, typer.Option(help="Seconds between two looks.")] = 1.0,
-    looks: Annotated[int, typer.Option(help="Stop after this many; 0: until Ctrl-C.")] = 0,
+    every: Annotated[
+        float, typer.Option(callback=positive, max=86400, help="Seconds between two looks.")
+    ] = 1.0,
+    looks: Annotated[int, typer.Option(min=0, help="Stop after this many; 0: until Ctrl-C.")] = 0,
     api_key: Annotated[
         str | None, typer.Option(help="The server's API key, if it has one.")
     ] = None,

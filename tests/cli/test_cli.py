@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 import sere_sglang
 from benchmarks._common import random_similarity
+from sere_sglang.calibration import CalibrationJob, Interrupted
 from sere_sglang.calibration.collection import CollectionSpec, block_tokens, check_enough
-from sere_sglang.cli import doctor
+from sere_sglang.cli import calibrate_flow, doctor
 from sere_sglang.cli.main import app
 from sere_sglang.errors import SereError
 from sere_sglang.options import OPTIONS
@@ -80,14 +83,27 @@ def test_help_names_the_server_flags_and_where_they_are_described() -> None:
         (["bench", "--model", "x", "--url", "y"], "or --url URL of one that runs"),
         (["evaluate"], "give --model MODEL"),
         (["tune"], "give --model MODEL"),
+        (
+            ["evaluate", "--model", "x", "--out", "{folder}", "--text", "/absent"],
+            "/absent: no such",
+        ),
+        (["tune", "--model", "x", "--out", "{folder}", "--text", "{folder}"], "a folder; name one"),
+        (["doctor", "--model", "/absent/model"], "--model /absent/model is neither a folder nor"),
+        (["doctor", "--model", "../absent"], "--model ../absent is neither a folder nor"),
         (["top", "--every", "often"], "Invalid value for '--every'"),
+        (["top", "--every", "-1"], "Invalid value for '--every': -1 is no finite number above 0"),
+        (["top", "--every", "0"], "Invalid value for '--every': 0 is no finite number above 0"),
+        (["top", "--every", "nan"], "Invalid value for '--every'"),
+        (["top", "--every", "1e9"], "Invalid value for '--every'"),
+        (["top", "--looks", "-1"], "Invalid value for '--looks'"),
         (["top", "http://127.0.0.1:9", "--looks", "1"], "no SGLang server answers at"),
     ],
 )
 def test_every_user_error_has_one_form(tmp_path: Path, arguments: list[str], message: str) -> None:
     profile = tmp_path / "p.safetensors"
     save_profile(a_profile(), profile)
-    result = CliRunner().invoke(app, [a.format(profile=profile) for a in arguments], env=WIDE)
+    given = [a.format(profile=profile, folder=tmp_path) for a in arguments]
+    result = CliRunner().invoke(app, given, env=WIDE)
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("sere-sglang: error: ") and message in result.stderr
     assert result.stderr.count("sere-sglang: error: ") == 1 and result.stdout == ""
@@ -189,6 +205,48 @@ def test_inspect_prints_plots_and_compares(tmp_path: Path) -> None:
     assert facts["measures"]["cka-rbf"][0]["rank_correlation"] == pytest.approx(1)
     assert facts["measures"]["cka-rbf"][0]["best_substitute_differs"] == 0
     assert abs(facts["compare"][0]["rank_correlation"]) < 0.9
+
+
+def test_inspect_prints_names_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "[bold]:bug:\x1b[31m"
+    folder.mkdir()
+    made = a_profile()
+    metadata = dataclasses.replace(made.metadata, model="[bold]x[/bold][/]\x1b[2J", data="[/a]\n")
+    path = folder / "[/].safetensors"
+    save_profile(dataclasses.replace(made, metadata=metadata), path)
+    code, output = run("inspect", str(path), "--compare", str(path))
+    assert code == 0, output
+    assert "[bold]x[/bold][/]\\x1b[2J (" in output and "[/a]\\n, " in output
+    assert output.count("[bold]:bug:\\x1b[31m/[/].safetensors") == 2 and "\x1b" not in output
+
+
+def test_calibrate_prints_names_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(calibrate_flow, "calibrate", interrupted)
+    out = tmp_path / "[/]\x1b[31m"
+    with pytest.raises(typer.Exit):
+        calibrate_flow.run(CalibrationJob(model="[bold]x[/]", out=out, spec=CollectionSpec()))
+    said = capsys.readouterr().err
+    assert "Calibrating [bold]x[/]: " in said and "/[/]\\x1b[31m.partial;" in said
+
+
+def test_inspect_of_one_expert(tmp_path: Path) -> None:
+    path = tmp_path / "p.safetensors"
+    made = a_profile(experts=1)
+    for tables in made.tables.values():
+        del tables["popularity"], tables["popularity_by_rank"]
+    metadata = dataclasses.replace(made.metadata, top_k=1)
+    save_profile(dataclasses.replace(made, metadata=metadata), path)
+    code, output = run("inspect", str(path), "--compare", str(path))
+    assert code == 0 and "1 experts" in output, output
+    facts = json.loads(run("inspect", str(path), "--json")[1])["layers"][0]
+    assert math.isnan(facts["lowest"]) and facts["critical"] == facts["replaceable"] == []
+    code, output = run("inspect", str(path), "--plot", "x.png")
+    assert code == 2 and "--plot x.png: one expert has no pairs to draw" in output
 
 
 def test_rank_correlation_with_nothing_to_rank() -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 from typer.testing import CliRunner
 
+from sere_sglang.cli import speed_plot
 from sere_sglang.cli.bench_run import Bench, Level, Quality
 from sere_sglang.cli.bench_table import Row, best, bursts, gain, table
 from sere_sglang.cli.main import app
@@ -86,6 +88,15 @@ def test_the_table_says_no_gain_and_the_sentence_names_the_mildest_gain() -> Non
     assert best([unwalked]) is None
 
 
+def test_every_interval_lies_in_the_picture() -> None:
+    rows = [a_row("off", 1, 1.0, 0.9, 0.0), a_row("S=1", 1, 1.2, 0.3, 0.1)]
+    rows[1].over_off_interval = (0.3, 2.5)
+    panel = Figure().subplots()
+    speed_plot._speed_against_quality(panel, rows, "exact routing")
+    low, high = panel.get_ylim()
+    assert low < 0.3 and high > 2.5
+
+
 def test_bursts_are_warned_of() -> None:
     even = a_row("off", 4, 1.0, 1.0, 0.0)
     even.tpot_p50_ms = 1000 * even.streams / even.tok_s
@@ -136,6 +147,14 @@ def test_a_routing_is_known_by_its_name() -> None:
         (["--model", "{moe}", "--concurrency", ""], "--concurrency : give numbers from 1 to 256"),
         (["--model", "{moe}", "--device", "tpu"], "--device tpu: choose from"),
         (["--model", "{moe}", "--out", "{moe}/config.json"], "no folder to write in"),
+        (["--model", "{moe}", "--text", "none.txt"], "--text none.txt: no such file"),
+        (["--model", "{moe}", "--text", "{moe}"], "--text {moe}: a folder; name one file"),
+        (["--model", "{moe}", "--text", "{moe}/model.safetensors"], "cannot read .safetensors"),
+        (["--model", "{moe}", "--", "--port", "30000"], "-- --port: the command chooses the addr"),
+        (["--model", "{moe}", "--", "--tp=2", "--port=1"], "drop --port, or measure a server"),
+        (["--model", "{moe}", "--", "--host=::"], "-- --host: the command chooses the address"),
+        (["--model", "{moe}", "--", "--config", "x"], "-- --config: the command chooses the addr"),
+        (["--model", "{moe}", "--", "--por", "1"], "-- --por: the command chooses the address"),
         (["--url", "http://127.0.0.1:9"], "no SGLang server answers at http://127.0.0.1:9"),
         (["--url", "http://127.0.0.1:9", "--plain"], "--plain starts a second server"),
         (["--url", "http://127.0.0.1:9", "--", "--tp", "2"], "its server has its flags already"),

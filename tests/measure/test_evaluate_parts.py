@@ -197,3 +197,8 @@ def test_a_missing_package_names_the_extra(
         monkeypatch.delitem(sys.modules, name)
     code, output = run("evaluate", "--model=x", f"--out={tmp_path}", *arguments)
     assert code == 2 and "pip install 'sere-sglang[tasks]'" in output
+
+
+def test_help_names_the_extra() -> None:
+    code, output = run("evaluate", "--help")
+    assert code == 0 and "sere-sglang[tasks]" in output
