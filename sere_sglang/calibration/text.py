@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
-from sere_sglang.errors import SereError
+from sere_sglang.errors import PATH_SHOWN, SereError, cut
 
 FORMATS = (".txt", ".md", ".jsonl", ".json", ".parquet")
 BUILT_IN = "built-in"
 
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape one alone, no tokenizer takes it
 _POOL = 8  # read at most this many times the text that is used, however large the files are
 
 
@@ -81,8 +84,8 @@ def read_windows(
 def check_files(files: Iterable[Path]) -> None:
     """Raise `SereError` for a file that is missing or of an unknown format."""
     for file in files:
-        if not file.is_file():
-            raise SereError(f"--data {file}: no such file")
+        if not os.path.isfile(file):
+            raise SereError(f"--data {cut(str(file), PATH_SHOWN)}: no such file")
         if file.suffix.lower() not in FORMATS:
             raise SereError(
                 f"--data {file}: cannot read {file.suffix or 'a file without suffix'}; "
@@ -112,16 +115,22 @@ def _json_lines(file: Path, column: str) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", "too deep, or too long a number")
                 raise SereError(
-                    f"--data {file}: line {number} is no JSON ({error.msg}); one object a line"
+                    f"--data {file}: line {number} is no JSON ({reason}); one object a line"
                 ) from None
             text = record.get(column) if isinstance(record, dict) else record
             if not isinstance(text, str):
                 held = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                 raise SereError(
-                    f"--data {file}: line {number} has no text in {column!r} (it holds: {held}); "
-                    "name the right one with --column"
+                    f"--data {file}: line {number} has no text in {column!r} (it holds: "
+                    f"{cut(held, 200)}); name the right one with --column"
+                )
+            if _SURROGATE.search(text):
+                raise SereError(
+                    f"--data {file}: line {number} holds half a character, as \\ud800 without its "
+                    "second half; leave the line out"
                 )
             yield text
 
