@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import tempfile
@@ -18,6 +19,8 @@ from sere_sglang.errors import SereError
 def replace_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     """What was there before stays until `content` is on disk. Raises `OSError`."""
     target = Path(path)
+    if is_no_regular_file(target):
+        raise OSError(errno.EEXIST, "it is no regular file", str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -30,6 +33,11 @@ def replace_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def is_no_regular_file(path: str | os.PathLike[str]) -> bool:
+    """A folder, device, pipe or socket is there, or a link to one, which no file may replace."""
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def can_write_in(folder: Path) -> bool:

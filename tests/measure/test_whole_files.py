@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,19 @@ def test_what_was_there_stays_until_the_new_one_is_whole(
     with pytest.raises(SereError, match=r"result\.json: cannot be written \(No space left"):
         write_output(path, "second")
     assert path.read_text() == "first" and [*path.parent.iterdir()] == [path]
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to a pipe").symlink_to("pipe")
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "to a pipe"):
+        with pytest.raises(SereError, match=r"cannot be written \(it is no regular file\)"):
+            write_output(path, "x")
+    assert (tmp_path / "pipe").is_fifo() and len([*tmp_path.iterdir()]) == 2
+    (tmp_path / "file").write_text("before")
+    (tmp_path / "link").symlink_to("file")
+    write_output(tmp_path / "link", "x")
+    assert (tmp_path / "link").read_text() == "x"
 
 
 def test_a_cell_that_cannot_be_written_leaves_the_others(tmp_path: Path) -> None:
