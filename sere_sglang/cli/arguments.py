@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sere_sglang.errors import SereError
+from sere_sglang.errors import SereError, cut
 
 if TYPE_CHECKING:
     from sere_sglang.measure.routing import Routing
@@ -47,12 +48,18 @@ MeasuredServerArgs = Annotated[
 ]
 
 
+def whole_number(text: str, most: int) -> int | None:
+    """Of plain digits, from 1 to `most`; None for all else."""
+    number = int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
+    return number if 1 <= number <= most else None
+
+
 def numbers(value: str, flag: str, most: int = MOST_STREAMS) -> list[int]:
     """Of a comma-separated list, ascending. Raises `SereError` naming `flag`."""
-    parts = [part.strip() for part in value.split(",")]
-    if not all(part.isdecimal() and 1 <= int(part) <= most for part in parts):
-        raise SereError(f"{flag} {value}: give numbers from 1 to {most}, as in {flag} 4,16,32")
-    return sorted({int(part) for part in parts})
+    found = {whole_number(part.strip(), most) for part in value.split(",")}
+    if None in found:
+        raise SereError(f"{flag} {cut(value)}: give numbers from 1 to {most}, as in {flag} 4,16,32")
+    return sorted(number for number in found if number)
 
 
 def positive(value: float) -> float:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sere_sglang.cli.arguments import Device, ServerArgs
+from sere_sglang.cli.arguments import Device, ServerArgs, whole_number
 from sere_sglang.errors import SereError, cut
 
 if TYPE_CHECKING:
     from sere_sglang.calibration import CalibrationJob
     from sere_sglang.calibration.collection import SurrogateSpec
 
+_MOST_TOKENS = 1 << 40
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -116,7 +117,7 @@ def command(
     if if_missing:
         revision = revision_of(server_args or ())
         found = existing_profile(model, revision) if out is None else out
-        if found is not None and found.is_file():
+        if found is not None and os.path.isfile(found):
             print(f"{found} is there already; nothing to do")
             return
     number, weighting = _tokens(tokens or [], weighting)
@@ -138,7 +139,7 @@ def command(
         layer_by_layer=layer_by_layer,
         server_args=tuple(server_args or ()),
     )
-    if if_missing and job.partial.exists():
+    if if_missing and os.path.exists(job.partial):
         job = dataclasses.replace(job, resume=True)
     check_job(job)
     run(job)
@@ -181,11 +182,11 @@ def _tokens(asked: list[str], weighting: str) -> tuple[int, str]:
     for value in asked:
         if value in WEIGHTINGS:
             weighting = value
-        elif value.isdecimal() and int(value) > 0:
-            number = int(value)
+        elif (given := whole_number(value, _MOST_TOKENS)) is not None:
+            number = given
         else:
             raise SereError(
-                f"--tokens {value}: give a number of tokens, or which of them count: "
+                f"--tokens {cut(value)}: give a number of tokens, or which of them count: "
                 f"{' or '.join(WEIGHTINGS)}"
             )
     return number, weighting
@@ -217,15 +218,16 @@ def _surrogates(rank: str | None, length: int) -> SurrogateSpec | None:
 
     if rank is None:
         return None
-    if rank != "auto" and not (rank.isdecimal() and 0 < int(rank) <= 1 << 20):
+    number = whole_number(rank, 1 << 20)
+    if rank != "auto" and number is None:
         raise SereError(
             f"--surrogate-rank {cut(rank)}: give a rank from 1 to the model's hidden size, or auto"
         )
-    return SurrogateSpec(rank=None if rank == "auto" else int(rank), sequence=length)
+    return SurrogateSpec(rank=number, sequence=length)
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)i?b?", text.strip().lower())
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmg]?)i?b?", text.strip().lower())
     if match is None:
-        raise SereError(f"--memory {text}: not a size, give for instance 512MiB or 2GiB")
+        raise SereError(f"--memory {cut(text)}: not a size, give for instance 512MiB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2]])
