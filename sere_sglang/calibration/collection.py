@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from safetensors.torch import save_file
 from sere_sglang.calibration.measures import MOMENT_MEASURES
 from sere_sglang.calibration.surrogates import HELD_EVERY, sums_bytes
 from sere_sglang.calibration.token_sample import sample_tokens, token_bytes
-from sere_sglang.errors import SereError
+from sere_sglang.errors import SereError, cut
+from sere_sglang.files import is_no_regular_file
+from sere_sglang.profile.container import CHECKSUM, UNSIGNED, seal_file, seal_of_file
 
 CKA_MEASURES = ("cka", "cka-rbf", "cka-polynomial")
 MEASURES = (*MOMENT_MEASURES, *CKA_MEASURES)
@@ -26,6 +29,7 @@ MINIMUM_TOKENS = {**dict.fromkeys(MOMENT_MEASURES, 32), **dict.fromkeys(CKA_MEAS
 
 
 _LEAST_BLOCK, _LARGEST_BLOCK = 16, 4096
+_COLLECTED = re.compile(r"(0|[1-9][0-9]{0,5})/.+")  # a layer, and what was collected of it
 
 
 @dataclass(frozen=True)
@@ -122,15 +126,23 @@ def cka_block(spec: CollectionSpec, num_experts: int, hidden: int, width: int) -
     return max(_LEAST_BLOCK // 2, min(int(fitting), spec.cka_tokens))
 
 
+def writing(path: Path) -> Path:
+    """Where `path` is written until it is whole."""
+    return path.with_name(f".{path.name}.writing")
+
+
 def save_partial(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]
 ) -> None:
-    """Write what is collected so far, atomically. about: JSON values, checked by `--resume`."""
+    """Write what is collected so far, atomically, sealed as a profile is. about: JSON values,
+    checked by `--resume`."""
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.writing")
+    temporary = writing(target)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"about": json.dumps(about), CHECKSUM: UNSIGNED}
     try:
-        save_file(contiguous, str(temporary), metadata={"about": json.dumps(about)})
+        save_file(contiguous, str(temporary), metadata=metadata)
+        seal_file(temporary)
         os.replace(temporary, target)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
@@ -143,13 +155,39 @@ def load_partial(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors and `about` of `save_partial`. Raises `SereError` naming the file."""
+    if is_no_regular_file(path):
+        raise unusable_partial(path, "it is no regular file")
     try:
         with safe_open(str(path), framework="pt") as file:
-            about = json.loads((file.metadata() or {})["about"])
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+            metadata = file.metadata() or {}
+            if (seal := seal_of_file(path, metadata)) != "whole":
+                raise unusable_partial(path, f"its checksum is {seal}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(metadata["about"])
     except FileNotFoundError:
         raise SereError(f"--resume: {path} does not exist; start without --resume") from None
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise SereError(
-            f"--resume: {path} cannot be read ({error}); delete it and start without --resume"
-        ) from None
+    except SereError:
+        raise
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+        raise unusable_partial(path, error) from None
+    if not _is_about(about) or not all(map(_COLLECTED.fullmatch, tensors)):
+        raise unusable_partial(path, "its layers or what it says of them are none")
+    return tensors, about
+
+
+def unusable_partial(path: str | os.PathLike[str], reason: object) -> SereError:
+    """In a user's words, with what to do."""
+    return SereError(
+        f"--resume: {path} cannot be read ({cut(str(reason), 200)}); delete it and start without "
+        "--resume"
+    )
+
+
+def _is_about(about: Any) -> bool:
+    """Whether it tells of a calibration, and how far it came."""
+    if not isinstance(about, dict) or not isinstance(about.get("spec"), dict):
+        return False
+    counts = [about.get("windows_done")]
+    if about.get("layer_by_layer"):
+        counts.append(about.get("layer"))
+    return all(type(count) is int and count >= 0 for count in counts)

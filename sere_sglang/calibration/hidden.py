@@ -5,6 +5,7 @@ A layer reads one and writes the other, so what is redone after an interruption 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -17,6 +18,8 @@ class HiddenStates:
     """[T, H] before and behind the running layer.
 
     Their pages are the operating system's to write out and drop; they take no memory of ours.
+    Their content has no checksum, unlike the partial file: they change with every window, and may
+    be larger than memory. What is kept is looked at for its size only.
     """
 
     def __init__(
@@ -47,7 +50,8 @@ def _reserve(file: Path, size: int) -> None:
         with file.open("wb") as out:
             os.posix_fallocate(out.fileno(), 0, size)
     except OSError as error:
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.unlink()
         raise SereError(
             f"{file}: cannot reserve {size >> 20} MiB for the hidden states ({error}); free some "
             "space, give --out elsewhere, or lower --tokens"

@@ -13,13 +13,19 @@ from typing import Any
 
 import torch
 
-from sere_sglang.calibration.collection import CollectionSpec, check_enough, load_partial
+from sere_sglang.calibration.collection import (
+    CollectionSpec,
+    check_enough,
+    load_partial,
+    unusable_partial,
+    writing,
+)
 from sere_sglang.calibration.surrogate_fit import evaluated_ranks
 from sere_sglang.calibration.text import CalibrationText, check_files, read_windows
 from sere_sglang.cpu import isa as cpu_isa
 from sere_sglang.cpu.large_pages import ask_allocator_for_large_pages
-from sere_sglang.errors import SereError
-from sere_sglang.files import can_write_in, one_writer
+from sere_sglang.errors import PATH_SHOWN, SereError, cut
+from sere_sglang.files import can_write_in, is_no_regular_file, one_writer
 from sere_sglang.profile import MoeModelInfo, ProfileError, default_place, find_profile
 from sere_sglang.profile.model_files import downloaded, model_folder, weights_fingerprint
 
@@ -59,13 +65,13 @@ class CalibrationJob:
 
     @property
     def partial(self) -> Path:
-        return self.out.with_name(self.out.name + ".partial")
+        return self.out.parent / f"{self.out.name}.partial"
 
     @property
     def hidden_files(self) -> tuple[Path, Path]:
         """Where a layer-by-layer calibration keeps what goes into a layer and what comes out."""
         name = self.partial.name
-        return self.out.with_name(f"{name}.hidden0"), self.out.with_name(f"{name}.hidden1")
+        return self.out.parent / f"{name}.hidden0", self.out.parent / f"{name}.hidden1"
 
 
 def revision_of(server_args: Sequence[str]) -> str | None:
@@ -114,12 +120,7 @@ Progress = Callable[[int, int, str], None]
 
 def check_job(job: CalibrationJob) -> None:
     """Everything that can be refused before SGLang is even imported. Raises `SereError`."""
-    if not job.resume and job.partial.exists():
-        with one_writer(job.out):  # which refuses where it is not finished, but under way
-            raise SereError(
-                f"{job.partial} holds an unfinished calibration; continue it with --resume or "
-                "delete it"
-            )
+    _check_device(job.device)
     if job.layer_by_layer and job.server_args:
         raise SereError(
             f"--layer-by-layer runs without SGLang, which '-- {' '.join(job.server_args)}' is "
@@ -131,6 +132,12 @@ def check_job(job: CalibrationJob) -> None:
         )
     check_files(job.data)
     _check_out(job.out)
+    if not job.resume and job.partial.exists():
+        with one_writer(job.out):  # which refuses where it is not finished, but under way
+            raise SereError(
+                f"{job.partial} holds an unfinished calibration; continue it with --resume or "
+                "delete it"
+            )
     if os.path.isdir(job.model):
         model = about_model(lambda: MoeModelInfo.from_folder(job.model))
         if job.spec.surrogates is not None and model.hidden_size:
@@ -199,6 +206,8 @@ def resumable(job: CalibrationJob, text: CalibrationText) -> dict[str, Any] | No
             f"--resume: {job.partial} was made with another {', '.join(different)}; repeat the "
             "command that made it, or delete it and start without --resume"
         )
+    if kept["windows_done"] > len(text.windows):
+        raise unusable_partial(job.partial, "it has more of the text than there is")
     return kept
 
 
@@ -222,15 +231,26 @@ def _differences(now: dict[str, Any], kept: dict[str, Any]) -> Iterator[str]:
             yield _FLAG_OF.get(name, name)
 
 
+def _check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SereError("--device cuda: torch finds no GPU here; give --device cpu or auto")
+
+
 def _check_out(out: Path) -> None:
-    if out.is_dir():
-        raise SereError(f"--out {out} is a folder; name the file to write")
+    name = cut(str(out), PATH_SHOWN)
+    if os.path.isdir(out):
+        raise SereError(f"--out {name} is a folder; name the file to write")
+    if is_no_regular_file(out):
+        raise SereError(f"--out {name} is no regular file; name the file to write")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SereError(f"--out {out}: {error}; choose another place") from None
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(writing(out.with_name(f"{out.name}.partial")))  # the longest name beside it
+    except (OSError, ValueError) as error:  # the latter of a name with a zero byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SereError(f"--out {name}: {reason}; choose another place or name") from None
     if not can_write_in(out.parent):
-        raise SereError(f"--out {out}: {out.parent} is not writable; choose another place")
+        raise SereError(f"--out {name}: its folder is not writable; choose another place")
 
 
 def about_model(read: Callable[[], MoeModelInfo]) -> MoeModelInfo:

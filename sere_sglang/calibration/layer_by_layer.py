@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sere_sglang.calibration.collection import load_partial, save_partial
+from sere_sglang.calibration.collection import load_partial, save_partial, unusable_partial
 from sere_sglang.calibration.decoder import Block, Decoder
 from sere_sglang.calibration.hidden import HiddenStates
 from sere_sglang.calibration.job import (
@@ -79,6 +79,8 @@ class _Run:
 
     def all_layers(self, kept: dict[str, Any] | None) -> None:
         first, done = (kept["layer"], kept["windows_done"]) if kept else (0, 0)
+        if first > self.num_layers:
+            raise unusable_partial(self.job.partial, f"the model has no layer {first}")
         mebibytes = self.decoder.layer_bytes / (1 << 20)
         self.progress(0, 0, f"one layer of {mebibytes:.0f} MiB at a time, twice that to read it")
         if kept:

@@ -5,12 +5,14 @@ a file, not its length, not the sizes that it claims.
 
 Every file of format 1.1 carries a checksum in its metadata: SHA-256 over the whole file, the
 checksum's own 64 digits counted as zeros. So every byte is covered, padding and header included.
+The partial file of a calibration carries the same one (`seal_file`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import stat
 from dataclasses import dataclass
@@ -31,7 +33,8 @@ LARGEST_HEADER = 4 << 20  # 400 layers of 20 tables take one
 
 _MARK = b"sere-sha256:"
 _DIGITS = 64
-_UNSIGNED = _MARK.decode() + "0" * _DIGITS
+UNSIGNED = _MARK.decode() + "0" * _DIGITS
+"""A checksum whose digits are still to come."""
 _DAMAGE = 3
 """Flipped bits up to which a damaged mark is still known as one, so that no damage can make a
 sealed file pass as one of a time that had no checksums."""
@@ -97,15 +100,37 @@ def sealed(payload: bytes) -> bytes:
     """
     length = int.from_bytes(payload[:8], "little")
     header = json.loads(payload[8 : 8 + length])
-    metadata = {**header.pop("__metadata__"), CHECKSUM: _UNSIGNED}
+    metadata = {**header.pop("__metadata__"), CHECKSUM: UNSIGNED}
     text = json.dumps(
         {"__metadata__": dict(sorted(metadata.items())), **header}, separators=(",", ":")
     ).encode()
     text += b" " * (-len(text) % 8)
     unsigned = len(text).to_bytes(8, "little") + text + payload[8 + length :]
     digest = hashlib.sha256(unsigned).hexdigest().encode()
-    at = unsigned.index(_UNSIGNED.encode()) + len(_MARK)
+    at = unsigned.index(UNSIGNED.encode()) + len(_MARK)
     return unsigned[:at] + digest + unsigned[at + _DIGITS :]
+
+
+def seal_file(path: str | os.PathLike[str]) -> None:
+    """Fill in the checksum of a file whose metadata has `UNSIGNED`; it takes no memory of its size.
+
+    Raises `OSError`.
+    """
+    with open(path, "r+b") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            digest = hashlib.sha256(data).hexdigest()
+            at = 8 + _header(data).index(UNSIGNED.encode()) + len(_MARK)
+        file.seek(at)
+        file.write(digest.encode())
+
+
+def seal_of_file(path: str | os.PathLike[str], metadata: dict[str, str]) -> str:
+    """`Container.seal` of a file of any size, of which `metadata` was read. Raises `OSError`."""
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        return _seal_of(data, metadata)
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:
@@ -159,18 +184,18 @@ def _told_bytes(path: object, header: bytes) -> int:
         raise _unreadable(path, cut(str(error))) from None
 
 
-def _header(data: bytes) -> bytes:
+def _header(data: bytes | mmap.mmap) -> bytes:
     return data[8 : 8 + int.from_bytes(data[:8], "little")]
 
 
-def _seal_of(data: bytes, metadata: dict[str, str]) -> str:
+def _seal_of(data: bytes | mmap.mmap, metadata: dict[str, str]) -> str:
     """Whether the checksum in `metadata` is that of `data`."""
     header = _header(data)
     value = metadata.get(CHECKSUM)
     if value is None:
         return "broken" if _holds_mark(header) else "absent"
     text = value.encode()
-    whole = len(value) == len(_UNSIGNED) and text.startswith(_MARK) and header.count(text) == 1
+    whole = len(value) == len(UNSIGNED) and text.startswith(_MARK) and header.count(text) == 1
     if not whole:
         return "broken"
     at = 8 + header.index(text) + len(_MARK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import os
 import resource
 import shutil
 import sys
@@ -16,16 +17,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 import sere_sglang.calibration as calibration
-from sere_sglang.calibration import calibrate, layer_by_layer
+from sere_sglang.calibration import CalibrationJob, Interrupted, calibrate, layer_by_layer
 from sere_sglang.calibration import collector as worker
-from sere_sglang.calibration.collection import CollectionSpec
+from sere_sglang.calibration.collection import CollectionSpec, load_partial
 from sere_sglang.calibration.decoder import BlockExperts
+from sere_sglang.calibration.hidden import _reserve
 from sere_sglang.calibration.job import _differences, read_text, readable
 from sere_sglang.calibration.through_sglang import _require_experts_in_place
+from sere_sglang.cli.main import app
 from sere_sglang.errors import SereError
 from sere_sglang.profile import SereProfile, load_profile
+from sere_sglang.profile.container import sealed
 from tests.calibration.layer_jobs import a_job, same_everywhere, write_float32
 
 
@@ -271,3 +276,122 @@ def test_resuming_another_calibration_names_the_flags_that_differ() -> None:
     named = ["--data (or what is taken of it)", "--memory", "--surrogate-rank"]
     assert list(_differences(now, kept)) == named
     assert list(_differences(now, now)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", r"is a folder; name the file"),
+        ("pipe", r"is no regular file; name the file to write"),
+        ("link", r"is no regular file; name the file to write"),
+        ("x" * 300, r"File name too long; choose another place or name"),
+        ("x" * 245, r"File name too long; choose another place or name"),
+        ("new/" + "x" * 245, r"File name too long; choose another place or name"),
+        ("a\0b", r"embedded null byte; choose another place or name"),
+    ],
+)
+def test_an_out_that_cannot_be_written_is_refused_first(
+    folder: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with pytest.raises(SereError, match=rf"^--out .*{message}"):
+        calibrate(a_job(folder / "qwen3_moe", tmp_path / name))
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    assert {p.name for p in tmp_path.iterdir()} <= {"pipe", "link", "new"}
+
+
+@pytest.mark.parametrize("out", ["", "."])
+@pytest.mark.parametrize("missing", ["--if-missing", "--resume"])
+def test_the_current_folder_is_no_name(out: str, missing: str) -> None:
+    with pytest.raises(SereError, match=r"--out \. is a folder"):
+        app(["calibrate", "--model=m", f"--out={out}", missing], standalone_mode=False)
+
+
+def test_a_gpu_that_is_not_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SereError, match=r"^--device cuda: torch finds no GPU here; give --device"):
+        calibrate(a_job(folder / "qwen3_moe", tmp_path / "p.out", device="cuda"))
+
+
+@pytest.mark.parametrize("flag", ["--tokens", "--surrogate-rank", "--memory"])
+@pytest.mark.parametrize("value", ["9" * 5000, "٣", "²"])
+def test_a_number_is_of_plain_digits_and_not_endless(flag: str, value: str) -> None:
+    with pytest.raises(SereError, match=f"^{flag} ") as error:
+        app(["calibrate", "--model=m", "--out=p", flag, value], standalone_mode=False)
+    assert len(str(error.value)) < 200
+
+
+@pytest.fixture(scope="module")
+def stopped(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> CalibrationJob:
+    """One that is to be resumed."""
+    job = a_job(folder / "qwen3_moe", tmp_path_factory.mktemp("stopped") / "p.out")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        same_everywhere(patch)
+        calibrate(job, stop=lambda: True)
+    return dataclasses.replace(job, resume=True)
+
+
+def _refused(job: CalibrationJob, data: bytes) -> str:
+    """What `--resume` says to a partial file of these bytes."""
+    whole = job.partial.read_bytes()
+    job.partial.write_bytes(data)
+    try:
+        with pytest.raises(SereError, match=r"^--resume: .*delete it and start without") as error:
+            calibrate(job)
+    finally:
+        job.partial.write_bytes(whole)
+    return str(error.value)
+
+
+def test_a_damaged_partial_file_is_not_continued(stopped: CalibrationJob) -> None:
+    whole = stopped.partial.read_bytes()
+    for at in (len(whole) - 1, len(whole) // 2, whole.index(b"windows_done")):
+        flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+        assert "cannot be read (its checksum is broken)" in _refused(stopped, flipped)
+    for torn in (b"", whole[:1000], whole[:-1]):
+        assert "cannot be read" in _refused(stopped, torn)
+    unsealed = save(load(whole), {"about": json.dumps(load_partial(stopped.partial)[1])})
+    assert "its checksum is absent" in _refused(stopped, unsealed)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        "[" * 100_000,
+        "9" * 5000,
+        "[]",
+        {"windows_done": -1},
+        {"windows_done": True},
+        {"windows_done": 1 << 40},
+        {"layer": None},
+        {"layer": "0"},
+        {"layer": 99},
+        {"spec": []},
+    ],
+)
+def test_a_sealed_partial_file_is_not_believed_either(
+    stopped: CalibrationJob, about: str | dict[str, Any]
+) -> None:
+    tensors, told = load_partial(stopped.partial)
+    text = about if isinstance(about, str) else json.dumps({**told, **about})
+    assert "cannot be read" in _refused(stopped, sealed(save(tensors, {"about": text})))
+
+
+def test_tensors_of_no_layer_and_a_pipe_are_refused(
+    stopped: CalibrationJob, tmp_path: Path
+) -> None:
+    tensors, told = load_partial(stopped.partial)
+    for name in ("x/gram", "gram", "-1/gram", "01/gram"):
+        odd = {**tensors, name: torch.zeros(1)}
+        assert "its layers" in _refused(stopped, sealed(save(odd, {"about": json.dumps(told)})))
+    os.mkfifo(tmp_path / "p.partial")
+    with pytest.raises(SereError, match="it is no regular file"):
+        load_partial(tmp_path / "p.partial")
+
+
+def test_a_space_that_cannot_be_reserved_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(SereError, match=r"cannot reserve 0 MiB .*File name too long"):
+        _reserve(tmp_path / ("x" * 300), 64)
