@@ -89,7 +89,7 @@ def test_doctor_stops_at_ctrl_c(checkpoint: Checkpoint) -> None:
     [
         (["--model={dense}"], "is a dense model, it has no routed experts"),
         (["--model={root}"], "config.json: no such file"),
-        (["--model={root}/absent"], "/absent: SGLang cannot read it"),
+        (["--model={root}/absent"], "/absent is neither a folder nor"),
         (["--model={moe}", "--out={root}"], "is a folder; name the file to write"),
         (["--model={moe}", "--out={root}/absent/cost.json"], "cannot be written in"),
         (["--model={moe}", "--device=tpu"], "--device tpu: choose from auto, cpu, cuda"),
