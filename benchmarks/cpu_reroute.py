@@ -18,12 +18,7 @@ import torch
 
 from benchmarks import published_sequence
 from benchmarks._common import interleaved_median, random_similarity, write_result
-from sere_sglang.ops import (
-    LayerTable,
-    apply_rule,
-    encode_control,
-    reroute_,
-)
+from sere_sglang.ops import LayerTable, apply_rule, encode_control, reroute_
 from sere_sglang.ops.cpu import reroute as native
 from sere_sglang.ops.cpu import rules as native_rules
 from sere_sglang.ops.reference import reroute as reference

@@ -17,7 +17,7 @@ namespace sere {
 using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
 
-// sere_sglang/ops/cuda/reroute.py
+// sere_sglang/ops/cuda/plan.py
 enum Form : int { kBlock, kCluster, kGrid };
 
 struct Plan {

@@ -77,10 +77,10 @@ def _endpoint() -> Any:
         theirs = sorted(key for key in numbers if not key.startswith(PREFIX))
         answer = await manager.set_internal_state(request_type(server_args=numbers))
         if asked is not None and not all(answer):
-            refuses = f"SGLang refuses {', '.join(map(shown, theirs))}"
-            if not theirs:
-                refuses = "settings changed meanwhile, or SERE has failed (/server_info has why)"
-            message = f"{refuses}; nothing was applied"
+            reason = "settings changed meanwhile, or SERE has failed (/server_info has why)"
+            if theirs:
+                reason = f"SGLang refuses {', '.join(map(shown, theirs))}"
+            message = f"{reason}; nothing was applied"
             return JSONResponse({"error": {"message": message, "code": 400}}, status_code=400)
         if asked is not None and all(answer):
             await shadow.follow(asked)

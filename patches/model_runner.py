@@ -72,21 +72,23 @@ def _binding(runner: Any, profile: SereProfile, asked: SereConfig) -> Binding | 
     """None where the model cannot be bound, on whichever rank, and is to be served all the same."""
     from sglang.srt.runtime_context import get_parallel
 
-    binding, error = None, None
+    binding: Binding | None = None
+    reason: str | None = None
     try:
         moe_rows.require_no_quality(quality_rules(asked).allowed)
         binding = bind_model(runner.model, profile, asked, device=runner.device)
-    except SereError as caught:
+    except SereError as error:
         if asked.sere_on_error != "fallback":
             raise
-        error = caught
-    if asked.sere_on_error == "fallback":
-        errors = get_parallel().world_group.all_gather_object(error and str(error))
-        told = next((e for e in errors if e is not None), None)
-        if told is not None:
-            logger.warning("Serving WITHOUT SERE (--sere-on-error fallback): %s", told)
-            return None
-    return binding
+        reason = str(error)
+    if asked.sere_on_error != "fallback":
+        return binding
+    reasons = get_parallel().world_group.all_gather_object(reason)
+    told = next((r for r in reasons if r is not None), None)
+    if told is None:
+        return binding
+    logger.warning("Serving WITHOUT SERE (--sere-on-error fallback): %s", told)
+    return None
 
 
 def _cost(runner: Any, binding: Binding, file: str | None) -> MoeCost:

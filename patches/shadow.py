@@ -158,17 +158,12 @@ class Shadow:
         tokenized.return_logprob, tokenized.logprob_start_len = True, -1
         tokenized.top_logprobs_num = TOP
         same = {name: getattr(obj, name) for name in ("lora_path", "extra_key", "cache_salt")}
+        longest = self.manager.max_req_input_len - 1  # which the scheduler takes as an input
         self.following[tokenized.rid] = _Followed(
             list(tokenized.input_ids), float(tokenized.sampling_params.temperature), self._under,
             {name: value for name, value in same.items() if value is not None},
-            max(0, min(_MOST_TOKENS, self._longest_input() - len(tokenized.input_ids))),
+            max(0, min(_MOST_TOKENS, longest - len(tokenized.input_ids))),
         )  # fmt: skip
-
-    def _longest_input(self) -> int:
-        """Tokens of the longest request that the scheduler takes (``validate_input_length``); there
-        is none to ask about it before the engine is up, and its margin is six tokens."""
-        limit = self.manager.max_req_input_len
-        return int(self.manager.context_len - 6 if limit is None else limit) - 1
 
     def _comparable(self, tokenized: Any) -> bool:
         sampling = tokenized.sampling_params

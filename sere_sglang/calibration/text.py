@@ -82,10 +82,14 @@ def read_windows(
 
 
 def check_files(files: Iterable[Path]) -> None:
-    """Raise `SereError` for a file that is missing or of an unknown format."""
+    """Raise `SereError` for what is no file, may not be read or is of an unknown format."""
     for file in files:
-        if not os.path.isfile(file):
+        if os.path.isdir(file):
+            raise SereError(f"--data {file}: a folder; name one file")
+        if not os.path.isfile(file):  # not Path.is_file, which raises for a name too long
             raise SereError(f"--data {cut(str(file), PATH_SHOWN)}: no such file")
+        if not os.access(file, os.R_OK):
+            raise SereError(f"--data {file}: it may not be read; change that, or name another file")
         if file.suffix.lower() not in FORMATS:
             raise SereError(
                 f"--data {file}: cannot read {file.suffix or 'a file without suffix'}; "

@@ -17,12 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load, save
 
 import sere_sglang.calibration as calibration
-from sere_sglang.calibration import CalibrationJob, Interrupted, calibrate, layer_by_layer
+from sere_sglang.calibration import calibrate, layer_by_layer
 from sere_sglang.calibration import collector as worker
-from sere_sglang.calibration.collection import CollectionSpec, load_partial
+from sere_sglang.calibration.collection import CollectionSpec
 from sere_sglang.calibration.decoder import BlockExperts
 from sere_sglang.calibration.hidden import _reserve
 from sere_sglang.calibration.job import _differences, read_text, readable
@@ -30,7 +29,6 @@ from sere_sglang.calibration.through_sglang import _require_experts_in_place
 from sere_sglang.cli.main import app
 from sere_sglang.errors import SereError
 from sere_sglang.profile import SereProfile, load_profile
-from sere_sglang.profile.container import sealed
 from tests.calibration.layer_jobs import a_job, same_everywhere, write_float32
 
 
@@ -322,74 +320,6 @@ def test_a_number_is_of_plain_digits_and_not_endless(flag: str, value: str) -> N
     with pytest.raises(SereError, match=f"^{flag} ") as error:
         app(["calibrate", "--model=m", "--out=p", flag, value], standalone_mode=False)
     assert len(str(error.value)) < 200
-
-
-@pytest.fixture(scope="module")
-def stopped(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> CalibrationJob:
-    """One that is to be resumed."""
-    job = a_job(folder / "qwen3_moe", tmp_path_factory.mktemp("stopped") / "p.out")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        same_everywhere(patch)
-        calibrate(job, stop=lambda: True)
-    return dataclasses.replace(job, resume=True)
-
-
-def _refused(job: CalibrationJob, data: bytes) -> str:
-    """What `--resume` says to a partial file of these bytes."""
-    whole = job.partial.read_bytes()
-    job.partial.write_bytes(data)
-    try:
-        with pytest.raises(SereError, match=r"^--resume: .*delete it and start without") as error:
-            calibrate(job)
-    finally:
-        job.partial.write_bytes(whole)
-    return str(error.value)
-
-
-def test_a_damaged_partial_file_is_not_continued(stopped: CalibrationJob) -> None:
-    whole = stopped.partial.read_bytes()
-    for at in (len(whole) - 1, len(whole) // 2, whole.index(b"windows_done")):
-        flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
-        assert "cannot be read (its checksum is broken)" in _refused(stopped, flipped)
-    for torn in (b"", whole[:1000], whole[:-1]):
-        assert "cannot be read" in _refused(stopped, torn)
-    unsealed = save(load(whole), {"about": json.dumps(load_partial(stopped.partial)[1])})
-    assert "its checksum is absent" in _refused(stopped, unsealed)
-
-
-@pytest.mark.parametrize(
-    "about",
-    [
-        "[" * 100_000,
-        "9" * 5000,
-        "[]",
-        {"windows_done": -1},
-        {"windows_done": True},
-        {"windows_done": 1 << 40},
-        {"layer": None},
-        {"layer": "0"},
-        {"layer": 99},
-        {"spec": []},
-    ],
-)
-def test_a_sealed_partial_file_is_not_believed_either(
-    stopped: CalibrationJob, about: str | dict[str, Any]
-) -> None:
-    tensors, told = load_partial(stopped.partial)
-    text = about if isinstance(about, str) else json.dumps({**told, **about})
-    assert "cannot be read" in _refused(stopped, sealed(save(tensors, {"about": text})))
-
-
-def test_tensors_of_no_layer_and_a_pipe_are_refused(
-    stopped: CalibrationJob, tmp_path: Path
-) -> None:
-    tensors, told = load_partial(stopped.partial)
-    for name in ("x/gram", "gram", "-1/gram", "01/gram"):
-        odd = {**tensors, name: torch.zeros(1)}
-        assert "its layers" in _refused(stopped, sealed(save(odd, {"about": json.dumps(told)})))
-    os.mkfifo(tmp_path / "p.partial")
-    with pytest.raises(SereError, match="it is no regular file"):
-        load_partial(tmp_path / "p.partial")
 
 
 def test_a_space_that_cannot_be_reserved_is_one_error(tmp_path: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,16 +12,15 @@ import typer
 from typer.testing import CliRunner
 
 import sere_sglang
-from benchmarks._common import random_similarity
 from sere_sglang.calibration import CalibrationJob, Interrupted
 from sere_sglang.calibration.collection import CollectionSpec, block_tokens, check_enough
 from sere_sglang.cli import calibrate_flow, doctor
 from sere_sglang.cli.main import app
 from sere_sglang.errors import SereError
 from sere_sglang.options import OPTIONS
-from sere_sglang.profile import ProfileMetadata, SereProfile, save_profile
-from sere_sglang.profile import report as reports
+from sere_sglang.profile import save_profile
 from tests.cli.command import WIDE, run
+from tests.cli.made_profile import a_profile
 from tests.server.checkpoints import write_checkpoint
 
 
@@ -34,22 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint("dense", folder / "dense")
     write_checkpoint("qwen3_moe", folder / "moe")
     return folder
-
-
-def a_profile(seed: int = 0, experts: int = 6) -> SereProfile:
-    generator = torch.Generator().manual_seed(seed)
-    similarity, tables = {}, {}
-    for layer in (0, 3):
-        similarity[layer] = random_similarity(experts, generator)
-        by_rank = torch.stack([torch.randperm(experts, generator=generator) for _ in range(2)])
-        tables[layer] = {
-            "similarity_cka_rbf": similarity[layer].clone(),
-            "popularity": by_rank.sum(0),
-            "popularity_by_rank": by_rank,
-        }
-    tokens = int(by_rank.sum(1)[0])
-    metadata = ProfileMetadata(model="a/model", method="frobenius", num_tokens=tokens, top_k=2)
-    return SereProfile(metadata, similarity, tables)
 
 
 def test_help_names_the_server_flags_and_where_they_are_described() -> None:
@@ -184,42 +164,6 @@ def test_doctor_refuses_an_architecture_that_it_cannot_use(flags: list[str]) -> 
     assert "sm_90a (H100, H200)" in output
 
 
-def test_inspect_prints_plots_and_compares(tmp_path: Path) -> None:
-    a, b = tmp_path / "sere_profile.safetensors", tmp_path / "b.safetensors"
-    save_profile(a_profile(0), a)
-    save_profile(a_profile(1), b)
-    picture = tmp_path / "a.png"
-    code, output = run("inspect", str(tmp_path), "--plot", str(picture), "--compare", str(b))
-    assert code == 0, output
-    assert "a/model" in output and "best substitute differs" in output and "cka-rbf" in output
-    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
-
-    code, output = run("inspect", str(a), "--compare", str(b), "--json")
-    facts = json.loads(output)
-    assert [layer["layer"] for layer in facts["layers"]] == [0, 3]
-    profile = a_profile(0)
-    best = reports.best_similarity(profile.similarity[3])
-    assert facts["layers"][1]["critical"][0] == int(best.argmin())
-    assert facts["layers"][1]["replaceable"][0] == int(best.argmax())
-    # The table is a copy of the leading similarity.
-    assert facts["measures"]["cka-rbf"][0]["rank_correlation"] == pytest.approx(1)
-    assert facts["measures"]["cka-rbf"][0]["best_substitute_differs"] == 0
-    assert abs(facts["compare"][0]["rank_correlation"]) < 0.9
-
-
-def test_inspect_prints_names_as_they_are(tmp_path: Path) -> None:
-    folder = tmp_path / "[bold]:bug:\x1b[31m"
-    folder.mkdir()
-    made = a_profile()
-    metadata = dataclasses.replace(made.metadata, model="[bold]x[/bold][/]\x1b[2J", data="[/a]\n")
-    path = folder / "[/].safetensors"
-    save_profile(dataclasses.replace(made, metadata=metadata), path)
-    code, output = run("inspect", str(path), "--compare", str(path))
-    assert code == 0, output
-    assert "[bold]x[/bold][/]\\x1b[2J (" in output and "[/a]\\n, " in output
-    assert output.count("[bold]:bug:\\x1b[31m/[/].safetensors") == 2 and "\x1b" not in output
-
-
 def test_calibrate_prints_names_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,42 +176,6 @@ def test_calibrate_prints_names_as_they_are(
         calibrate_flow.run(CalibrationJob(model="[bold]x[/]", out=out, spec=CollectionSpec()))
     said = capsys.readouterr().err
     assert "Calibrating [bold]x[/]: " in said and "/[/]\\x1b[31m.partial;" in said
-
-
-def test_inspect_of_one_expert(tmp_path: Path) -> None:
-    path = tmp_path / "p.safetensors"
-    made = a_profile(experts=1)
-    for tables in made.tables.values():
-        del tables["popularity"], tables["popularity_by_rank"]
-    metadata = dataclasses.replace(made.metadata, top_k=1)
-    save_profile(dataclasses.replace(made, metadata=metadata), path)
-    code, output = run("inspect", str(path), "--compare", str(path))
-    assert code == 0 and "1 experts" in output, output
-    facts = json.loads(run("inspect", str(path), "--json")[1])["layers"][0]
-    assert math.isnan(facts["lowest"]) and facts["critical"] == facts["replaceable"] == []
-    code, output = run("inspect", str(path), "--plot", "x.png")
-    assert code == 2 and "--plot x.png: one expert has no pairs to draw" in output
-
-
-def test_rank_correlation_with_nothing_to_rank() -> None:
-    flat = torch.full((4, 4), 0.5)
-    assert math.isnan(reports.rank_correlation(flat, a_profile(0, experts=4).similarity[0]))
-
-
-def test_expected_active_experts_against_simulation() -> None:
-    """Independent tokens drawn with the stored popularity by rank."""
-    experts, top_k, tokens, batch = 12, 3, 4000, 8
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(experts, generator=generator)
-    noise = -torch.empty(tokens, experts).exponential_(generator=generator).log()
-    ids = (logits + noise).topk(top_k).indices  # [T, K], ranked
-    by_rank = torch.stack([ids[:, r].bincount(minlength=experts) for r in range(top_k)])
-    for primary_k in (1, 2, 3):
-        picked = torch.randint(tokens, (3000, batch), generator=generator)
-        used = ids[picked][:, :, :primary_k].flatten(1)
-        simulated = sum(len(row.unique()) for row in used) / len(used)
-        expected = reports.expected_active(by_rank, tokens, primary_k, batch)
-        assert expected == pytest.approx(simulated, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -326,15 +234,6 @@ def test_an_unfinished_calibration_is_not_overwritten(folder: Path, tmp_path: Pa
     assert partial.read_bytes() == b"x"
 
 
-def test_inspect_refuses_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "p.safetensors"
-    save_profile(a_profile(), path)
-    assert "this profile holds frobenius, cka-rbf" in run("inspect", str(path), "--measure", "x")[1]
-    assert "end the name in .png" in run("inspect", str(path), "--plot", "x.doc")[1]
-    code, output = run("inspect", str(tmp_path / "none"))
-    assert code == 2 and "no such file" in output
-
-
 def test_too_few_tokens_says_how_many_are_needed() -> None:
     check_enough(128, ("frobenius", "cka"), 128)
     with pytest.raises(SereError, match="--measure cka needs at least 128 tokens"):
@@ -347,17 +246,6 @@ def test_too_little_memory_says_how_much_is_needed() -> None:
         block_tokens(small, num_experts=128, hidden=2048, width=768)
     enough = int(str(error.value).split("at least --memory ")[1].removesuffix("MiB"))
     assert block_tokens(CollectionSpec(memory=enough << 20), 128, 2048, 768) >= 16
-
-
-def test_without_matplotlib_the_extra_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
-    path = tmp_path / "p.safetensors"
-    save_profile(a_profile(), path)
-    assert run("inspect", str(path))[0] == 0
-    code, output = run("inspect", str(path), "--plot", "x.png")
-    assert code == 2 and "pip install 'sere-sglang[plot]'" in output
 
 
 @pytest.mark.parametrize("ignores_interrupts", [False, True], ids=["", "in the background"])
