@@ -18,13 +18,14 @@ import torch
 
 from benchmarks import published_sequence
 from benchmarks._common import interleaved_median, random_similarity, write_result
+from sere_sglang.cpu.moe import fused_moe
 from sere_sglang.ops import LayerTable, apply_rule, encode_control, reroute_
 from sere_sglang.ops.cpu import reroute as native
 from sere_sglang.ops.cpu import rules as native_rules
 from sere_sglang.ops.reference import reroute as reference
 from sere_sglang.ops.reference import rules as reference_rules
 from sere_sglang.ops.rules_call import RuleCall
-from sere_sglang.ops.surrogates import Surrogates, compensate_
+from sere_sglang.ops.surrogates import Compensation, Surrogates, compensate_
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024)
 SHAPES = ((60, 4), (64, 6), (128, 8), (256, 8), (512, 10))  # (E, K)
@@ -141,24 +142,36 @@ def measure_rules(budget_s: float) -> list[dict[str, Any]]:
 
 
 def measure_surrogates(lost: torch.Tensor, rank: int, budget_s: float) -> dict[str, Any]:
-    """What makes up for what ``energy .02`` lost, in a layer of hidden size 2048."""
-    rows, experts, hidden = *lost.shape, 2048
+    """What makes up for what ``energy .02`` lost, in a layer of hidden size 2048: behind any
+    runner, and what it adds to the CPU runner, which has it done with the experts at hand."""
+    rows, experts, hidden, inter = *lost.shape, 2048, 256
     inward, outward = torch.randn(2, experts, rank, hidden)
     layer = Surrogates.build(inward, outward, torch.randn(experts, hidden), device="cpu")
     x, output = torch.randn(2, rows, hidden).bfloat16()
+    compensation = Compensation(lost, layer)
+    w13 = torch.randn(experts, 2 * inter, hidden).bfloat16()
+    w2 = torch.randn(experts, hidden, inter).bfloat16()
+    ids = torch.arange(rows)[:, None] % 8  # what the batch still loads
+    run = functools.partial(fused_moe, x, w13, w2, ids, torch.ones(rows, 1))
     seconds = interleaved_median(
         {
-            "us": functools.partial(compensate_, output, x, lost, layer),
-            "us_torch": functools.partial(compensate_, output, x, lost, layer, impl="torch"),
+            "us": functools.partial(compensate_, output, x, compensation),
+            "us_torch": functools.partial(compensate_, output, x, compensation, impl="torch"),
+            "without": run,
+            "with": functools.partial(run, compensation=compensation),
         },
         budget_s=budget_s,
     )
+    us = {key: value * 1e6 for key, value in seconds.items()}
+    us["us_in_runner"] = us.pop("with") - us.pop("without")
     slots = int((lost > 0).sum())
     megabytes = layer.num_bytes / experts * int(lost.any(dim=0).sum()) / 1e6
     name = f"surrogates of rank {rank}"
-    us = {key: value * 1e6 for key, value in seconds.items()}
-    figures = f"{us['us']:.0f} us, torch {us['us_torch']:.0f}"
-    print(f"{name:24}{slots:8} slots, {megabytes:.2f} MB: {figures}", flush=True)
+    figures = f"in the runner {us['us_in_runner']:.0f} us, behind it {us['us']:.0f}, "
+    print(
+        f"{name:24}{slots:8} slots, {megabytes:.2f} MB: {figures}torch {us['us_torch']:.0f}",
+        flush=True,
+    )
     return {
         "rule": name,
         "T": rows,

@@ -35,7 +35,7 @@ from sere_sglang.ops.rule_ops import add_compensation_, begin_compensation
 from sere_sglang.ops.rules import load_rules
 from sere_sglang.ops.rules_call import LostSlots, RuleCall
 from sere_sglang.ops.rules_device import ApplyInPlace
-from sere_sglang.ops.surrogates import Surrogates, compensate_
+from sere_sglang.ops.surrogates import Compensation, Surrogates, compensate_
 
 TOKENS: tuple[int, ...] = (1, 8, 32, 128, 256, 1024)
 SHAPES: tuple[tuple[int, int], ...] = ((128, 8), (512, 10))  # (E, K); Triton compiles each anew
@@ -160,7 +160,7 @@ class RuleCase:
 
         def call() -> None:
             if self.device == "cpu":
-                compensate_(self.output, self.hidden, gone, self.surrogates)
+                compensate_(self.output, self.hidden, Compensation(gone, self.surrogates))
                 return
             inner = begin_compensation(self.hidden, slots, self.surrogates, 1.0)
             add_compensation_(self.output, inner, slots, self.surrogates, 1.0)

@@ -1,5 +1,6 @@
 // CPU fused MoE of one layer: out[t] = sum over slots of weight * down(act(gate(x)) * up(x)).
-// Loops over active experts only; negative ids and slots of weight 0 are none.
+// Loops over active experts only; negative ids and slots of weight 0 are none. Surrogates make up for
+// what tokens lost of others.
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
@@ -40,7 +41,7 @@ void check_tensor(const TensorView& t, const char* name, std::initializer_list<i
   int axis = 0;
   for (int64_t size : shape) same = same && t.size(axis++) == size;
   check(same, std::string(name) + " has the wrong shape");
-  check(t.IsContiguous(), std::string(name) + " must be contiguous");
+  check(t.numel() == 0 || t.IsContiguous(), std::string(name) + " must be contiguous");
 }
 
 const float* bias_pointer(const Optional<TensorView>& bias, const char* name, int64_t experts,
@@ -60,16 +61,16 @@ bool multiplies_bf16_fast() {
 #endif
 }
 
-template <typename Engine, Activation kActivation>
+template <typename Engine>
 void run_with(const Problem<typename Engine::Weight>& p) {
   static Workspace<Engine> workspace;
   for (int64_t first = 0; first < p.tokens; first += kTokensAtOnce) {
     const int64_t count = std::min(kTokensAtOnce, p.tokens - first);
-    run<Engine, kActivation>(p, first, count, workspace);
+    run(p, first, count, workspace);
   }
 }
 
-template <typename T, Activation kActivation>
+template <typename T>
 void run_best(const Problem<T>& p) {
   // One call at a time: the workspace is shared, and OpenMP uses every core anyway.
   static std::mutex one_call;
@@ -77,21 +78,44 @@ void run_best(const Problem<T>& p) {
   if constexpr (std::is_same_v<T, bf16>) {
 #ifdef __AMX_BF16__
     if (p.hidden_size % amx::kTileDepth == 0 && p.inter_size % amx::kTileDepth == 0) {
-      return run_with<amx::Engine, kActivation>(p);
+      return run_with<amx::Engine>(p);
     }
 #endif
 #ifdef __AVX512BF16__
-    if (multiplies_bf16_fast()) return run_with<VectorEngine<NativeBf16>, kActivation>(p);
+    if (multiplies_bf16_fast()) return run_with<VectorEngine<NativeBf16>>(p);
 #endif
   }
-  run_with<VectorEngine<Float32<T>>, kActivation>(p);
+  run_with<VectorEngine<Float32<T>>>(p);
+}
+
+// lost: float32 [tokens, experts] or none; the other tensors are bfloat16.
+Surrogates surrogates_of(const Optional<TensorView>& lost, const Optional<TensorView>& inward,
+                         const Optional<TensorView>& outward, const Optional<TensorView>& bias,
+                         int64_t tokens, int64_t hidden_size, double scale) {
+  if (!lost.has_value()) return {};
+  check(inward.has_value() && outward.has_value() && bias.has_value(), "lost needs surrogates");
+  check(inward.value().ndim() == 3, "surrogate_in must have three dimensions");
+  const int64_t experts = inward.value().size(0), rank = inward.value().size(1);
+  constexpr DLDataType kBf16{kDLBfloat, 16, 1};
+  check_tensor(lost.value(), "lost", {tokens, experts}, {kDLFloat, 32, 1});
+  check_tensor(inward.value(), "surrogate_in", {experts, rank, hidden_size}, kBf16);
+  check_tensor(outward.value(), "surrogate_out", {experts, rank, hidden_size}, kBf16);
+  check_tensor(bias.value(), "surrogate_bias", {experts, hidden_size}, kBf16);
+  return {.inward = static_cast<const bf16*>(inward.value().data_ptr()),
+          .outward = static_cast<const bf16*>(outward.value().data_ptr()),
+          .bias = static_cast<const bf16*>(bias.value().data_ptr()),
+          .lost = static_cast<const float*>(lost.value().data_ptr()),
+          .experts = experts,
+          .rank = rank,
+          .hidden_size = hidden_size,
+          .scale = float(scale)};
 }
 
 template <typename T>
 void dispatch(const TensorView& hidden, const TensorView& w13, const TensorView& w2,
               const Optional<TensorView>& w13_bias, const Optional<TensorView>& w2_bias,
               const TensorView& ids, const TensorView& weights, const TensorView& out,
-              int64_t activation, DLDataType dtype) {
+              int64_t activation, DLDataType dtype, const Surrogates& surrogates) {
   check(hidden.ndim() == 2 && ids.ndim() == 2 && w2.ndim() == 3, "wrong number of dimensions");
   const int64_t tokens = hidden.size(0), hidden_size = hidden.size(1);
   const int64_t experts = w2.size(0), inter_size = w2.size(2), top_k = ids.size(1);
@@ -101,7 +125,9 @@ void dispatch(const TensorView& hidden, const TensorView& w13, const TensorView&
   check_tensor(ids, "topk_ids", {tokens, top_k}, {kDLInt, 32, 1});
   check_tensor(weights, "topk_weights", {tokens, top_k}, {kDLFloat, 32, 1});
   check_tensor(out, "out", {tokens, hidden_size}, dtype);
-  const Problem<T> problem{
+  check(activation == int64_t(Activation::kSilu) || activation == int64_t(Activation::kGeluTanh),
+        "unknown activation");
+  run_best(Problem<T>{
       .hidden = static_cast<const T*>(hidden.data_ptr()),
       .w13 = static_cast<const T*>(w13.data_ptr()),
       .w2 = static_cast<const T*>(w2.data_ptr()),
@@ -115,12 +141,9 @@ void dispatch(const TensorView& hidden, const TensorView& w13, const TensorView&
       .experts = experts,
       .hidden_size = hidden_size,
       .inter_size = inter_size,
-  };
-  switch (Activation{activation}) {
-    case Activation::kSilu: return run_best<T, Activation::kSilu>(problem);
-    case Activation::kGeluTanh: return run_best<T, Activation::kGeluTanh>(problem);
-  }
-  check(false, "unknown activation");
+      .activation = Activation{activation},
+      .surrogates = surrogates,
+  });
 }
 
 // The system must allow a process the tile registers once.
@@ -134,15 +157,19 @@ bool prepare_process() {
 
 void fused_moe(TensorView hidden, TensorView w13, TensorView w2, Optional<TensorView> w13_bias,
                Optional<TensorView> w2_bias, TensorView ids, TensorView weights, TensorView out,
-               int64_t activation) {
+               int64_t activation, Optional<TensorView> lost, Optional<TensorView> surrogate_in,
+               Optional<TensorView> surrogate_out, Optional<TensorView> surrogate_bias,
+               double scale) {
+  check(hidden.ndim() == 2, "hidden must have two dimensions");
+  const Surrogates surrogates = surrogates_of(lost, surrogate_in, surrogate_out, surrogate_bias,
+                                              hidden.size(0), hidden.size(1), scale);
   const DLDataType dtype = hidden.dtype();
-  if (dtype.code == kDLBfloat && dtype.bits == 16) {
-    dispatch<bf16>(hidden, w13, w2, w13_bias, w2_bias, ids, weights, out, activation, dtype);
-  } else if (dtype.code == kDLFloat && dtype.bits == 32) {
-    dispatch<float>(hidden, w13, w2, w13_bias, w2_bias, ids, weights, out, activation, dtype);
-  } else {
-    check(false, "hidden must be bfloat16 or float32");
-  }
+  const auto run = [&]<typename T>() {
+    dispatch<T>(hidden, w13, w2, w13_bias, w2_bias, ids, weights, out, activation, dtype, surrogates);
+  };
+  if (dtype.code == kDLBfloat && dtype.bits == 16) return run.template operator()<bf16>();
+  if (dtype.code == kDLFloat && dtype.bits == 32) return run.template operator()<float>();
+  check(false, "hidden must be bfloat16 or float32");
 }
 
 // Reads every byte of the weights of these experts (int32 [n]), all threads together.

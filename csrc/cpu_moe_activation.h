@@ -1,11 +1,9 @@
-// Activations, a register at a time and without a branch.
+// Activations, a register at a time.
 #pragma once
 
 #include "cpu_moe_vector.h"
 
 namespace sere::moe {
-
-enum class Activation : int64_t { kSilu = 0, kGeluTanh = 1 };
 
 // exp with a relative error near 1e-7; beyond -87 and 88 as at those. NaN counts as 88.
 inline Floats exp(Floats x) {
@@ -24,10 +22,9 @@ inline Floats exp(Floats x) {
 }
 
 // Both are x * sigmoid(y(x)).
-template <Activation kActivation>
-inline Floats activate(Floats x) {
+inline Floats activate(Activation activation, Floats x) {
   Floats y = x;
-  if constexpr (kActivation == Activation::kGeluTanh) {
+  if (activation == Activation::kGeluTanh) {
     y = 1.5957691216057308f * (x + 0.044715f * x * x * x);  // 2 * sqrt(2 / pi)
   }
   return x / (1.0f + exp(-y));

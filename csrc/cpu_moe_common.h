@@ -39,6 +39,18 @@ inline bf16 from_float<bf16>(float value) {  // to nearest even; NaN stays NaN
   return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
 }
 
+enum class Activation : int64_t { kSilu = 0, kGeluTanh = 1 };
+
+// Low-rank stand-ins of a layer's experts, and what its tokens lost of those.
+struct Surrogates {
+  const bf16* inward;   // [experts, rank, hidden_size], V^T
+  const bf16* outward;  // [experts, rank, hidden_size], U^T
+  const bf16* bias;     // [experts, hidden_size]
+  const float* lost;    // [tokens, experts], or null: nothing
+  int64_t experts, rank, hidden_size;
+  float scale;  // of what they add
+};
+
 // One layer's call. All matrices are dense, rows of the last dimension contiguous.
 template <typename T>
 struct Problem {
@@ -51,6 +63,8 @@ struct Problem {
   const float* weights;   // [tokens, top_k]
   T* out;                 // [tokens, hidden_size]
   int64_t tokens, top_k, experts, hidden_size, inter_size;
+  Activation activation;
+  Surrogates surrogates = {};
 };
 
 // Grows and is kept, so that a decode step touches no fresh pages; large pages where they exist.

@@ -1,5 +1,6 @@
 // The algorithm: gate and up projections of every active expert, their activation, then the down
-// projections, whose weighted sums are the output. Weights are read from memory once.
+// projections, whose weighted sums are the output, with what surrogates make of experts that were not
+// loaded. Weights are read from memory once.
 //
 // A unit of work is some weight rows of one expert, small enough to stay in a core's second-level
 // cache while the expert's panels of token rows pass over them. Threads take the next unit as they
@@ -15,6 +16,7 @@
 #include "cpu_moe_activation.h"
 #include "cpu_moe_ahead.h"
 #include "cpu_moe_routing.h"
+#include "cpu_moe_surrogates.h"
 
 namespace sere::moe {
 
@@ -43,20 +45,22 @@ inline int64_t rows_per_unit(int64_t size, int64_t bytes, int64_t row_bytes, int
 template <typename Engine>
 struct Workspace {
   Routing routing;
+  Losses losses;
   typename Engine::Memory memory;
 };
 
-template <typename Engine, Activation kActivation>
+template <typename Engine>
 class Run {
  public:
   using T = typename Engine::Weight;
 
   Run(const Problem<T>& p, int64_t first_token, int64_t num_tokens, const Routing& routing,
-      Engine& engine)
+      Losses& losses, Engine& engine)
       : p_(p),
         first_token_(first_token),
         num_tokens_(num_tokens),
         routing_(routing),
+        losses_(losses),
         engine_(engine),
         num_active_(routing.active.size()) {
     const int64_t element = sizeof(T);
@@ -87,6 +91,9 @@ class Run {
         const int64_t following = next_up_++;
         run_up(unit, following, first_down, thread, values);
         unit = following;
+      }
+      for (; unit < num_active_ * up_units_ + losses_.num_experts(); unit = next_up_++) {
+        losses_.project(unit - num_active_ * up_units_, p_.hidden);
       }
 #pragma omp barrier
       unit = first_down;
@@ -156,14 +163,14 @@ class Run {
       if (lanes == kLanes) {
         g = load(gate + i), u = load(up + i);
         if (bias) g += load(bias + i), u += load(bias + p_.inter_size + i);
-        store(gate + i, activate<kActivation>(g) * u);
+        store(gate + i, activate(p_.activation, g) * u);
         continue;
       }
       for (int64_t lane = 0; lane < lanes; ++lane) {
         g[lane] = gate[i + lane] + (bias ? bias[i + lane] : 0.0f);
         u[lane] = up[i + lane] + (bias ? bias[p_.inter_size + i + lane] : 0.0f);
       }
-      g = activate<kActivation>(g) * u;
+      g = activate(p_.activation, g) * u;
       for (int64_t lane = 0; lane < lanes; ++lane) gate[i + lane] = g[lane];
     }
   }
@@ -194,6 +201,7 @@ class Run {
         }
       }
     }
+    losses_.add(begin, rows, down_rows_, sums);
     for (int64_t t = 0; t < num_tokens_; ++t) {
       T* out = p_.out + (first_token_ + t) * p_.hidden_size + begin;
       for (int64_t i = 0; i < rows; ++i) out[i] = from_float<T>(sums[t * down_rows_ + i]);
@@ -203,6 +211,7 @@ class Run {
   const Problem<T>& p_;
   const int64_t first_token_, num_tokens_;
   const Routing& routing_;
+  Losses& losses_;
   Engine& engine_;
   const int64_t num_active_;
   int64_t up_rows_, up_units_;      // of an expert's intermediate columns
@@ -211,12 +220,13 @@ class Run {
   std::atomic<int64_t> next_up_{0}, next_down_{0};
 };
 
-template <typename Engine, Activation kActivation>
+template <typename Engine>
 void run(const Problem<typename Engine::Weight>& p, int64_t first_token, int64_t num_tokens,
          Workspace<Engine>& workspace) {
   workspace.routing.build(p, first_token, num_tokens, Engine::panel_rows(p), Engine::kPanelUnit);
+  workspace.losses.build(p.surrogates, first_token, num_tokens);
   Engine engine(p, workspace.routing, first_token, num_tokens, workspace.memory);
-  Run<Engine, kActivation>(p, first_token, num_tokens, workspace.routing, engine)();
+  Run<Engine>(p, first_token, num_tokens, workspace.routing, workspace.losses, engine)();
 }
 
 }  // namespace sere::moe

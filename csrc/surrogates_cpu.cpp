@@ -1,66 +1,42 @@
-// What a token lost is made up for: output += lost[t, e] (U_e V_e^T x_t + b_e), row by row.
-// Reference: sere_sglang/ops/surrogates.py.
+// What a token lost is made up for behind any runner: output += lost[t, e] (U_e V_e^T x_t + b_e).
+// The CPU runner of this library adds it itself (cpu_moe_run.h).
 #include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
-#include <tvm/ffi/optional.h>
 
+#include <algorithm>
 #include <vector>
 
-#include "cpu_moe_common.h"
+#include "cpu_moe_surrogates.h"
 
 namespace sere::moe {
 
 using tvm::ffi::TensorView;
 
-struct Surrogates {
-  const bf16* inward;   // [experts, rank, hidden], V^T
-  const bf16* outward;  // [experts, rank, hidden], U^T
-  const bf16* bias;     // [experts, hidden]
-  int64_t experts, rank, hidden;
-};
-
-// sum += weight * (U_e V_e^T x + b_e)
-inline void add_one(const Surrogates& s, int64_t expert, float weight, const float* x, float* sum) {
-  const bf16* bias = s.bias + expert * s.hidden;
-#pragma omp simd
-  for (int64_t h = 0; h < s.hidden; ++h) sum[h] += weight * to_float(bias[h]);
-  for (int64_t r = 0; r < s.rank; ++r) {
-    const int64_t at = (expert * s.rank + r) * s.hidden;
-    const bf16 *in = s.inward + at, *out = s.outward + at;
-    float product = 0.0f;
-#pragma omp simd reduction(+ : product)
-    for (int64_t h = 0; h < s.hidden; ++h) product += to_float(in[h]) * x[h];
-    product *= weight;
-#pragma omp simd
-    for (int64_t h = 0; h < s.hidden; ++h) sum[h] += product * to_float(out[h]);
-  }
-}
+constexpr int64_t kColumns = 64;  // of the output, a unit of work
 
 template <typename T>
-void run(const Surrogates& s, T* output, const T* input, const float* lost, int64_t rows,
-         float scale) {
+void run(const Surrogates& s, T* output, const T* input, int64_t rows) {
+  Losses losses;
+  losses.build(s, 0, rows);
+  if (losses.num_experts() == 0) return;
 #pragma omp parallel
   {
-    std::vector<float> x(s.hidden), sum(s.hidden);
 #pragma omp for schedule(dynamic)
-    for (int64_t row = 0; row < rows; ++row) {
-      bool any = false;
-      for (int64_t e = 0; e < s.experts; ++e) {
-        const float weight = lost[row * s.experts + e];
-        if (weight == 0.0f) continue;
-        if (!any) {
-          for (int64_t h = 0; h < s.hidden; ++h) {
-            x[h] = to_float(input[row * s.hidden + h]);
-            sum[h] = to_float(output[row * s.hidden + h]);
+    for (int64_t e = 0; e < losses.num_experts(); ++e) losses.project(e, input);
+    std::vector<float> sums(rows * kColumns);
+#pragma omp for schedule(dynamic)
+    for (int64_t begin = 0; begin < s.hidden_size; begin += kColumns) {
+      const int64_t columns = std::min(kColumns, s.hidden_size - begin);
+      const auto of_output = [&](auto&& move) {
+        for (int64_t row = 0; row < rows; ++row) {
+          for (int64_t i = 0; i < columns; ++i) {
+            move(output[row * s.hidden_size + begin + i], sums[row * kColumns + i]);
           }
         }
-        any = true;
-        add_one(s, e, scale * weight, x.data(), sum.data());
-      }
-      for (int64_t h = 0; any && h < s.hidden; ++h) {
-        output[row * s.hidden + h] = from_float<T>(sum[h]);
-      }
+      };
+      of_output([](T value, float& sum) { sum = to_float(value); });
+      losses.add(begin, columns, kColumns, sums.data());
+      of_output([](T& value, float sum) { value = from_float<T>(sum); });
     }
   }
 }
@@ -68,20 +44,20 @@ void run(const Surrogates& s, T* output, const T* input, const float* lost, int6
 // Arguments were checked by sere_sglang.ops.surrogates.
 void compensate(TensorView output, TensorView input, TensorView lost, TensorView inward,
                 TensorView outward, TensorView bias, double scale) {
-  const Surrogates s = {static_cast<const bf16*>(inward.data_ptr()),
-                        static_cast<const bf16*>(outward.data_ptr()),
-                        static_cast<const bf16*>(bias.data_ptr()),
-                        inward.size(0),
-                        inward.size(1),
-                        output.size(1)};
-  const auto* weights = static_cast<const float*>(lost.data_ptr());
+  const Surrogates s = {.inward = static_cast<const bf16*>(inward.data_ptr()),
+                        .outward = static_cast<const bf16*>(outward.data_ptr()),
+                        .bias = static_cast<const bf16*>(bias.data_ptr()),
+                        .lost = static_cast<const float*>(lost.data_ptr()),
+                        .experts = inward.size(0),
+                        .rank = inward.size(1),
+                        .hidden_size = output.size(1),
+                        .scale = float(scale)};
   const int64_t rows = output.size(0);
   if (output.dtype().bits == 16) {
-    run(s, static_cast<bf16*>(output.data_ptr()), static_cast<const bf16*>(input.data_ptr()),
-        weights, rows, float(scale));
+    run(s, static_cast<bf16*>(output.data_ptr()), static_cast<const bf16*>(input.data_ptr()), rows);
   } else {
     run(s, static_cast<float*>(output.data_ptr()), static_cast<const float*>(input.data_ptr()),
-        weights, rows, float(scale));
+        rows);
   }
 }
 

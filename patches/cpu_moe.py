@@ -18,7 +18,10 @@ from sere_sglang.cpu.large_pages import use_large_pages
 from sere_sglang.cpu.moe import fused_moe
 from sere_sglang.errors import SereError
 from sere_sglang.patches.seam import hook
+from sere_sglang.ops.surrogates import Compensation
 from sere_sglang.runtime.moe_layers import moe_layers
+from sere_sglang.runtime.rule_stage import RuleStage
+from sere_sglang.runtime.stage import stage_of
 
 _LOAD = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 _TARGET = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
@@ -63,4 +66,17 @@ def _run(
         activation=config.activation,
         w13_bias=getattr(layer, "w13_weight_bias", None),
         w2_bias=getattr(layer, "w2_weight_bias", None),
+        compensation=_compensation(layer),
     )
+
+
+def _compensation(layer: Any) -> Compensation | None:
+    """Of what the layer's tokens lost, where its runner is the place to add it."""
+    stage = stage_of(layer)
+    rules = None if stage is None else stage.rules
+    if not isinstance(rules, RuleStage):
+        return None
+    # What ranks add up within the layer would hold the whole of it once a rank: added behind that.
+    if layer.reduce_results and layer.moe_tp_size * layer.moe_ep_size > 1:
+        return None
+    return rules.take_compensation()

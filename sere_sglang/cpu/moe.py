@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from sere_sglang.cpu import isa as cpu_isa
 from sere_sglang.cpu.isa import ISAS, isa
 from sere_sglang.ops.jit import BuildError, build_library, cxx_flags, find_cxx, load_module
+from sere_sglang.ops.surrogates import Compensation
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def fused_moe(
     activation: str = "silu",
     w13_bias: torch.Tensor | None = None,
     w2_bias: torch.Tensor | None = None,
+    compensation: Compensation | None = None,
     impl: str = "auto",
     isa: str | None = None,
 ) -> torch.Tensor:
@@ -58,6 +60,8 @@ def fused_moe(
         topk_weights: ``[T, K]``, applied in float32; a slot of weight 0 is empty too.
         activation: ``silu`` or ``gelu`` (tanh form).
         w13_bias, w2_bias: ``[E, 2I]``, ``[E, H]`` or None.
+        compensation: what the rows lost of experts that are not among their slots; added in
+            float32.
         impl: ``native`` is compiled, ``torch`` is one matmul pair per active expert, ``auto``
             is native where it compiles.
         isa: a name of `cpu_isa.ISAS` for the native code, the one in use if None.
@@ -76,13 +80,16 @@ def fused_moe(
         raise ValueError(f"unknown impl {impl!r}; choose one of: {', '.join(IMPLEMENTATIONS)}")
     _check_weights(hidden, w13, w2)
     _check_routing(hidden, topk_ids, topk_weights)
+    if compensation is not None:
+        compensation.check(*hidden.shape)
     hidden = hidden.contiguous()
     ids = topk_ids.to(torch.int32).contiguous()
     weights = topk_weights.to(torch.float32).contiguous()
     if impl == "auto":
         impl = choose_impl(hidden, w2, topk_ids)
     if impl == "torch":
-        return _fused_moe_torch(hidden, w13, w2, ids, weights, activation, w13_bias, w2_bias)
+        out = _fused_moe_torch(hidden, w13, w2, ids, weights, activation, w13_bias, w2_bias)
+        return (out if compensation is None else out + compensation.of(hidden)).to(hidden.dtype)
     out = torch.empty_like(hidden)
     native_module(isa).fused_moe(
         hidden,
@@ -94,8 +101,16 @@ def fused_moe(
         weights,
         out,
         ACTIVATIONS[activation],
+        *_native_arguments(compensation),
     )
     return out
+
+
+def _native_arguments(compensation: Compensation | None) -> tuple[Any, ...]:
+    if compensation is None:
+        return None, None, None, None, 0.0
+    of = compensation.surrogates
+    return compensation.lost.contiguous(), of.inward, of.outward, of.bias, compensation.scale
 
 
 def choose_impl(hidden: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor) -> str:
@@ -177,7 +192,7 @@ def _fused_moe_torch(
     w13_bias: torch.Tensor | None,
     w2_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One pair of matmuls per active expert, over its gathered rows."""
+    """float32: one pair of matmuls per active expert, over its gathered rows."""
     out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     flat = ids.where(weights != 0, -1).flatten()
     order = flat.argsort(stable=True)
@@ -199,4 +214,4 @@ def _fused_moe_torch(
         if w2_bias is not None:
             expert_out += w2_bias[expert]
         out.index_add_(0, rows, expert_out * row_weights[:, None])
-    return out.to(hidden.dtype)
+    return out

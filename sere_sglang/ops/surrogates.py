@@ -57,23 +57,45 @@ class Surrogates:
         return sum(part.numel() * 2 for part in (self.inward, self.outward, self.bias))
 
 
+@dataclass(frozen=True)
+class Compensation:
+    """What a layer's T rows lost, and what makes up for it.
+
+    lost: float32 ``[T, E]``, `Routed.lost`. scale: 1 / n where n ranks add their outputs up.
+    """
+
+    lost: torch.Tensor
+    surrogates: Surrogates
+    scale: float = 1.0
+
+    def check(self, rows: int, hidden_size: int) -> None:
+        """Raises `ValueError` unless this is of a layer's input ``[rows, hidden_size]``."""
+        experts, _, size = self.surrogates.inward.shape
+        if size != hidden_size:
+            raise ValueError(f"hidden must be [T, H={size}] as the surrogates, got H={hidden_size}")
+        if list(self.lost.shape) != [rows, experts]:
+            raise ValueError(f"lost must be {[rows, experts]}, got {list(self.lost.shape)}")
+        if self.lost.dtype != torch.float32:
+            raise ValueError(f"lost must be float32, got {self.lost.dtype}")
+
+    def of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 ``[T, H]``: scale * sum over e of lost[t, e] * (U_e V_e^T hidden[t] + b_e)."""
+        weights = self.lost * self.scale
+        inner = torch.einsum("th,erh->ter", hidden.float(), self.surrogates.inward.float())
+        inner *= weights[:, :, None]
+        added = torch.einsum("ter,erh->th", inner, self.surrogates.outward.float())
+        return added + weights @ self.surrogates.bias.float()
+
+
 def compensate_(
-    output: torch.Tensor,
-    hidden: torch.Tensor,
-    lost: torch.Tensor,
-    surrogates: Surrogates,
-    *,
-    scale: float = 1.0,
-    impl: str = "auto",
+    output: torch.Tensor, hidden: torch.Tensor, compensation: Compensation, *, impl: str = "auto"
 ) -> None:
-    """output[t] += scale * sum over e of lost[t, e] * (U_e V_e^T hidden[t] + b_e).
+    """output += compensation.of(hidden).
 
     Args:
         output: bfloat16 or float32 ``[T, H]``, the layer's; changed in place.
         hidden: the same dtype ``[T, H]``, the layer's input.
-        lost: float32 ``[T, E]``, `Routed.lost`.
-        surrogates: of the layer.
-        scale: 1 / n where n ranks add their outputs up.
+        compensation: of these rows.
         impl: ``cpu`` is compiled, ``torch`` runs on any device; ``auto`` is ``cpu`` for CPU tensors
             where it compiles.
 
@@ -82,25 +104,24 @@ def compensate_(
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl {impl!r} is none of: {', '.join(IMPLEMENTATIONS)}")
-    experts, _, size = surrogates.inward.shape
-    rows = output.shape[0]
     if output.dtype not in (torch.bfloat16, torch.float32) or hidden.dtype != output.dtype:
         raise ValueError(f"output is {output.dtype}, hidden {hidden.dtype}: one of them will do")
-    shapes = {"output": (output, [rows, size]), "hidden": (hidden, [rows, size]),
-              "lost": (lost, [rows, experts])}  # fmt: skip
-    for name, (tensor, shape) in shapes.items():
-        if list(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {list(tensor.shape)}")
-    if lost.dtype != torch.float32 or not output.is_contiguous():
-        raise ValueError("lost must be float32, output contiguous")
+    if hidden.shape != output.shape or hidden.dim() != 2:
+        raise ValueError(f"hidden must be {list(output.shape)}, got {list(hidden.shape)}")
+    if not output.is_contiguous():
+        raise ValueError("output must be contiguous")
+    compensation.check(*hidden.shape)
     native = _native() if impl != "torch" and output.device.type == "cpu" else None
     if native is None and impl == "cpu":
         raise ValueError("impl 'cpu' serves CPU tensors, where a C++ compiler is")
     if native is None:
-        _compensate_torch(output, hidden, lost, surrogates, scale)
+        output += compensation.of(hidden).to(output.dtype)
         return
-    parts = (surrogates.inward, surrogates.outward, surrogates.bias)
-    native(output, hidden.contiguous(), lost.contiguous(), *parts, scale)
+    of = compensation.surrogates
+    native(
+        output, hidden.contiguous(), compensation.lost.contiguous(),
+        of.inward, of.outward, of.bias, compensation.scale,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -110,17 +131,3 @@ def _native() -> Any:
     except BuildError as error:
         logger.warning("the surrogates in C++ do not build, torch replaces them: %s", error)
         return None
-
-
-def _compensate_torch(
-    output: torch.Tensor,
-    hidden: torch.Tensor,
-    lost: torch.Tensor,
-    surrogates: Surrogates,
-    scale: float,
-) -> None:
-    weights = lost * scale
-    inner = torch.einsum("th,erh->ter", hidden.float(), surrogates.inward.float())
-    inner *= weights[:, :, None]
-    added = torch.einsum("ter,erh->th", inner, surrogates.outward.float())
-    output += (added + weights @ surrogates.bias.float()).to(output.dtype)

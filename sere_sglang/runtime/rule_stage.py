@@ -14,7 +14,7 @@ import torch
 from sere_sglang.names import RowClass
 from sere_sglang.ops.rules import Implementation
 from sere_sglang.ops.rules_call import RuleCall
-from sere_sglang.ops.surrogates import Surrogates, compensate_
+from sere_sglang.ops.surrogates import Compensation, Surrogates, compensate_
 from sere_sglang.profile.rule_errors import UNFITTED, EnergyWeights
 from sere_sglang.schedule.point import OperatingPoint
 
@@ -93,7 +93,7 @@ class RuleStage:
     weights: EnergyWeights = UNFITTED
     expert_loss: torch.Tensor | None = None
     lost: torch.Tensor | None = field(default=None, init=False)
-    """Of the forward that is running, until `compensation` has used it up."""
+    """Of the forward that is running, until `take_compensation` has used it up."""
 
     @torch.compiler.disable
     def apply(
@@ -142,19 +142,27 @@ class RuleStage:
         weights.copy_(routed.weights)
         self.lost = routed.lost if compensates else None
 
-    def compensation(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """What the surrogates make of a layer's input ``[T, H]``, this rank's share of it; None
-        where nothing was lost."""
+    def take_compensation(self) -> Compensation | None:
+        """Of the forward that is running, once; None where nothing was lost."""
         lost, self.lost = self.lost, None
         if lost is None or self.surrogates is None:
             return None
-        added = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        compensate_(added, hidden, lost, self.surrogates, scale=self.share)
-        return added
+        return Compensation(lost, self.surrogates, self.share)
 
-    def add_compensation(self, output: torch.Tensor, compensation: torch.Tensor) -> torch.Tensor:
-        """The layer's output with what `compensation` made of its input."""
-        return output.add_(compensation)
+    def compensation(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """What `add_compensation` takes, from a layer's input ``[T, H]``; None where nothing was
+        lost. The CPU engine's runners leave their input as it is."""
+        return None if self.lost is None else hidden
+
+    def add_compensation(self, output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's output ``[T, H]`` with this rank's share of what its tokens lost, where its
+        runner has not taken and added that."""
+        compensation = self.take_compensation()
+        if compensation is None:
+            return output
+        added = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        compensate_(added, hidden, compensation)
+        return output.add_(added)
 
 
 def scores_of(

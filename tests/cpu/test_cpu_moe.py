@@ -14,6 +14,7 @@ from sere_sglang.cpu import isa as cpu_isa
 from sere_sglang.cpu import moe as cpu_moe
 from sere_sglang.cpu.moe import fused_moe
 from sere_sglang.ops import BuildError
+from sere_sglang.ops.surrogates import Compensation, Surrogates
 
 # Relative error of the whole output. bfloat16 has 8 bits: a rounded result is off by up to 2^-9,
 # about 2e-3 in norm, and so is the rounded intermediate; the torch path also rounds gate and up.
@@ -172,6 +173,35 @@ def test_empty_slots_give_zero_rows(moe_impl: str) -> None:
     assert (run(moe_impl, hidden, w13, w2, ids.fill_(-1), weights) == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("tokens", "hidden", "rank"), [
+    (1, 33, 1), (20, 96, 8), (40, 64, 0), (2100, 64, 3),
+])  # fmt: skip
+@pytest.mark.parametrize("moe_impl", implementations())
+def test_what_tokens_lost_is_added(
+    moe_impl: str, dtype: torch.dtype, tokens: int, hidden: int, rank: int
+) -> None:
+    """Whichever experts the layer itself holds; rows that lost nothing stay as they are."""
+    arguments = make(8, tokens, 5, 2, hidden, 32, dtype)
+    generator = torch.Generator().manual_seed(9)
+    inward, outward = torch.randn(2, 12, rank, hidden, generator=generator) / hidden**0.5
+    bias = torch.randn(12, hidden, generator=generator)
+    of = Surrogates.build(inward, outward, bias, device="cpu")
+    lost = torch.rand(tokens, 12, generator=generator)
+    lost *= (lost < 0.2) & (torch.arange(tokens) % 5 != 1)[:, None]
+    plain = run(moe_impl, *arguments)
+    got = run(moe_impl, *arguments, compensation=Compensation(lost, of, 0.5))
+    inner = torch.einsum("th,erh->ter", arguments[0].double(), of.inward.double())
+    added = torch.einsum("te,ter,erk->tk", lost.double(), inner, of.outward.double())
+    added += lost.double() @ of.bias.double()
+    assert_close(got, plain.double() + 0.5 * added, dtype)
+    assert torch.equal(got[~lost.any(dim=1)], plain[~lost.any(dim=1)])
+    some = slice(tokens // 2, tokens // 2 + 7)  # alone as in company
+    alone = (arguments[0][some], *arguments[1:3], *(a[some] for a in arguments[3:]))
+    again = run(moe_impl, *alone, compensation=Compensation(lost[some], of, 0.5))
+    assert moe_impl == "torch" or torch.equal(again, got[some])
+
+
 @pytest.mark.parametrize("moe_impl", implementations())
 def test_weights_of_idle_experts_are_not_read(moe_impl: str) -> None:
     hidden, w13, w2, ids, weights = make(4, 20, 6, 2, 64, 32, torch.bfloat16)
@@ -218,6 +248,9 @@ def test_strided_activations_are_accepted() -> None:
     assert torch.equal(got, fused_moe(hidden, w13, w2, ids, weights))
 
 
+_STAND_INS = Surrogates.build(*torch.zeros(2, 4, 1, 8), torch.zeros(4, 8), device="cpu")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -229,6 +262,7 @@ def test_strided_activations_are_accepted() -> None:
         ({"topk_weights": torch.zeros(2, 3)}, "topk_weights"),
         ({"activation": "relu"}, "choose one of: silu, gelu"),
         ({"impl": "best"}, "choose one of: auto, native, torch"),
+        ({"compensation": Compensation(torch.zeros(3, 4), _STAND_INS)}, r"lost must be \[2, 4\]"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change: dict[str, object], message: str) -> None:

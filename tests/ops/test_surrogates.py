@@ -1,11 +1,11 @@
-"""`compensate_`: every implementation against the sum it stands for."""
+"""Surrogates behind a runner and in ours: every implementation against the sum it stands for."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from sere_sglang.ops.surrogates import Surrogates, compensate_
+from sere_sglang.ops.surrogates import Compensation, Surrogates, compensate_
 
 IMPLS = ("cpu", "torch")
 
@@ -31,7 +31,7 @@ def test_adds_what_was_lost(
     lost = torch.rand(rows, experts, generator=generator)
     lost *= torch.rand(rows, experts, generator=generator) < 0.4
     after = before.clone()
-    compensate_(after, hidden, lost, layer, scale=0.5, impl=name)
+    compensate_(after, hidden, Compensation(lost, layer, 0.5), impl=name)
     want = before.double()
     for t in range(rows):
         for e in range(experts):
@@ -47,16 +47,17 @@ def test_adds_what_was_lost(
 def test_what_does_not_fit_is_named() -> None:
     layer = _layer(4, 2, 8)
     output, lost = torch.zeros(3, 8), torch.zeros(3, 4)
-    for wrong, message in (
-        ((output, torch.zeros(2, 8), lost), "hidden must be"),
-        ((output, output, torch.zeros(3, 5)), "lost must be"),
-        ((output, output.bfloat16(), lost), "one of them will do"),
-        ((output, output, lost.double()), "lost must be float32"),
-        ((torch.zeros(8, 3).T, output, lost), "output contiguous"),
+    for output, hidden, wrong, message in (
+        (output, torch.zeros(2, 8), lost, "hidden must be"),
+        (output, output, torch.zeros(3, 5), "lost must be"),
+        (output, output.bfloat16(), lost, "one of them will do"),
+        (output, output, lost.double(), "lost must be float32"),
+        (torch.zeros(8, 3).T, output, lost, "output must be contiguous"),
+        (torch.zeros(3, 7), torch.zeros(3, 7), lost, "H=8"),
     ):
         with pytest.raises(ValueError, match=message):
-            compensate_(*wrong, layer)
+            compensate_(output, hidden, Compensation(wrong, layer))
     with pytest.raises(ValueError, match="none of"):
-        compensate_(output, output, lost, layer, impl="gpu")
+        compensate_(output, output, Compensation(lost, layer), impl="gpu")
     with pytest.raises(ValueError, match="bias"):
         Surrogates.build(layer.inward, layer.outward, layer.bias[:2], device="cpu")

@@ -115,10 +115,27 @@ def test_surrogates_make_up_for_what_was_lost() -> None:
     assert lost.any()
     each = torch.einsum("th,erh,erk->tek", hidden, own.inward.float(), own.outward.float())
     want = torch.einsum("te,tek->tk", lost, each + own.bias.float())
-    added = stage.compensation(hidden)
-    assert added is not None
-    torch.testing.assert_close(added, want, rtol=1e-4, atol=1e-4)
+    assert stage.compensation(hidden) is hidden
+    output = torch.ones(ROWS, SIZE)
+    stage.add_compensation(output, hidden)
+    torch.testing.assert_close(output - 1, want, rtol=1e-4, atol=1e-4)
     assert stage.compensation(hidden) is None, "once"
+
+
+def test_what_a_runner_has_taken_is_not_added_behind_it() -> None:
+    stage = _stage(Surrogates.build(*torch.randn(2, EXPERTS, 3, SIZE), torch.randn(EXPERTS, SIZE),
+                                    device="cpu"))  # fmt: skip
+    stage.share = 0.5
+    ids, weights = _routed(torch.rand(ROWS, EXPERTS))
+    point = OperatingPoint(True, rule="energy", loss=0.08)
+    stage.apply(ids, weights, None, _config("softmax"), RuleForward(point, -1, None, 1, True))
+    hidden, output = torch.randn(2, ROWS, SIZE)
+    begun, before = stage.compensation(hidden), output.clone()
+    taken = stage.take_compensation()
+    assert begun is not None and taken is not None and taken.lost.any()
+    assert (taken.surrogates, taken.scale) == (stage.surrogates, 0.5)
+    assert torch.equal(stage.add_compensation(output, begun), before)
+    assert stage.take_compensation() is None
 
 
 @pytest.mark.parametrize("surrogates", [True, False])
