@@ -17,8 +17,8 @@ from sglang.srt.plugins.hook_registry import HookType
 from sere_sglang.cpu.large_pages import use_large_pages
 from sere_sglang.cpu.moe import fused_moe
 from sere_sglang.errors import SereError
-from sere_sglang.patches.seam import hook
 from sere_sglang.ops.surrogates import Compensation
+from sere_sglang.patches.seam import hook
 from sere_sglang.runtime.moe_layers import moe_layers
 from sere_sglang.runtime.rule_stage import RuleStage
 from sere_sglang.runtime.stage import stage_of

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-_SHARED_SERVERS = ("test_serving.py", "test_without_flag.py")  # the fixtures `plain` and `sere`
+SHARE_SERVERS = ("test_serving.py", "test_without_flag.py", "test_served_cost.py")
 # Their tests start what they need themselves, and share nothing.
 _EACH_ALONE = ("test_start.py", "test_architectures.py")
 # Long ones first, so that no worker is left with one at the end.
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _turn(item: pytest.Item) -> tuple[int, bool]:
     folder = item.path.parent.name
     at = _FOLDERS.index(folder) if folder in _FOLDERS else len(_FOLDERS)
-    return at, item.path.name not in _SHARED_SERVERS
+    return at, item.path.name not in SHARE_SERVERS
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -42,7 +42,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.split("::", 1)[0]
             name = PurePath(path).name
-            if name in _SHARED_SERVERS:
+            if name in SHARE_SERVERS:
                 return "shared servers"
             return nodeid if name in _EACH_ALONE else path
 

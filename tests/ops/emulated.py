@@ -28,7 +28,7 @@ def library() -> Any:
     return load_module(
         "reroute_emulated",
         [str(NATIVE / "reroute_emulated.cpp")],
-        extra_cflags=[f"-I{NATIVE}", "-ffp-contract=off"],
+        extra_cflags=[f"-I{NATIVE}", "-ffp-contract=off", "-O1"],
     )
 
 

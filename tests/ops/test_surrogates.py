@@ -46,18 +46,18 @@ def test_adds_what_was_lost(
 
 def test_what_does_not_fit_is_named() -> None:
     layer = _layer(4, 2, 8)
-    output, lost = torch.zeros(3, 8), torch.zeros(3, 4)
+    rows, lost = torch.zeros(3, 8), torch.zeros(3, 4)
     for output, hidden, wrong, message in (
-        (output, torch.zeros(2, 8), lost, "hidden must be"),
-        (output, output, torch.zeros(3, 5), "lost must be"),
-        (output, output.bfloat16(), lost, "one of them will do"),
-        (output, output, lost.double(), "lost must be float32"),
-        (torch.zeros(8, 3).T, output, lost, "output must be contiguous"),
+        (rows, torch.zeros(2, 8), lost, "hidden must be"),
+        (rows, rows, torch.zeros(3, 5), "lost must be"),
+        (rows, rows.bfloat16(), lost, "one of them will do"),
+        (rows, rows, lost.double(), "lost must be float32"),
+        (torch.zeros(8, 3).T, rows, lost, "output must be contiguous"),
         (torch.zeros(3, 7), torch.zeros(3, 7), lost, "H=8"),
     ):
         with pytest.raises(ValueError, match=message):
             compensate_(output, hidden, Compensation(wrong, layer))
     with pytest.raises(ValueError, match="none of"):
-        compensate_(output, output, Compensation(lost, layer), impl="gpu")
+        compensate_(rows, rows, Compensation(lost, layer), impl="gpu")
     with pytest.raises(ValueError, match="bias"):
         Surrogates.build(layer.inward, layer.outward, layer.bias[:2], device="cpu")

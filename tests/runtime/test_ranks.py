@@ -7,6 +7,7 @@ and row counts under DP attention) goes through gloo, as it does there.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,7 +132,10 @@ def _dp_batches(rank: int, made: SereRuntime) -> Iterator[tuple[BatchComposition
 
 def _spawn(tmp_path: Path, batches: Any, *, alone: bool = False) -> tuple[list[Any], list[Any]]:
     """Traces, without the time and what each rank counts for itself, and control blocks."""
-    mp.spawn(_run, (str(tmp_path / "meeting"), str(tmp_path), alone, batches), nprocs=RANKS)
+    # Forked from a process that imported this module and SGLang once, and never ran an operator.
+    multiprocessing.set_forkserver_preload([__name__, "sere_sglang.patches.model_runner"])
+    arguments = (str(tmp_path / "meeting"), str(tmp_path), alone, batches)
+    mp.start_processes(_run, arguments, nprocs=RANKS, start_method="forkserver")
     traces, words = [], []
     for rank in range(RANKS):
         lines = (tmp_path / f"{rank}.jsonl").read_text().splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 # Nothing here is compiled; without it the processes of a server start in less time.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
+from tests.conftest import SHARE_SERVERS
 from tests.server.checkpoints import write_checkpoint
 from tests.server.harness import SERE, Server, serve
 from tests.server.profiles import write_profile
@@ -32,25 +34,30 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return get
 
 
+_SHARED = contextlib.ExitStack()
+"""The servers of the fixtures `plain` and `sere`."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """They end behind the files that share them, not with the session: an idle one polls."""
+    if nextitem is None or nextitem.path.name not in SHARE_SERVERS:
+        _SHARED.close()
+
+
 @pytest.fixture(scope="session")
-def plain(
-    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+def plain(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Server:
     """SGLang serving the tiny Qwen3-MoE without the flag."""
     log = tmp_path_factory.mktemp("logs") / "plain.log"
-    with serve(checkpoint("qwen3_moe"), log, fork_workers=False) as server:
-        yield server
+    return _SHARED.enter_context(serve(checkpoint("qwen3_moe"), log, fork_workers=False))
 
 
 @pytest.fixture(scope="session")
-def sere(
-    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+def sere(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Server:
     """The same model with ``--moe-backend sere``, S = 1, rho = 0."""
     log = tmp_path_factory.mktemp("logs") / "sere.log"
     flags = (*SERE, "--enable-metrics")
-    with serve(checkpoint("qwen3_moe"), log, *flags, fork_workers=False) as server:
-        yield server
+    return _SHARED.enter_context(serve(checkpoint("qwen3_moe"), log, *flags, fork_workers=False))
 
 
 @pytest.fixture(autouse=True)
