@@ -11,13 +11,15 @@ table also ``{"isa", "expert_mb", "us_interval", "floor_us", "share", "bound"}``
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from benchmarks._common import interleaved_median, write_result
+from benchmarks._common import interleaved_median, result_path, write_result
 from benchmarks._cpu_floor import HEADER, SIZES, floor_rows, line
 from sere_sglang.cpu import isa as cpu_isa
 from sere_sglang.cpu.isa import ISAS
@@ -160,6 +162,16 @@ def floor_table(isas: list[str], sizes: list[int], quick: bool) -> list[dict[str
     return rows
 
 
+def _rows_of_others(tables: Sequence[str]) -> list[dict[str, Any]]:
+    """What the file has of tables that are not run again, each row with the day it was measured."""
+    path = result_path("cpu_moe")
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    kept = [row for row in before["rows"] if row["table"] not in tables]
+    return [{"date": before["date"]} | row for row in kept]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer cells")
@@ -174,7 +186,7 @@ def main() -> None:
             isas = [name for name in cpu_isa.executable() if name != cpu_isa.PORTABLE]
         for name in arguments.isa or ():
             cpu_isa.check_executable(name, "--isa")
-    rows: list[dict[str, Any]] = []
+    rows = _rows_of_others(arguments.table)
     if "native" in arguments.table:
         rows += native_table(arguments.quick)
     if "active" in arguments.table:

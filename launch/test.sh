@@ -65,6 +65,6 @@ fi
 step "kernels compile" result_of bash launch/compile_check.sh
 # The one test that holds step times against each other has the machine to itself.
 alone=tests/server/test_slo_target.py
-step "tests" "$PYTHON" -m pytest tests -n 3 --durations=8 --ignore=$alone
+step "tests" "$PYTHON" -m pytest tests -n 4 --durations=8 --ignore=$alone
 step "time per output token" "$PYTHON" -m pytest $alone
 finish "all checks passed"

@@ -3,8 +3,8 @@
 Seam: ``import sgl_kernel`` at the top of many SGLang modules. The wheel on
 the package registry holds CUDA code only and cannot load without ``libcuda``; SGLang's CPU
 build of it is not on the registry. With ``SGLANG_USE_CPU_ENGINE=1`` SGLang itself needs very
-little of it when no AMX build is present: the three operators below. Every other name
-imports and raises when called.
+little of it when no AMX build is present: the operators below and in cpu_drafts.py. Every
+other name imports and raises when called.
 
 Registered under ``sglang.srt.platforms`` because that group is resolved in every process
 before the first ``import sgl_kernel``; returning None activates no platform.
@@ -22,6 +22,8 @@ import types
 from typing import Any, NoReturn
 
 import torch
+
+from sere_sglang.patches import cpu_drafts
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +65,8 @@ def _build_module() -> types.ModuleType:
     # Pure-Python submodules (scalar_type, version) are the real ones.
     module.__path__ = list(real.submodule_search_locations or []) if real else []
     module.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None, is_package=True)
-    module.assign_req_to_token_pool_cpu = _assign_req_to_token_pool  # type: ignore[attr-defined]
-    module.copy_all_layer_kv_cache_cpu = _copy_all_layer_kv_cache  # type: ignore[attr-defined]
+    for name, function in _FUNCTIONS.items():
+        setattr(module, name, function)
     module.__getattr__ = _missing  # type: ignore[method-assign]
     return module
 
@@ -90,6 +92,13 @@ def _define_operators() -> None:
         "bool renormalize, Tensor? correction_bias=None) -> (Tensor, Tensor)"
     )
     library.impl("topk_softmax_cpu", _topk_softmax, "CPU")
+    library.define(
+        "reconstruct_indices_from_tree_mask_cpu(Tensor tree_mask, Tensor verified_seq_len, "
+        "Tensor(a!) positions, Tensor(b!) retrive_index, Tensor(c!) retrive_next_token, "
+        "Tensor(d!) retrive_next_sibling, int batch_size, int draft_token_num) -> ()"
+    )
+    tree = cpu_drafts.reconstruct_indices_from_tree_mask
+    library.impl("reconstruct_indices_from_tree_mask_cpu", tree, "CPU")
     _library = library
 
 
@@ -138,3 +147,13 @@ def _copy_all_layer_kv_cache(
         rows = [ctypes.string_at(base + src * stride, stride) for _, src in moves]
         for (target, _), row in zip(moves, rows, strict=True):
             ctypes.memmove(base + target * stride, row, stride)
+
+
+_FUNCTIONS = {
+    "assign_req_to_token_pool_cpu": _assign_req_to_token_pool,
+    "copy_all_layer_kv_cache_cpu": _copy_all_layer_kv_cache,
+    "assign_extend_cache_locs_cpu": cpu_drafts.assign_extend_cache_locs,
+    "verify_tree_greedy_cpu": cpu_drafts.verify_tree_greedy,
+    "fill_accept_out_cache_loc_cpu": cpu_drafts.fill_accept_out_cache_loc,
+}
+"""Attribute of the stand-in -> what it is."""

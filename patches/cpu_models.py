@@ -1,4 +1,4 @@
-"""Seams: what two architectures and DP attention lack on SGLang's CPU engine.
+"""Seams: what two architectures, DP attention and expert parallelism lack on SGLang's CPU engine.
 
 Qwen2-MoE's shared-expert gate is two Triton operators, called although there is no Triton
 driver for a CPU: torch does the same arithmetic. DeepSeek-V2's prefill takes the Triton
@@ -6,19 +6,24 @@ backend's un-absorbed attention under ``--attention-backend torch_native``, whic
 latent cache as if it held full keys: SGLang's own registry gets the absorbed form for it,
 which decoding uses anyway. ``--enable-dp-attention`` pads batches, and asks the
 torch-native attention backend for the length of a padding row, which only the AMX one tells.
+``--ep-size`` marks slots of other ranks' experts with -1, which the MoE of a CPU without AMX takes
+for an expert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
+from sere_sglang.cpu.moe import fused_moe
 from sere_sglang.patches.seam import hook, resolve
 
 _GATES = "sglang.kernels.ops.elementwise.elementwise"
 _ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+_MOE = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
 _MLA = "sglang.srt.models.deepseek_common.attention_backend_handler"
 
 
@@ -26,6 +31,8 @@ def install() -> None:
     needs = ["hidden_states", "gate_weight", "shared_output"]
     hook(f"{_GATES}.fused_gate_sigmoid_mul", _gate, HookType.REPLACE, needs=needs)
     hook(f"{_GATES}.fused_gate_sigmoid_mul_add", _gate_add, HookType.REPLACE, needs=needs)
+    needs = ["layer", "x", "topk_output", "moe_runner_config"]
+    hook(_MOE, _moe, HookType.AROUND, needs=needs, runs="always")
     resolve(f"{_MLA}.AttentionBackendRegistry").register("torch_native", _absorbed)
     backend = resolve(_ATTENTION)
     if not hasattr(backend, "get_cpu_graph_seq_len_fill_value"):
@@ -46,6 +53,28 @@ def _gate_add(
     final_hidden_states: torch.Tensor,
 ) -> None:
     final_hidden_states += _gate(hidden_states, gate_weight, shared_output)
+
+
+def _moe(
+    original: Callable[..., torch.Tensor],
+    layer: Any,
+    x: torch.Tensor,
+    topk_output: Any,
+    moe_runner_config: Any,
+) -> torch.Tensor:
+    if layer.moe_ep_size == 1:
+        return original(layer, x, topk_output, moe_runner_config)
+    return fused_moe(
+        x,
+        layer.w13_weight,
+        layer.w2_weight,
+        topk_output.topk_ids,
+        topk_output.topk_weights,
+        activation=moe_runner_config.activation,
+        w13_bias=getattr(layer, "w13_weight_bias", None),
+        w2_bias=getattr(layer, "w2_weight_bias", None),
+        impl="torch",
+    )
 
 
 def _absorbed(_attention: Any, _forward_batch: Any) -> Any:

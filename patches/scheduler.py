@@ -20,9 +20,10 @@ def register() -> None:
     # Elsewhere (detokenizer, a launcher before its engine) importing it would cost seconds.
     if _MODULE in sys.modules:
         if cpu_engine.is_active():
-            from sere_sglang.patches import cpu_models
+            from sere_sglang.patches import cpu_models, cpu_verify
 
             cpu_models.install()
+            cpu_verify.install()
         target = f"{_MODULE}.Scheduler.__init__"
         declare(target, _before_init, HookType.BEFORE, needs=["server_args"])
         declare(target, _after_init, HookType.AFTER)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-SHARE_SERVERS = ("test_serving.py", "test_without_flag.py", "test_served_cost.py")
+from tests.server.shared import SHARE_SERVERS
+
 # Their tests start what they need themselves, and share nothing.
 _EACH_ALONE = ("test_start.py", "test_architectures.py")
 # Long ones first, so that no worker is left with one at the end.

@@ -42,8 +42,8 @@ MeasuredServerArgs = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[-- SGLANG FLAGS]",
-        help="Anything sglang serve takes but --port, --host and --config, for instance: "
-        "-- --tp 2 --quantization fp8",
+        help="Anything sglang serve takes but its address (--port, --host, --ssl-keyfile, ...) and "
+        "--config, for instance: -- --tp 2 --quantization fp8",
     ),
 ]
 

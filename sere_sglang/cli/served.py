@@ -28,8 +28,11 @@ from sere_sglang.schedule.settings import Limits, Settings
 FORCING_FLAG = "--enable-custom-logit-processor"
 _FLAGS = ("--chunked-prefill-size=16384", "--disable-radix-cache", FORCING_FLAG)
 """A batch is prefilled at once, as often as it is sent, and decodes in lockstep."""
-_ADDRESS = ("--port", "--host", "--config")
-"""Where the server would be, the last in a file that may say so; a command chooses that."""
+_ADDRESS = (
+    "--port", "--host", "--config",
+    "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--ssl-keyfile-password",
+)  # fmt: skip
+"""Where the server would be, --config in a file; a command chooses that, and speaks HTTP."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def _view(now: dict[str, Any], before: dict[str, Any]) -> Group:
     batch, at = now["composition"] or {}, now["operating_point"]["name"]
     head = Table.grid(padding=(0, 3))
     rows = batch.get("decode_tokens", 0) + batch.get("verify_tokens", 0)
-    head.add_row(f"policy [bold]{now['policy']}[/]", f"at [bold]{at}[/]",
+    head.add_row(f"policy [bold]{escape(now['policy'])}[/]", f"at [bold]{escape(at)}[/]",
                  f"{batch.get('mode', 'nothing yet')}, {rows} rows, "
                  f"{batch.get('waiting', 0)} waiting")  # fmt: skip
     budget = now["budget"]

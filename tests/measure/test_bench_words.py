@@ -151,6 +151,10 @@ def test_a_routing_is_known_by_its_name() -> None:
         (["--model", "{moe}", "--text", "{moe}"], "--text {moe}: a folder; name one file"),
         (["--model", "{moe}", "--text", "{moe}/model.safetensors"], "cannot read .safetensors"),
         (["--model", "{moe}", "--", "--port", "30000"], "-- --port: the command chooses the addr"),
+        (
+            ["--model", "{moe}", "--", "--ssl-certfile=x"],
+            "drop --ssl-certfile, or measure",
+        ),
         (["--model", "{moe}", "--", "--tp=2", "--port=1"], "drop --port, or measure a server"),
         (["--model", "{moe}", "--", "--host=::"], "-- --host: the command chooses the address"),
         (["--model", "{moe}", "--", "--config", "x"], "-- --config: the command chooses the addr"),

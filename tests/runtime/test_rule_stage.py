@@ -123,8 +123,8 @@ def test_surrogates_make_up_for_what_was_lost() -> None:
 
 
 def test_what_a_runner_has_taken_is_not_added_behind_it() -> None:
-    stage = _stage(Surrogates.build(*torch.randn(2, EXPERTS, 3, SIZE), torch.randn(EXPERTS, SIZE),
-                                    device="cpu"))  # fmt: skip
+    inward, outward = torch.randn(2, EXPERTS, 3, SIZE)
+    stage = _stage(Surrogates.build(inward, outward, torch.randn(EXPERTS, SIZE), device="cpu"))
     stage.share = 0.5
     ids, weights = _routed(torch.rand(ROWS, EXPERTS))
     point = OperatingPoint(True, rule="energy", loss=0.08)

@@ -12,10 +12,10 @@ import pytest
 # Nothing here is compiled; without it the processes of a server start in less time.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
-from tests.conftest import SHARE_SERVERS
 from tests.server.checkpoints import write_checkpoint
 from tests.server.harness import SERE, Server, serve
 from tests.server.profiles import write_profile
+from tests.server.shared import SHARE_SERVERS
 
 
 @pytest.fixture(scope="session")
