@@ -202,9 +202,11 @@ PATCHES = (
     Patch(
         "cpu_models",
         "On the CPU engine: a torch form of Qwen2-MoE's gate, absorbed attention for DeepSeek-V2, "
-        "the length of a padding row under --enable-dp-attention.",
-        "SGLang's CPU engine runs these models without AMX",
+        "the length of a padding row under --enable-dp-attention, a MoE that passes over ids of -1 "
+        "under --ep-size.",
+        "SGLang's CPU engine runs these without AMX",
         hooks=(
+            "sglang.srt.layers.moe.fused_moe_native.moe_forward_native",
             "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul",
             "sglang.kernels.ops.elementwise.elementwise.fused_gate_sigmoid_mul_add",
         ),
@@ -212,6 +214,26 @@ PATCHES = (
             "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry",
             "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
             ".get_cpu_graph_seq_len_fill_value",
+        ),
+    ),
+    Patch(
+        "cpu_verify",
+        "On the CPU engine: attention of draft tokens under their tree's mask.",
+        "SGLang's torch-native attention backend verifies drafts",
+        hooks=(
+            "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+            ".forward_extend",
+        ),
+    ),
+    Patch(
+        "cpu_pinning",
+        "On the CPU engine: no pinned memory in LoRA and in a disaggregated server's host pool.",
+        "SGLang pins memory only where there is a GPU",
+        assigned=(
+            "sglang.srt.lora.layers.torch",
+            "sglang.srt.lora.backend.torch_backend.torch",
+            "sglang.srt.mem_cache.pool_host.common._cuda_host_register",
+            "torch.Tensor.pin_memory",
         ),
     ),
     Patch(
@@ -251,6 +273,7 @@ PATCHES = (
 TOOLS = {
     "seam": "how a symbol is hooked, and how it fails when it has changed",
     "guard": "what becomes of a hook that fails while the server serves",
+    "cpu_drafts": "operators on trees of draft tokens, for cpu_engine's stand-in",
     "moe_rows": "whose rows a MoE layer sees under DP attention and all-to-all; changes nothing",
     "moe_runner": "a runner that takes standard top-k where SGLang chose another, by SGLang's own "
     "register_resolution_hook",

@@ -9,7 +9,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang import config
 from sere_sglang.names import SIMILARITY
-from sere_sglang.patches import calibration, cpu_engine, doctor, weight_files
+from sere_sglang.patches import calibration, cpu_engine, cpu_pinning, doctor, weight_files
 from sere_sglang.patches.seam import declare
 
 _MODULE = "sglang.srt.managers.scheduler"
@@ -32,6 +32,8 @@ def register() -> None:
 
 
 def _before_init(_scheduler: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
+    if cpu_engine.is_active():
+        cpu_pinning.install(server_args)
     make_collector = calibration.collector_of(server_args)
     if make_collector is not None:
         calibration.install(make_collector, device=server_args.device)
