@@ -25,7 +25,7 @@ def install(server_args: Any) -> None:
     if server_args.enable_lora:
         for name in _LORA:
             resolve(name).torch = _without_pinning()
-        torch.Tensor.pin_memory = _as_it_is  # type: ignore[method-assign]
+        torch.Tensor.pin_memory = _as_it_is  # type: ignore[method-assign, assignment]
     if server_args.disaggregation_mode != "null":
         check_parameters(f"{_POOL}._cuda_host_register", ["buffer"])
         resolve(_POOL)._cuda_host_register = _register_nothing
