@@ -62,10 +62,9 @@ NOT_RUN = (
         "logical ids are re-routed before they are placed",
     ),
     (
-        "EAGLE, MTP, n-gram speculation",
-        "read: a CPU engine without AMX lacks `reconstruct_indices_from_tree_mask_cpu`, "
-        "`assign_extend_cache_locs_cpu` and `verify_tree_greedy_cpu`, and its `torch_native` "
-        "attention knows no tree of drafts",
+        "EAGLE, MTP",
+        "read: SGLang's drafting has no attention for a CPU without AMX; verify batches are those "
+        "of n-gram speculation, which is run",
         "the draft model is left alone, verify batches are re-routed",
     ),
     ("AMD", "read", "the Triton kernels"),
@@ -76,8 +75,11 @@ What was run with re-routing, and how far; made by `python -m tools.coverage_pag
 `python -m benchmarks.coverage` saw. A CPU server: SGLang's own processes on its CPU engine, the
 demo model over HTTP, beside the same server without the flag; answers with SERE switched off are
 plain SGLang's up to ties, and with it on layers load fewer experts (active experts before -> after,
-a mean over layers, of 4 prompts at S=1). A layer: SGLang's own functions and kernels around our
-stage, in the tests (`tests/server/test_router_families.py`, `test_expert_layouts.py`).
+a mean over layers, of 4 prompts at S=1). What SGLang's CPU engine lacks without its own build of
+sgl_kernel, both servers get from this plugin: trees of drafts and their attention, a MoE that passes
+over other ranks' experts, LoRA and a host pool without pinned memory (`patches/cpu_*`). A layer: SGLang's
+own functions and kernels around our stage, in the tests (`tests/server/test_router_families.py`,
+`test_expert_layouts.py`).
 
 """
 
