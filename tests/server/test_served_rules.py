@@ -207,8 +207,9 @@ def test_surrogates_are_added_for_what_is_lost(server: Server) -> None:
     assert exactly == _ask(server, [None] * len(PROMPTS))
 
 
+@pytest.mark.parametrize("experts", [(), ("--ep-size=2",)], ids=["tensor", "expert"])
 def test_two_ranks_add_surrogates_once(
-    server: Server, checkpoint: Checkpoint, profile: Path, tmp_path: Path
+    server: Server, checkpoint: Checkpoint, profile: Path, tmp_path: Path, experts: tuple[str, ...]
 ) -> None:
     """Each adds its share, and the sum is what one rank alone adds."""
     harsh = STATIC | {"rule": "energy", "quality_budget": 0.5, "surrogates": True}
@@ -216,7 +217,7 @@ def test_two_ranks_add_surrogates_once(
     one = _first_decoded(server)
     server.set_sere(surrogates=False)
     without = _first_decoded(server)
-    flags = ("--moe-backend=sere", f"--sere-profile={profile}", "--tp-size=2")
+    flags = ("--moe-backend=sere", f"--sere-profile={profile}", "--tp-size=2", *experts)
     with serve(checkpoint("qwen3_moe"), tmp_path / "log", *flags, env=TWO_RANKS) as two_ranks:
         two_ranks.set_sere(**harsh)
         two = _first_decoded(two_ranks)
