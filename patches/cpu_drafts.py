@@ -7,6 +7,8 @@ are CUDA's and Triton's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 
@@ -84,12 +86,18 @@ def assign_extend_cache_locs(
     _pool_len: int,
 ) -> None:
     """Pack each request's cache slots [start, end) into `out_cache_loc`, one behind the other."""
+    for row, window, place in windows(req_pool_indices, start_offset, end_offset):
+        out_cache_loc[place] = req_to_token[row, window]
+
+
+def windows(
+    rows: torch.Tensor, start: torch.Tensor, end: torch.Tensor
+) -> Iterator[tuple[int, slice, slice]]:
+    """Of each request: its row of the pool, [start, end) there, and where that is once packed."""
     taken = 0
-    for row, start, end in zip(
-        req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True
-    ):
-        out_cache_loc[taken : taken + end - start] = req_to_token[row, start:end]
-        taken += end - start
+    for row, first, behind in zip(rows.tolist(), start.tolist(), end.tolist(), strict=True):
+        yield row, slice(first, behind), slice(taken, taken + behind - first)
+        taken += behind - first
 
 
 def fill_accept_out_cache_loc(

@@ -128,12 +128,8 @@ def _assign_req_to_token_pool(
     _pool_len: int,
 ) -> None:
     """Write each request's new cache slots into its row of the pool (one row per request)."""
-    taken = 0
-    for row, start, end in zip(
-        req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True
-    ):
-        req_to_token[row, start:end] = out_cache_loc[taken : taken + end - start]
-        taken += end - start
+    for row, window, place in cpu_drafts.windows(req_pool_indices, start_offset, end_offset):
+        req_to_token[row, window] = out_cache_loc[place]
 
 
 def _copy_all_layer_kv_cache(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from sglang.srt.plugins.hook_registry import HookType
 
-from sere_sglang.cpu.moe import fused_moe
+from sere_sglang.patches.cpu_moe import run_experts
 from sere_sglang.patches.seam import hook, resolve
 
 _GATES = "sglang.kernels.ops.elementwise.elementwise"
@@ -62,19 +62,11 @@ def _moe(
     topk_output: Any,
     moe_runner_config: Any,
 ) -> torch.Tensor:
-    if layer.moe_ep_size == 1:
-        return original(layer, x, topk_output, moe_runner_config)
-    return fused_moe(
-        x,
-        layer.w13_weight,
-        layer.w2_weight,
-        topk_output.topk_ids,
-        topk_output.topk_weights,
-        activation=moe_runner_config.activation,
-        w13_bias=getattr(layer, "w13_weight_bias", None),
-        w2_bias=getattr(layer, "w2_weight_bias", None),
-        impl="torch",
-    )
+    config = moe_runner_config
+    known = config.gemm1_alpha is None and not config.apply_router_weight_on_input
+    if layer.moe_ep_size == 1 or not known:
+        return original(layer, x, topk_output, config)
+    return run_experts(layer, x, topk_output, config, impl="torch")
 
 
 def _absorbed(_attention: Any, _forward_batch: Any) -> Any:

@@ -57,6 +57,13 @@ def _run(
             "--moe-backend sere: this model's expert activation is not supported on the CPU "
             "engine (router weight on input, or gemm1_alpha); serve it on a GPU"
         )
+    return run_experts(layer, x, topk_output, config, compensation=_compensation(layer))
+
+
+def run_experts(
+    layer: Any, x: torch.Tensor, topk_output: Any, config: Any, **how: Any
+) -> torch.Tensor:
+    """`fused_moe` of a ``FusedMoE`` and its ``MoeRunnerConfig``, with options `how`."""
     return fused_moe(
         x,
         layer.w13_weight,
@@ -66,7 +73,7 @@ def _run(
         activation=config.activation,
         w13_bias=getattr(layer, "w13_weight_bias", None),
         w2_bias=getattr(layer, "w2_weight_bias", None),
-        compensation=_compensation(layer),
+        **how,
     )
 
 

@@ -76,10 +76,10 @@ What was run with re-routing, and how far; made by `python -m tools.coverage_pag
 demo model over HTTP, beside the same server without the flag; answers with SERE switched off are
 plain SGLang's up to ties, and with it on layers load fewer experts (active experts before -> after,
 a mean over layers, of 4 prompts at S=1). What SGLang's CPU engine lacks without its own build of
-sgl_kernel, both servers get from this plugin: trees of drafts and their attention, a MoE that passes
-over other ranks' experts, LoRA and a host pool without pinned memory (`patches/cpu_*`). A layer: SGLang's
-own functions and kernels around our stage, in the tests (`tests/server/test_router_families.py`,
-`test_expert_layouts.py`).
+sgl_kernel, both servers get from this plugin: trees of drafts and their attention, a MoE that
+passes over other ranks' experts, LoRA and a host pool without pinned memory (`patches/cpu_*`).
+A layer: SGLang's own functions and kernels around our stage, in the tests
+(`tests/server/test_router_families.py`, `test_expert_layouts.py`).
 
 """
 
