@@ -52,23 +52,28 @@ class Losses {
     for (int32_t i = e.first; i < e.first + e.count; ++i) {
       const T* row = hidden + (first_token_ + slots_[i].token) * s_.hidden_size;
       std::transform(row, row + s_.hidden_size, x.begin(), [](T value) { return to_float(value); });
-      for (int64_t r = 0; r < s_.rank; ++r) {
-        const bf16* inward = s_.inward + (e.id * s_.rank + r) * s_.hidden_size;
-        inner_[i * s_.rank + r] = slots_[i].weight * dot(inward, x.data(), s_.hidden_size);
-      }
+      const bf16* inward = s_.inward + e.id * s_.rank * s_.hidden_size;
+      float* inner = inner_.data() + i * s_.rank;
+      int64_t r = 0;
+      for (; r + 4 <= s_.rank; r += 4) dots<4>(inward + r * s_.hidden_size, x.data(), inner + r);
+      for (; r < s_.rank; ++r) dots<1>(inward + r * s_.hidden_size, x.data(), inner + r);
+      for (r = 0; r < s_.rank; ++r) inner[r] *= slots_[i].weight;
     }
   }
 
   // Once all are projected: `columns` of the hidden size from `begin` on, to sums [tokens, stride].
   void add(int64_t begin, int64_t columns, int64_t stride, float* sums) const {
     for (const Expert& e : experts_) {
-      const bf16* bias = s_.bias + e.id * s_.hidden_size + begin;
-      const bf16* outward = s_.outward + e.id * s_.rank * s_.hidden_size + begin;
-      for (int32_t i = e.first; i < e.first + e.count; ++i) {
-        float* sum = sums + slots_[i].token * stride;
-        add_scaled(slots_[i].weight, bias, columns, sum);
-        for (int64_t r = 0; r < s_.rank; ++r) {
-          add_scaled(inner_[i * s_.rank + r], outward + r * s_.hidden_size, columns, sum);
+      for (int64_t at = 0; at < columns; at += kBlock) {
+        const bf16* bias = s_.bias + e.id * s_.hidden_size + begin + at;
+        const bf16* outward = s_.outward + e.id * s_.rank * s_.hidden_size + begin + at;
+        for (int32_t i = e.first; i < e.first + e.count; ++i) {
+          float* sum = sums + slots_[i].token * stride + at;
+          if (at + kBlock <= columns) {
+            add_columns(i, bias, outward, kBlock, sum);
+          } else {
+            add_columns(i, bias, outward, columns - at, sum);
+          }
         }
       }
     }
@@ -83,16 +88,38 @@ class Losses {
     float weight;
   };
 
-  static float dot(const bf16* a, const float* b, int64_t count) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) sum += to_float(a[i]) * b[i];
-    return sum;
+  static constexpr int64_t kBlock = 64;  // columns whose sums stay in registers
+
+  // Of kRows rows of V^T, 1 or 4, with one token: sums that do not wait for each other.
+  template <int kRows>
+  void dots(const bf16* rows, const float* x, float* out) const {
+    const int64_t next = kRows == 4 ? s_.hidden_size : 0;
+    float a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
+#pragma omp simd reduction(+ : a, b, c, d)
+    for (int64_t h = 0; h < s_.hidden_size; ++h) {
+      a += to_float(rows[h]) * x[h];
+      if constexpr (kRows == 4) {
+        b += to_float(rows[next + h]) * x[h];
+        c += to_float(rows[2 * next + h]) * x[h];
+        d += to_float(rows[3 * next + h]) * x[h];
+      }
+    }
+    const float sums[4] = {a, b, c, d};
+    std::copy_n(sums, kRows, out);
   }
 
-  static void add_scaled(float factor, const bf16* from, int64_t columns, float* sum) {
-#pragma omp simd
-    for (int64_t h = 0; h < columns; ++h) sum[h] += factor * to_float(from[h]);
+  // sum += weight * (U_e inner + b_e), `count` columns of it, where bias and outward begin.
+  [[gnu::always_inline]] inline void add_columns(int32_t slot, const bf16* bias,
+                                                 const bf16* outward, int64_t count,
+                                                 float* sum) const {
+    float added[kBlock];
+    for (int64_t h = 0; h < count; ++h) added[h] = slots_[slot].weight * to_float(bias[h]);
+    for (int64_t r = 0; r < s_.rank; ++r) {
+      const float inner = inner_[slot * s_.rank + r];
+      const bf16* row = outward + r * s_.hidden_size;
+      for (int64_t h = 0; h < count; ++h) added[h] += inner * to_float(row[h]);
+    }
+    for (int64_t h = 0; h < count; ++h) sum[h] += added[h];
   }
 
   Surrogates s_{};
