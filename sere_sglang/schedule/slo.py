@@ -63,7 +63,7 @@ class SloController:
             return self.budget
         ceiling = settings.quality_budget
         rungs = [r for r in self.policy.rungs(composition, settings, feedback) if r[0] <= ceiling]
-        here = max(i for i, (budget, _) in enumerate(rungs) if budget <= self.budget)
+        here = before = max(i for i, (budget, _) in enumerate(rungs) if budget <= self.budget)
         # What each rung would take, by the model's ratios and the step that was measured.
         predicted = [step_ms * rung_ms / rungs[here][1] for _, rung_ms in rungs]
         if step_ms > _TOO_SLOW * target:
@@ -82,5 +82,7 @@ class SloController:
             lowest = next((i for i in range(here) if predicted[i] <= _SLACK * target), here)
             if lowest < here and self._calm >= self._patience:
                 here, self._calm, self._fell = lowest, 0, True
-        self.budget = rungs[here][0]
+        # What measured steps teach moves rungs, and makes other ones of them. A budget that followed
+        # its rung down would stand below it when it moves back up: a fall that nobody decided.
+        self.budget = min(self.budget, ceiling) if here == before else rungs[here][0]
         return self.budget

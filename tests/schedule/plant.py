@@ -44,6 +44,7 @@ class Plant:
         self.pipe: deque[Feedback | None] = deque([None] * delay)
         self.points: list[OperatingPoint] = []
         self.budgets: list[float] = []
+        self.losses: list[float] = []
         self.times: list[float] = []
 
     def run(self, rows: int, steps: int) -> None:
@@ -51,11 +52,12 @@ class Plant:
         for _ in range(steps):
             composition = BatchComposition("decode", decode_tokens=rows)
             point = POLICY.decide(composition, self.now, self.feedback)
-            active, _ = tables.effect(rows, point)
+            active, loss = tables.effect(rows, point)
             step_ms = float(self.truth.step_ms(rows, COST.moe_ms(rows, active)))
             step_ms *= self.rng.normal(1.0, self.noise)
             self.points.append(point)
             self.budgets.append(self.feedback.budget or 0.0)
+            self.losses.append(loss)
             self.times.append(step_ms)
             self.observer.note_active(active)
             self.pipe.append(self.observer.note_step(step_ms, composition, active, self.now))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sere_sglang.schedule.composition import BatchComposition
@@ -27,6 +27,8 @@ PHASE, SETTLING = 600, 160  # steps; SETTLING is twenty windows
     delay=st.integers(0, 4),
     seed=st.integers(0, 1000),
 )
+# A budget just below its rung, which had moved, was exact's; and so again, every few windows.
+@example(loads=[2, 8], high=24, where=0.421875, noise=0.0, delay=0, seed=0)
 def test_steps_of_load(
     loads: list[int], high: int, where: float, noise: float, delay: int, seed: int
 ) -> None:
@@ -56,7 +58,7 @@ def _check_settled(plant: Plant, rows: int, begin: int, target: float) -> None:
     # No more than needed: at most what holds the target with the slack a fall asks for, and noise.
     slack = [i for i, (_, step) in enumerate(rungs) if step <= 0.9 * target]
     most = slack[0] if slack else len(rungs) - 1
-    assert np.median(budgets) <= rungs[max(most, least)][0] + 1e-9
+    assert np.median(plant.losses[begin:]) <= rungs[max(most, least)][0] + 1e-9
     if rungs[0][1] <= 0.85 * target:
         assert not any(p.enabled for p in points[-80:]), "exact routing holds it"
     # No oscillation: in 440 steps the wait between two tries has grown.
