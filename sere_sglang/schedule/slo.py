@@ -82,7 +82,7 @@ class SloController:
             lowest = next((i for i in range(here) if predicted[i] <= _SLACK * target), here)
             if lowest < here and self._calm >= self._patience:
                 here, self._calm, self._fell = lowest, 0, True
-        # What measured steps teach moves rungs, and makes others of them. A budget that followed its
-        # rung down would stand below it when it moves back up: a fall that nobody decided.
+        # What measured steps teach moves rungs. A budget that followed its rung down would stand
+        # below it when it moves back up: a fall that nobody decided.
         self.budget = min(self.budget, ceiling) if here == before else rungs[here][0]
         return self.budget
