@@ -5,10 +5,10 @@ another, each beside the same server without the flag.
     python -m benchmarks.coverage --again NAME   those again
 
 A configuration passes when both servers start and finish, the answers with SERE switched off are
-plain SGLang's (up to ties: our CPU MoE runner rounds to bfloat16 in other places; where they are to
-be had twice), and with it on
-every MoE layer re-routes and every request still finishes. What plain SGLang cannot do on this
-machine is said so with its own words. Writes ``coverage.json`` as it goes.
+plain SGLang's, and with it on every MoE layer re-routes and every request still finishes. Answers
+are compared up to ties, for our CPU MoE runner rounds to bfloat16 in other places, and not at all
+where plain SGLang does not give them twice. What plain SGLang cannot do on this machine is said so
+with its own words. Writes ``coverage.json`` as it goes.
 """
 
 from __future__ import annotations

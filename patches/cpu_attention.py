@@ -48,7 +48,7 @@ def _decode(
     """query ``[B, heads, D]``, caches ``[tokens, kv_heads, D]``, output ``[B, heads, Dv]``."""
     longest = int(seq_lens.max()) if len(seq_lens) else 0
     padding = longest * len(seq_lens) > _MOST_PADDING * int(seq_lens.sum())
-    windowed = sliding_window_size is not None and sliding_window_size > -1
+    windowed = is_windowed(sliding_window_size)
     if encoder_lens is not None or windowed or padding or len(seq_lens) < 2:
         return original(
             backend,
@@ -82,3 +82,8 @@ def _decode(
     )
     output.copy_(mixed.reshape(output.shape))
     return output
+
+
+def is_windowed(sliding_window_size: int | None) -> bool:
+    """Whether a layer attends to the last tokens only: SGLang has None and -1 for all of them."""
+    return sliding_window_size is not None and sliding_window_size > -1

@@ -15,6 +15,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from torch.nn.functional import scaled_dot_product_attention
 
 from sere_sglang.errors import SereError
+from sere_sglang.patches.cpu_attention import is_windowed
 from sere_sglang.patches.seam import hook
 
 _TARGET = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend"
@@ -40,7 +41,7 @@ def _forward_extend(
         return original(backend, q, k, v, layer, forward_batch, save_kv_cache)
     from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-    if layer.is_cross_attention or (layer.sliding_window_size or -1) > -1:
+    if layer.is_cross_attention or is_windowed(layer.sliding_window_size):
         raise SereError(
             "the CPU engine verifies drafts of models with full attention only; start the server "
             "without --speculative-algorithm"

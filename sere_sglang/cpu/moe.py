@@ -30,6 +30,9 @@ IMPLEMENTATIONS = ("auto", "native", "torch")
 
 _SOURCES = ("cpu_moe.cpp",)
 
+_NOTHING_LOST = (None, None, None, None, 0.0)
+"""In the place of `Compensation.operands`."""
+
 # Rows per expert from which, in float32, a matmul per expert beats the dot products. In bfloat16
 # without AMX it never does by much, and on machines without AVX-512 it is four times slower.
 _MATMUL_ROWS = 64
@@ -101,16 +104,9 @@ def fused_moe(
         weights,
         out,
         ACTIVATIONS[activation],
-        *_native_arguments(compensation),
+        *(_NOTHING_LOST if compensation is None else compensation.operands),
     )
     return out
-
-
-def _native_arguments(compensation: Compensation | None) -> tuple[Any, ...]:
-    if compensation is None:
-        return None, None, None, None, 0.0
-    of = compensation.surrogates
-    return compensation.lost.contiguous(), of.inward, of.outward, of.bias, compensation.scale
 
 
 def choose_impl(hidden: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor) -> str:

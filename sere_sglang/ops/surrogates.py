@@ -78,6 +78,12 @@ class Compensation:
         if self.lost.dtype != torch.float32:
             raise ValueError(f"lost must be float32, got {self.lost.dtype}")
 
+    @property
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
+        """As the kernels in C++ take them."""
+        of = self.surrogates
+        return self.lost.contiguous(), of.inward, of.outward, of.bias, self.scale
+
     def of(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 ``[T, H]``: scale * sum over e of lost[t, e] * (U_e V_e^T hidden[t] + b_e)."""
         weights = self.lost * self.scale
@@ -117,11 +123,7 @@ def compensate_(
     if native is None:
         output += compensation.of(hidden).to(output.dtype)
         return
-    of = compensation.surrogates
-    native(
-        output, hidden.contiguous(), compensation.lost.contiguous(),
-        of.inward, of.outward, of.bias, compensation.scale,
-    )  # fmt: skip
+    native(output, hidden.contiguous(), *compensation.operands)
 
 
 @functools.cache

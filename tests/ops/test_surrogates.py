@@ -1,4 +1,4 @@
-"""Surrogates behind a runner and in ours: every implementation against the sum it stands for."""
+"""`compensate_`: every implementation against the sum it stands for."""
 
 from __future__ import annotations
 
