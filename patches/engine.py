@@ -72,6 +72,10 @@ def _check_handshake(result: Any, _cls: type, server_args: Any, *_args: Any, **_
         config.attach(server_args, SereConfig())  # the schedulers have said why
         return
     if not all("sere" in info for info in infos):
+        # SGLang kills the schedulers on its way out; its watchdog would take that for a crash, and
+        # end this process by a signal instead of the status that says why.
+        if result[4] is not None:
+            result[4].stop()
         with reported(server_args):
             raise SereError(
                 "--moe-backend sere: the scheduler process started without it (is the sere-sglang "
