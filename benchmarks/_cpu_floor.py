@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from sere_sglang.cpu.large_pages import use_large_pages
-from sere_sglang.cpu.moe import fused_moe, native_module
+from sere_sglang.cpu.moe import fused_moe_packed, native_module
+from sere_sglang.cpu.packed import PackedExperts
 
 SIZES = {1: (512, 352), 3: (1024, 512), 7: (2048, 576), 16: (2048, 1376)}
 """About so many MB an expert (bfloat16): hidden size, intermediate size."""
@@ -38,7 +39,7 @@ class Case:
     hidden: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    layers: list[PackedExperts]
 
     @property
     def active(self) -> torch.Tensor:
@@ -46,13 +47,11 @@ class Case:
 
     @property
     def weight_bytes(self) -> int:
-        w13, w2 = self.layers[0]
-        return len(self.active) * (w13[0].nbytes + w2[0].nbytes)
+        return len(self.active) * (self.layers[0].w13[0].nbytes + self.layers[0].w2[0].nbytes)
 
     @property
     def operations(self) -> int:
-        w13, w2 = self.layers[0]
-        return 2 * self.ids.numel() * (w13[0].numel() + w2[0].numel())
+        return 2 * self.ids.numel() * (self.layers[0].w13[0].numel() + self.layers[0].w2[0].numel())
 
 
 def floor_rows(
@@ -63,12 +62,15 @@ def floor_rows(
 ) -> Iterator[dict[str, Any]]:
     """One row per size, T, active experts and instruction set, as they are measured."""
     for size in sizes:
-        layers = _layers(*SIZES[size])
-        for rows in tokens:
-            for percent in percents:
-                case = _case(layers, rows, EXPERTS * percent // 100)
-                for isa in isas:
-                    yield _measured(case, isa)
+        weights = _layers(*SIZES[size])
+        for isa in isas:
+            module = native_module(isa)
+            layers = [PackedExperts.pack(module, *w, in_place=True) for w in weights]
+            for rows in tokens:
+                for percent in percents:
+                    yield _measured(_case(layers, rows, EXPERTS * percent // 100), isa)
+            for layer in layers:
+                layer.unpack()
 
 
 HEADER = (
@@ -88,16 +90,16 @@ def line(row: dict[str, Any]) -> str:
 
 def _measured(case: Case, isa: str) -> dict[str, Any]:
     """Rounds of the three, one after another, so that a busy spell hits all of them."""
-    module = native_module(isa)
     layer = _turns(case.layers)
     active = case.active
+    multiply_add = case.layers[0].module.multiply_add
 
     def run() -> None:
-        w13, w2 = next(layer)
-        fused_moe(case.hidden, w13, w2, case.ids, case.weights, impl="native", isa=isa)
+        fused_moe_packed(case.hidden, next(layer), case.ids, case.weights)
 
     def read() -> None:
-        module.read_experts(*next(layer), active)
+        weights = next(layer)
+        weights.module.read_experts(weights.w13, weights.w2, active)
 
     run()
     repeats = max(1, int(_ROUND_SECONDS / _seconds(read)))
@@ -106,17 +108,16 @@ def _measured(case: Case, isa: str) -> dict[str, Any]:
         reads.append(_seconds(read, repeats))
         times.append(_seconds(run, repeats))
         started = time.perf_counter()
-        done = module.multiply_add(_MULTIPLY_STEPS)
+        done = multiply_add(_MULTIPLY_STEPS)
         arithmetic.append((time.perf_counter() - started) * case.operations / done)
     memory_us, arithmetic_us = (1e6 * statistics.median(x) for x in (reads, arithmetic))
     shares = [max(r, a) / t for r, a, t in zip(reads, arithmetic, times, strict=True)]
-    w13, w2 = case.layers[0]
     return {
         "table": "floor",
         "isa": isa,
-        "expert_mb": (w13[0].nbytes + w2[0].nbytes) / 1e6,
-        "H": w2.shape[1],
-        "I": w2.shape[2],
+        "expert_mb": case.weight_bytes / len(active) / 1e6,
+        "H": case.layers[0].hidden_size,
+        "I": case.layers[0].inter_size,
         "T": len(case.hidden),
         "K": case.ids.shape[1],
         "active": len(active),
@@ -132,13 +133,13 @@ def _measured(case: Case, isa: str) -> dict[str, Any]:
     }
 
 
-def _case(layers: list[tuple[torch.Tensor, torch.Tensor]], rows: int, active: int) -> Case:
+def _case(layers: list[PackedExperts], rows: int, active: int) -> Case:
     """Slots dealt in turn over the active experts: each of them used, none twice in a row."""
     top_k = min(active, max(LEAST_TOP_K, -(-active // rows)))
     slots = torch.arange(rows * top_k, dtype=torch.int32)
     generator = torch.Generator().manual_seed(1)
     return Case(
-        hidden=torch.randn(rows, layers[0][1].shape[1], generator=generator).bfloat16(),
+        hidden=torch.randn(rows, layers[0].hidden_size, generator=generator).bfloat16(),
         ids=slots.remainder(active).view(rows, top_k),
         weights=torch.rand(rows, top_k, generator=generator),
         layers=layers,
@@ -165,7 +166,7 @@ def _layers(hidden_size: int, inter_size: int) -> list[tuple[torch.Tensor, torch
     ]
 
 
-def _turns(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[Any]:
+def _turns(layers: list[PackedExperts]) -> Iterator[PackedExperts]:
     while True:
         yield from layers
 

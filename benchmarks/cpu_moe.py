@@ -23,7 +23,8 @@ from benchmarks._common import interleaved_median, result_path, write_result
 from benchmarks._cpu_floor import HEADER, SIZES, floor_rows, line
 from sere_sglang.cpu import isa as cpu_isa
 from sere_sglang.cpu.isa import ISAS
-from sere_sglang.cpu.moe import fused_moe, native_module
+from sere_sglang.cpu.moe import fused_moe_packed, native_module
+from sere_sglang.cpu.packed import PackedExperts
 from sere_sglang.errors import exit_on_error
 
 SHAPES = ((32, 4, 256, 96), (48, 6, 256, 64), (64, 8, 1024, 512), (128, 8, 512, 256))
@@ -44,6 +45,9 @@ class Layer:
         self.num_experts = num_experts
         self.w13_weight = weight(num_experts, 2 * inter_size, hidden_size)
         self.w2_weight = weight(num_experts, hidden_size, inter_size)
+        self.packed = PackedExperts.pack(
+            native_module(), self.w13_weight, self.w2_weight, in_place=False
+        )
         self.hidden_size = hidden_size
 
 
@@ -74,7 +78,7 @@ def against_native(layer: Layer, tokens: int, top_k: int) -> dict[str, Any]:
     ids, weights = route(tokens, layer.num_experts, top_k, layer.num_experts)
     seconds = interleaved_median(
         {
-            "ours": lambda: fused_moe(hidden, layer.w13_weight, layer.w2_weight, ids, weights),
+            "ours": lambda: fused_moe_packed(hidden, layer.packed, ids, weights),
             "native": lambda: native(layer, hidden, ids, weights),
         }
     )
@@ -89,7 +93,7 @@ def by_active(layer: Layer, tokens: int, top_k: int, active: int) -> dict[str, A
     hidden = torch.randn(tokens, layer.hidden_size, generator=generator).to(torch.bfloat16)
     ids, weights = route(tokens, layer.num_experts, top_k, active)
     seconds = interleaved_median(
-        {"auto": lambda: fused_moe(hidden, layer.w13_weight, layer.w2_weight, ids, weights)}
+        {"auto": lambda: fused_moe_packed(hidden, layer.packed, ids, weights)}
     )
     row = shape_row("active", layer, tokens, top_k, int(ids.unique().numel()))
     row["us"] = seconds["auto"] * 1e6

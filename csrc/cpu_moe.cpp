@@ -10,6 +10,7 @@
 #include <mutex>
 #include <string>
 
+#include "cpu_moe_blocks.h"
 #include "cpu_moe_common.h"
 #include "cpu_moe_floor.h"
 #include "cpu_moe_run.h"
@@ -70,6 +71,16 @@ void run_with(const Problem<typename Engine::Weight>& p) {
   }
 }
 
+// Whether the weights of such a layer are read in blocks: AMX tiles read rows.
+bool reads_blocks([[maybe_unused]] bool is_bf16, [[maybe_unused]] int64_t hidden_size,
+                  [[maybe_unused]] int64_t inter_size) {
+#ifdef __AMX_BF16__
+  return !(is_bf16 && hidden_size % amx::kTileDepth == 0 && inter_size % amx::kTileDepth == 0);
+#else
+  return true;
+#endif
+}
+
 template <typename T>
 void run_best(const Problem<T>& p) {
   // One call at a time: the workspace is shared, and OpenMP uses every core anyway.
@@ -77,9 +88,7 @@ void run_best(const Problem<T>& p) {
   std::lock_guard<std::mutex> lock(one_call);
   if constexpr (std::is_same_v<T, bf16>) {
 #ifdef __AMX_BF16__
-    if (p.hidden_size % amx::kTileDepth == 0 && p.inter_size % amx::kTileDepth == 0) {
-      return run_with<amx::Engine>(p);
-    }
+    if (!reads_blocks(true, p.hidden_size, p.inter_size)) return run_with<amx::Engine>(p);
 #endif
 #ifdef __AVX512BF16__
     if (multiplies_bf16_fast()) return run_with<VectorEngine<NativeBf16>>(p);
@@ -115,13 +124,15 @@ template <typename T>
 void dispatch(const TensorView& hidden, const TensorView& w13, const TensorView& w2,
               const Optional<TensorView>& w13_bias, const Optional<TensorView>& w2_bias,
               const TensorView& ids, const TensorView& weights, const TensorView& out,
-              int64_t activation, DLDataType dtype, const Surrogates& surrogates) {
+              int64_t inter_size, int64_t activation, DLDataType dtype,
+              const Surrogates& surrogates) {
   check(hidden.ndim() == 2 && ids.ndim() == 2 && w2.ndim() == 3, "wrong number of dimensions");
   const int64_t tokens = hidden.size(0), hidden_size = hidden.size(1);
-  const int64_t experts = w2.size(0), inter_size = w2.size(2), top_k = ids.size(1);
+  const int64_t experts = w2.size(0), top_k = ids.size(1);
+  const int64_t hidden_depth = whole_blocks(hidden_size), inter_depth = whole_blocks(inter_size);
   check_tensor(hidden, "hidden", {tokens, hidden_size}, dtype);
-  check_tensor(w13, "w13", {experts, 2 * inter_size, hidden_size}, dtype);
-  check_tensor(w2, "w2", {experts, hidden_size, inter_size}, dtype);
+  check_tensor(w13, "w13", {experts, 2 * inter_depth, hidden_depth}, dtype);
+  check_tensor(w2, "w2", {experts, hidden_depth, inter_depth}, dtype);
   check_tensor(ids, "topk_ids", {tokens, top_k}, {kDLInt, 32, 1});
   check_tensor(weights, "topk_weights", {tokens, top_k}, {kDLFloat, 32, 1});
   check_tensor(out, "out", {tokens, hidden_size}, dtype);
@@ -155,9 +166,10 @@ bool prepare_process() {
 #endif
 }
 
+// Weights are as `pack` leaves them where `reads_blocks`, and padded to multiples of 16.
 void fused_moe(TensorView hidden, TensorView w13, TensorView w2, Optional<TensorView> w13_bias,
                Optional<TensorView> w2_bias, TensorView ids, TensorView weights, TensorView out,
-               int64_t activation, Optional<TensorView> lost, Optional<TensorView> surrogate_in,
+               int64_t inter_size, int64_t activation, Optional<TensorView> lost, Optional<TensorView> surrogate_in,
                Optional<TensorView> surrogate_out, Optional<TensorView> surrogate_bias,
                double scale) {
   check(hidden.ndim() == 2, "hidden must have two dimensions");
@@ -165,11 +177,21 @@ void fused_moe(TensorView hidden, TensorView w13, TensorView w2, Optional<Tensor
                                               hidden.size(0), hidden.size(1), scale);
   const DLDataType dtype = hidden.dtype();
   const auto run = [&]<typename T>() {
-    dispatch<T>(hidden, w13, w2, w13_bias, w2_bias, ids, weights, out, activation, dtype, surrogates);
+    dispatch<T>(hidden, w13, w2, w13_bias, w2_bias, ids, weights, out, inter_size, activation, dtype,
+                surrogates);
   };
   if (dtype.code == kDLBfloat && dtype.bits == 16) return run.template operator()<bf16>();
   if (dtype.code == kDLFloat && dtype.bits == 32) return run.template operator()<float>();
   check(false, "hidden must be bfloat16 or float32");
+}
+
+// In place: [matrices, rows, depth], multiples of 16, from rows to blocks or back.
+void pack(TensorView weights, bool back) {
+  check(weights.ndim() == 3 && weights.IsContiguous(), "weights must be contiguous, of three dimensions");
+  const int64_t rows = weights.size(0) * weights.size(1), depth = weights.size(2);
+  check(weights.size(1) % kBlockRows == 0 && depth % kBlockRows == 0, "sizes must be multiples of 16");
+  const int64_t words = depth * weights.dtype().bits / 32;
+  pack_blocks(static_cast<uint32_t*>(weights.data_ptr()), rows, words, back);
 }
 
 // Reads every byte of the weights of these experts (int32 [n]), all threads together.
@@ -191,5 +213,7 @@ int64_t read_experts(TensorView w13, TensorView w2, TensorView ids) {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prepare_process, sere::moe::prepare_process);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fused_moe, sere::moe::fused_moe);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(reads_blocks, sere::moe::reads_blocks);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(pack, sere::moe::pack);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(read_experts, sere::moe::read_experts);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(multiply_add, sere::moe::multiply_add_registers);

@@ -14,16 +14,8 @@ struct Rows {
 // Several panels of token rows pass over the same weights; each requests its part of what is next,
 // so that memory is busy all the time, and also where arithmetic takes longer than reading.
 struct Ahead {
-  Rows next;
-  int64_t row_bytes;  // of the weights at hand
+  Rows next[2];  // of gate and up rows, or of what stands for them
   int panel, num_panels;
-  int64_t column_bytes = 0;  // before the columns at hand
-
-  Ahead from(int64_t bytes) const {
-    Ahead moved = *this;
-    moved.column_bytes = bytes;
-    return moved;
-  }
 
   // Whether this panel requests during a tile's multiplication; `number` counts them.
   bool has_turn(int64_t number) const {

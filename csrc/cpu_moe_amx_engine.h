@@ -15,7 +15,7 @@ class Engine {
   using Weight = bf16;
   static constexpr int kPanelRows = 2 * kTile;
   static constexpr int kPanelUnit = kTile;
-  static constexpr int kWeightUnit = 2 * kTile;
+  static constexpr int64_t kStripRows = 0;  // a unit's
   static constexpr int64_t kMostUnitBytes = 64 << 10;
 
   struct Memory {
@@ -28,9 +28,6 @@ class Engine {
     hidden_ = memory.hidden.get<uint32_t>(panels * kPanelRows * p.hidden_size / 2);
     inter_ = memory.inter.get<uint32_t>(panels * kPanelRows * p.inter_size / 2);
   }
-
-  // Rows of a panel at most.
-  static int panel_rows(const Problem<bf16>&) { return kPanelRows; }
 
   // Tiles are configured for as long as a thread is in a call: other code may use them between.
   struct Thread {
@@ -60,17 +57,15 @@ class Engine {
     }
   }
 
-  void multiply_hidden(const bf16* weights, int64_t num_weights, int64_t panel, const Ahead& ahead,
-                       Thread& thread, float* out, int64_t stride) const {
-    const uint32_t* right = hidden_ + panel * kPanelRows * p_.hidden_size / 2;
-    multiply(weights, num_weights, p_.hidden_size, right, routing_.panels[panel].count, ahead,
+  void multiply_hidden(const Strip<bf16>& strip, int64_t panel, const Ahead& ahead, Thread& thread,
+                       float* const out[2], int64_t stride) const {
+    multiply(strip, p_.hidden_size, hidden_ + panel * kPanelRows * p_.hidden_size / 2, panel, ahead,
              thread, out, stride);
   }
 
-  void multiply_inter(const bf16* weights, int64_t num_weights, int64_t panel, const Ahead& ahead,
-                      Thread& thread, float* out, int64_t stride) const {
-    const uint32_t* right = inter_ + panel * kPanelRows * p_.inter_size / 2;
-    multiply(weights, num_weights, p_.inter_size, right, routing_.panels[panel].count, ahead,
+  void multiply_inter(const Strip<bf16>& strip, int64_t panel, const Ahead& ahead, Thread& thread,
+                      float* const out[2], int64_t stride) const {
+    multiply(strip, p_.inter_size, inter_ + panel * kPanelRows * p_.inter_size / 2, panel, ahead,
              thread, out, stride);
   }
 
@@ -104,13 +99,24 @@ class Engine {
     for (int r = 0; r < kTile; ++r) _mm512_store_si512(to + r * kTile, rows[r]);
   }
 
+  void multiply(const Strip<bf16>& strip, int64_t depth, const uint32_t* right, int64_t panel,
+                const Ahead& ahead, Thread& thread, float* const out[2], int64_t stride) const {
+    const int count = routing_.panels[panel].count;
+    multiply(strip.first, strip.rows, depth, right, count, ahead, ahead.next[0], thread, out[0],
+             stride);
+    if (!strip.second) return;
+    multiply(strip.second, strip.rows, depth, right, count, ahead, ahead.next[1], thread, out[1],
+             stride);
+  }
+
   void multiply(const bf16* weights, int64_t num_weights, int64_t depth, const uint32_t* right,
-                int count, const Ahead& ahead, Thread& thread, float* out, int64_t stride) const {
+                int count, const Ahead& ahead, const Rows& rows_ahead, Thread& thread, float* out,
+                int64_t stride) const {
     for (int64_t w = 0; w < num_weights; w += 2 * kTile) {
       const bf16* left = weights + w * depth;
-      const int64_t offset = w * ahead.row_bytes;
-      const bool requests = ahead.has_turn(w / (2 * kTile)) && offset < ahead.next.bytes;
-      const char* next = requests ? ahead.next.begin + offset : nullptr;
+      const int64_t offset = w * depth * int64_t{sizeof(bf16)};
+      const bool requests = ahead.has_turn(w / (2 * kTile)) && offset < rows_ahead.bytes;
+      const char* next = requests ? rows_ahead.begin + offset : nullptr;
       const int blocks = count > kTile ? 2 : 1;
       if (blocks == 2) {
         amx::multiply<2>(left, right, depth, next, thread.products);

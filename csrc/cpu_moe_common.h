@@ -51,7 +51,8 @@ struct Surrogates {
   float scale;  // of what they add
 };
 
-// One layer's call. All matrices are dense, rows of the last dimension contiguous.
+// One layer's call. All matrices are dense, rows of the last dimension contiguous. Sizes of weights are
+// those that cpu_moe_blocks.h pads them to; weights are in its order for the vector engine.
 template <typename T>
 struct Problem {
   const T* hidden;        // [tokens, hidden_size]

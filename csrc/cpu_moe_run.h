@@ -3,8 +3,8 @@
 // loaded. Weights are read from memory once.
 //
 // A unit of work is some weight rows of one expert, small enough to stay in a core's second-level
-// cache while the expert's panels of token rows pass over them. Threads take the next unit as they
-// are done, and request its weights while they work on the one before.
+// cache. The expert's panels of token rows pass over a strip of it after the other, and request the
+// weights that come next. Threads take the next unit as they are done.
 #pragma once
 
 #include <unistd.h>
@@ -15,6 +15,7 @@
 
 #include "cpu_moe_activation.h"
 #include "cpu_moe_ahead.h"
+#include "cpu_moe_blocks.h"
 #include "cpu_moe_routing.h"
 #include "cpu_moe_surrogates.h"
 
@@ -42,6 +43,14 @@ inline int64_t rows_per_unit(int64_t size, int64_t bytes, int64_t row_bytes, int
   return rows;
 }
 
+// Weight rows that panels pass over together: gate and up rows, or two halves of some down rows.
+template <typename T>
+struct Strip {
+  const T* first;
+  const T* second;  // or null
+  int64_t rows;     // of each
+};
+
 template <typename Engine>
 struct Workspace {
   Routing routing;
@@ -62,14 +71,15 @@ class Run {
         routing_(routing),
         losses_(losses),
         engine_(engine),
-        num_active_(routing.active.size()) {
+        num_active_(routing.active.size()),
+        hidden_depth_(whole_blocks(p.hidden_size)),
+        inter_depth_(whole_blocks(p.inter_size)) {
     const int64_t element = sizeof(T);
     const int64_t bytes = unit_bytes(Engine::kMostUnitBytes);
-    up_rows_ = rows_per_unit(p.inter_size, bytes, p.hidden_size * element, Engine::kWeightUnit,
+    up_rows_ = rows_per_unit(p.inter_size, bytes, hidden_depth_ * element, kUnitRows,
                              std::max<int64_t>(num_active_, 1));
     up_units_ = (p.inter_size + up_rows_ - 1) / up_rows_;
-    down_rows_ =
-        rows_per_unit(p.hidden_size, bytes, p.inter_size * element, Engine::kWeightUnit, 1);
+    down_rows_ = rows_per_unit(p.hidden_size, bytes, inter_depth_ * element, kUnitRows, 1);
     down_units_ = (p.hidden_size + down_rows_ - 1) / down_rows_;
     stride_ = (std::max(up_rows_, down_rows_) + 15) / 16 * 16;
   }
@@ -106,52 +116,73 @@ class Run {
   }
 
  private:
+  static constexpr int64_t kUnitRows = 32;  // a multiple of what engines multiply at a time
+
   const T* gate_of(int64_t unit) const {
     return p_.w13 +
-           (2 * expert_of(unit).id * p_.inter_size + unit % up_units_ * up_rows_) * p_.hidden_size;
+           (2 * expert_of(unit).id * inter_depth_ + unit % up_units_ * up_rows_) * hidden_depth_;
   }
   const T* down_of(int64_t unit, int64_t active) const {
-    return p_.w2 +
-           (routing_.active[active].id * p_.hidden_size + unit * down_rows_) * p_.inter_size;
+    return p_.w2 + (routing_.active[active].id * hidden_depth_ + unit * down_rows_) * inter_depth_;
   }
   const Routing::Expert& expert_of(int64_t up_unit) const {
     return routing_.active[up_unit / up_units_];
   }
-  Rows down_bytes(int64_t unit, int64_t active) const {
-    if (unit >= down_units_) return {};
+  static Rows bytes_of(const T* rows, int64_t count, int64_t depth) {
+    return {(const char*)rows, count * depth * int64_t{sizeof(T)}};
+  }
+
+  // Rows of a strip, and how far its second half is from the first.
+  int64_t strip_rows(int64_t unit_rows) const {
+    return Engine::kStripRows ? Engine::kStripRows : unit_rows;
+  }
+  int64_t down_strip_rows() const {
+    return Engine::kStripRows ? 2 * Engine::kStripRows : down_rows_;
+  }
+
+  // What a down unit begins with.
+  void begin_down(int64_t unit, int64_t active, Ahead& ahead) const {
+    if (unit >= down_units_) return;
     const int64_t rows = std::min(down_rows_, p_.hidden_size - unit * down_rows_);
-    return {(const char*)down_of(unit, active), rows * p_.inter_size * int64_t{sizeof(T)}};
+    next_down(down_of(unit, active), rows, ahead);
+  }
+  void next_down(const T* from, int64_t rows, Ahead& ahead) const {
+    const int64_t first = std::min(strip_rows(down_rows_), rows);
+    ahead.next[0] = bytes_of(from, first, inter_depth_);
+    if (first < rows) ahead.next[1] = bytes_of(from + first * inter_depth_, first, inter_depth_);
   }
 
   // Gate and up rows of one expert for all of its tokens.
   void run_up(int64_t unit, int64_t following, int64_t first_down, typename Engine::Thread& thread,
               float* values) {
     const auto& expert = expert_of(unit);
-    const int64_t begin = unit % up_units_ * up_rows_;
-    const int64_t rows = std::min(up_rows_, p_.inter_size - begin);
-    const int64_t up_offset = p_.inter_size * p_.hidden_size;
-    const int64_t row_bytes = p_.hidden_size * sizeof(T);
-    Ahead gate_ahead{{}, row_bytes, 0, expert.num_panels}, up_ahead = gate_ahead;
-    if (following < num_active_ * up_units_) {
-      gate_ahead.next = {(const char*)gate_of(following), up_rows_ * row_bytes};
-      up_ahead.next = {(const char*)(gate_of(following) + up_offset), up_rows_ * row_bytes};
-    } else {
-      up_ahead.next = down_bytes(first_down, 0);
-    }
-    const T* gate = gate_of(unit);
-    const int64_t bias_at = 2 * expert.id * p_.inter_size + begin;
-    const float* bias = p_.w13_bias ? p_.w13_bias + bias_at : nullptr;
-    float* up_values = values + Engine::kPanelRows * stride_;
-    for (int b = 0; b < expert.num_panels; ++b) {
-      const int64_t panel = expert.first_panel + b;
-      gate_ahead.panel = up_ahead.panel = b;
-      engine_.multiply_hidden(gate, rows, panel, gate_ahead, thread, values, stride_);
-      engine_.multiply_hidden(gate + up_offset, rows, panel, up_ahead, thread, up_values, stride_);
-      for (int r = 0; r < routing_.panels[panel].count; ++r) {
-        float* of_row = values + r * stride_;
-        apply_activation(of_row, up_values + r * stride_, bias, rows);
+    const int64_t unit_begin = unit % up_units_ * up_rows_;
+    const int64_t end = std::min(unit_begin + up_rows_, p_.inter_size);
+    const int64_t up_offset = inter_depth_ * hidden_depth_, step = strip_rows(up_rows_);
+    float* const out[2] = {values, values + Engine::kPanelRows * stride_};
+    for (int64_t begin = unit_begin; begin < end; begin += step) {
+      const int64_t rows = std::min(step, end - begin);
+      const T* gate = gate_of(unit) + (begin - unit_begin) * hidden_depth_;
+      Ahead ahead{{}, 0, expert.num_panels};
+      const T* next = begin + step < end                    ? gate + step * hidden_depth_
+                      : following < num_active_ * up_units_ ? gate_of(following)
+                                                            : nullptr;
+      if (next) {
+        ahead.next[0] = bytes_of(next, step, hidden_depth_);
+        ahead.next[1] = bytes_of(next + up_offset, step, hidden_depth_);
+      } else {
+        begin_down(first_down, 0, ahead);
       }
-      engine_.store_inter(panel, begin, rows, values, stride_);
+      const int64_t bias_at = 2 * expert.id * p_.inter_size + begin;
+      const float* bias = p_.w13_bias ? p_.w13_bias + bias_at : nullptr;
+      for (; ahead.panel < expert.num_panels; ++ahead.panel) {
+        const int64_t panel = expert.first_panel + ahead.panel;
+        engine_.multiply_hidden({gate, gate + up_offset, rows}, panel, ahead, thread, out, stride_);
+        for (int r = 0; r < routing_.panels[panel].count; ++r) {
+          apply_activation(out[0] + r * stride_, out[1] + r * stride_, bias, rows);
+        }
+        engine_.store_inter(panel, begin, rows, values, stride_);
+      }
     }
   }
 
@@ -178,33 +209,47 @@ class Run {
   // Some columns of the output, over all experts, so that they add up without locks.
   void run_down(int64_t unit, int64_t following, typename Engine::Thread& thread, float* values,
                 float* sums) {
-    const int64_t begin = unit * down_rows_;
-    const int64_t rows = std::min(down_rows_, p_.hidden_size - begin);
+    const int64_t unit_begin = unit * down_rows_;
+    const int64_t count = std::min(down_rows_, p_.hidden_size - unit_begin);
+    const int64_t half = strip_rows(down_rows_), step = down_strip_rows();
+    float* const out[2] = {values, values + half};
     std::fill_n(sums, num_tokens_ * down_rows_, 0.0f);
     for (int64_t e = 0; e < num_active_; ++e) {
       const auto& expert = routing_.active[e];
-      Ahead ahead{{}, p_.inter_size * int64_t{sizeof(T)}, 0, expert.num_panels};
-      ahead.next = e + 1 < num_active_ ? down_bytes(unit, e + 1) : down_bytes(following, 0);
-      const float* bias = p_.w2_bias ? p_.w2_bias + expert.id * p_.hidden_size + begin : nullptr;
-      for (int b = 0; b < expert.num_panels; ++b) {
-        const int64_t panel = expert.first_panel + b;
-        ahead.panel = b;
-        engine_.multiply_inter(down_of(unit, e), rows, panel, ahead, thread, values, stride_);
-        for (int r = 0; r < routing_.panels[panel].count; ++r) {
-          const int64_t position = routing_.panels[panel].first + r;
-          float* sum = sums + (routing_.token[position] - first_token_) * down_rows_;
-          const float* of_row = values + r * stride_;
-          const float weight = routing_.weight[position];
-          for (int64_t i = 0; i < rows; ++i) {
-            sum[i] += weight * (of_row[i] + (bias ? bias[i] : 0.0f));
+      for (int64_t begin = 0; begin < count; begin += step) {
+        const int64_t rows = std::min(step, count - begin);
+        const T* first = down_of(unit, e) + begin * inter_depth_;
+        const T* second = half < rows ? first + half * inter_depth_ : nullptr;
+        Ahead ahead{{}, 0, expert.num_panels};
+        if (begin + step < count) {
+          next_down(first + step * inter_depth_, count - begin - step, ahead);
+        } else if (e + 1 < num_active_) {
+          begin_down(unit, e + 1, ahead);
+        } else {
+          begin_down(following, 0, ahead);
+        }
+        const int64_t bias_at = expert.id * p_.hidden_size + unit_begin + begin;
+        const float* bias = p_.w2_bias ? p_.w2_bias + bias_at : nullptr;
+        for (; ahead.panel < expert.num_panels; ++ahead.panel) {
+          const int64_t panel = expert.first_panel + ahead.panel;
+          engine_.multiply_inter({first, second, std::min(half, rows)}, panel, ahead, thread, out,
+                                 stride_);
+          for (int r = 0; r < routing_.panels[panel].count; ++r) {
+            const int64_t position = routing_.panels[panel].first + r;
+            float* sum = sums + (routing_.token[position] - first_token_) * down_rows_ + begin;
+            const float* of_row = values + r * stride_;
+            const float weight = routing_.weight[position];
+            for (int64_t i = 0; i < rows; ++i) {
+              sum[i] += weight * (of_row[i] + (bias ? bias[i] : 0.0f));
+            }
           }
         }
       }
     }
-    losses_.add(begin, rows, down_rows_, sums);
+    losses_.add(unit_begin, count, down_rows_, sums);
     for (int64_t t = 0; t < num_tokens_; ++t) {
-      T* out = p_.out + (first_token_ + t) * p_.hidden_size + begin;
-      for (int64_t i = 0; i < rows; ++i) out[i] = from_float<T>(sums[t * down_rows_ + i]);
+      T* out = p_.out + (first_token_ + t) * p_.hidden_size + unit_begin;
+      for (int64_t i = 0; i < count; ++i) out[i] = from_float<T>(sums[t * down_rows_ + i]);
     }
   }
 
@@ -214,6 +259,7 @@ class Run {
   Losses& losses_;
   Engine& engine_;
   const int64_t num_active_;
+  const int64_t hidden_depth_, inter_depth_;  // of weight rows
   int64_t up_rows_, up_units_;      // of an expert's intermediate columns
   int64_t down_rows_, down_units_;  // of the hidden size
   int64_t stride_;                  // of products
@@ -223,7 +269,7 @@ class Run {
 template <typename Engine>
 void run(const Problem<typename Engine::Weight>& p, int64_t first_token, int64_t num_tokens,
          Workspace<Engine>& workspace) {
-  workspace.routing.build(p, first_token, num_tokens, Engine::panel_rows(p), Engine::kPanelUnit);
+  workspace.routing.build(p, first_token, num_tokens, Engine::kPanelRows, Engine::kPanelUnit);
   workspace.losses.build(p.surrogates, first_token, num_tokens);
   Engine engine(p, workspace.routing, first_token, num_tokens, workspace.memory);
   Run<Engine>(p, first_token, num_tokens, workspace.routing, workspace.losses, engine)();

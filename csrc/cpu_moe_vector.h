@@ -21,7 +21,6 @@ inline constexpr int kLanes = 4;
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
-typedef float Quad __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 
 template <typename Vector, typename T>

@@ -247,6 +247,35 @@ PATCHES = (
             "sglang.srt.layers.moe.fused_moe_native.moe_forward_native",
         ),
     ),
+    Patch(
+        "cpu_weights",
+        "On the CPU engine, while SERE is on: what reads or changes weights gets them as they were "
+        "loaded; our MoE packs them where they are.",
+        "SGLang's own functions, called with the rows back in place",
+        hooks=(
+            "sglang.srt.layers.moe.fused_moe_native.moe_forward_native",
+            *(
+                f"sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.{of}"
+                for of in (
+                    "update_weights_from_disk",
+                    "begin_weight_update",
+                    "load_weights_from_distributed",
+                    "update_weights_from_tensor",
+                    "update_weights_from_ipc",
+                )
+            ),
+            *(
+                f"sglang.srt.model_executor.model_runner_components.weight_exporter.WeightExporter.{of}"
+                for of in (
+                    "send_weights_to_remote_instance",
+                    "save_remote_model",
+                    "save_sharded_model",
+                    "get_weights_by_name",
+                )
+            ),
+            "sglang.srt.utils.weight_checker.WeightChecker.handle",
+        ),
+    ),
     # What runs a model without serving it
     Patch(
         "calibration",
@@ -288,6 +317,7 @@ PINNED = {
     "_sere_collection": "ServerArgs: what a calibration collects (calibration.py)",
     "_sere_doctor": "ServerArgs: doctor's question (doctor.py)",
     "_sere_noted": "ForwardBatch: what its requests asked for (forward_batch.py)",
+    "_sere_packed": "FusedMoE: its experts as our CPU runner reads them (cpu_weights.py)",
     "_sere_stage": "TopKConfig, FusedMoE: their layer's stage (sere_sglang/runtime/stage.py)",
     "_sere": "endpoint of /set_internal_state: it is ours already (http_server.py)",
 }

@@ -3,7 +3,7 @@
 The first loads the experts of slots of weight 0 too, which re-routing leaves where slots met, and
 reads weights less well than ours, which stands in for it while SERE is on. Should ours fail, it
 takes over: re-routed rows are distinct and give the same sums there. After the second, the
-experts' weights are moved to large pages.
+experts' weights are moved to large pages and packed (cpu_weights.py).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang.cpu.large_pages import use_large_pages
-from sere_sglang.cpu.moe import fused_moe
+from sere_sglang.cpu.moe import fused_moe, fused_moe_packed
 from sere_sglang.errors import SereError
 from sere_sglang.ops.surrogates import Compensation
+from sere_sglang.patches import cpu_weights
 from sere_sglang.patches.seam import hook
 from sere_sglang.runtime.moe_layers import moe_layers
 from sere_sglang.runtime.rule_stage import RuleStage
@@ -30,6 +31,7 @@ _TARGET = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
 def install() -> None:
     """Before what times layers after they load."""
     hook(_LOAD, _place_weights, HookType.AFTER)
+    cpu_weights.install()
     hook(
         _TARGET,
         _run,
@@ -42,6 +44,7 @@ def install() -> None:
 def _place_weights(_result: Any, runner: Any) -> None:
     for layer in moe_layers(runner.model).values():
         use_large_pages(*layer.parameters())
+        cpu_weights.packed(layer)
 
 
 def _run(
@@ -57,24 +60,30 @@ def _run(
             "--moe-backend sere: this model's expert activation is not supported on the CPU "
             "engine (router weight on input, or gemm1_alpha); serve it on a GPU"
         )
-    return run_experts(layer, x, topk_output, config, compensation=_compensation(layer))
+    experts = cpu_weights.packed(layer)
+    compensation = _compensation(layer)
+    if experts is None:
+        return run_experts(layer, x, topk_output, config, compensation=compensation)
+    ids, weights = topk_output.topk_ids, topk_output.topk_weights
+    how = _biases_and_activation(layer, config)
+    return fused_moe_packed(x, experts, ids, weights, compensation=compensation, **how)
 
 
 def run_experts(
     layer: Any, x: torch.Tensor, topk_output: Any, config: Any, **how: Any
 ) -> torch.Tensor:
     """`fused_moe` of a ``FusedMoE`` and its ``MoeRunnerConfig``, with options `how`."""
-    return fused_moe(
-        x,
-        layer.w13_weight,
-        layer.w2_weight,
-        topk_output.topk_ids,
-        topk_output.topk_weights,
-        activation=config.activation,
-        w13_bias=getattr(layer, "w13_weight_bias", None),
-        w2_bias=getattr(layer, "w2_weight_bias", None),
-        **how,
-    )
+    ids, weights = topk_output.topk_ids, topk_output.topk_weights
+    how |= _biases_and_activation(layer, config)
+    return fused_moe(x, layer.w13_weight, layer.w2_weight, ids, weights, **how)
+
+
+def _biases_and_activation(layer: Any, config: Any) -> dict[str, Any]:
+    return {
+        "activation": config.activation,
+        "w13_bias": getattr(layer, "w13_weight_bias", None),
+        "w2_bias": getattr(layer, "w2_weight_bias", None),
+    }
 
 
 def _compensation(layer: Any) -> Compensation | None:

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 
 from sere_sglang.cpu import isa as cpu_isa
 from sere_sglang.cpu.isa import ISAS, isa
+from sere_sglang.cpu.packed import PackedExperts
 from sere_sglang.ops.jit import BuildError, build_library, cxx_flags, find_cxx, load_module
 from sere_sglang.ops.surrogates import Compensation
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["fused_moe", "isa", "native_module"]
+__all__ = ["fused_moe", "fused_moe_packed", "isa", "native_module", "pack_experts"]
 
 ACTIVATIONS = {"silu": 0, "gelu": 1}
 """Name -> code in ``csrc/cpu_moe_common.h``; gelu is the tanh form, as SGLang's experts use it."""
@@ -32,10 +33,6 @@ _SOURCES = ("cpu_moe.cpp",)
 
 _NOTHING_LOST = (None, None, None, None, 0.0)
 """In the place of `Compensation.operands`."""
-
-# Rows per expert from which, in float32, a matmul per expert beats the dot products. In bfloat16
-# without AMX it never does by much, and on machines without AVX-512 it is four times slower.
-_MATMUL_ROWS = 64
 
 
 def fused_moe(
@@ -66,7 +63,8 @@ def fused_moe(
         compensation: what the rows lost of experts that are not among their slots; added in
             float32.
         impl: ``native`` is compiled, ``torch`` is one matmul pair per active expert, ``auto``
-            is native where it compiles.
+            is native where it compiles. Native kernels do not read rows, but for AMX: weights are
+            packed at every call, which takes longer than all the rest. `pack_experts` does it once.
         isa: a name of `cpu_isa.ISAS` for the native code, the one in use if None.
 
     Returns:
@@ -75,46 +73,70 @@ def fused_moe(
     Raises:
         ValueError: arguments that do not fit.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation {activation!r} is not supported; choose one of: {', '.join(ACTIVATIONS)}"
-        )
+    _check_activation(activation)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown impl {impl!r}; choose one of: {', '.join(IMPLEMENTATIONS)}")
     _check_weights(hidden, w13, w2)
     _check_routing(hidden, topk_ids, topk_weights)
     if compensation is not None:
         compensation.check(*hidden.shape)
-    hidden = hidden.contiguous()
-    ids = topk_ids.to(torch.int32).contiguous()
-    weights = topk_weights.to(torch.float32).contiguous()
     if impl == "auto":
-        impl = choose_impl(hidden, w2, topk_ids)
-    if impl == "torch":
-        out = _fused_moe_torch(hidden, w13, w2, ids, weights, activation, w13_bias, w2_bias)
-        return (out if compensation is None else out + compensation.of(hidden)).to(hidden.dtype)
-    out = torch.empty_like(hidden)
-    native_module(isa).fused_moe(
-        hidden,
-        w13,
-        w2,
+        impl = "torch" if _native_or_none() is None else "native"
+    if impl == "native":
+        experts = PackedExperts.pack(native_module(isa), w13, w2, in_place=False)
+        how: dict[str, Any] = {"w13_bias": w13_bias, "w2_bias": w2_bias}
+        how |= {"activation": activation, "compensation": compensation}
+        return fused_moe_packed(hidden, experts, topk_ids, topk_weights, **how)
+    ids, weights = topk_ids.to(torch.int32), topk_weights.to(torch.float32)
+    out = _fused_moe_torch(hidden, w13, w2, ids, weights, activation, w13_bias, w2_bias)
+    return (out if compensation is None else out + compensation.of(hidden)).to(hidden.dtype)
+
+
+def pack_experts(w13: torch.Tensor, w2: torch.Tensor) -> PackedExperts | None:
+    """Weights as `fused_moe` takes them, for `fused_moe_packed`; None where nothing compiles.
+
+    The rows change places within the tensors, and `PackedExperts.unpack` puts them back.
+    """
+    module = _native_or_none()
+    return None if module is None else PackedExperts.pack(module, w13, w2, in_place=True)
+
+
+def fused_moe_packed(
+    hidden: torch.Tensor,
+    experts: PackedExperts,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    activation: str = "silu",
+    w13_bias: torch.Tensor | None = None,
+    w2_bias: torch.Tensor | None = None,
+    compensation: Compensation | None = None,
+) -> torch.Tensor:
+    """`fused_moe` of weights that were packed before."""
+    _check_activation(activation)
+    if hidden.dim() != 2 or hidden.shape[1] != experts.hidden_size:
+        wanted = f"[T, H={experts.hidden_size}]"
+        raise ValueError(f"hidden must be {wanted}, got {list(hidden.shape)}")
+    if hidden.dtype != experts.w2.dtype:
+        raise ValueError(f"weights are {experts.w2.dtype}, hidden is {hidden.dtype}")
+    _check_routing(hidden, topk_ids, topk_weights)
+    if compensation is not None:
+        compensation.check(*hidden.shape)
+    out = torch.empty(hidden.shape, dtype=hidden.dtype)
+    experts.module.fused_moe(
+        hidden.contiguous(),
+        experts.w13,
+        experts.w2,
         None if w13_bias is None else w13_bias.to(torch.float32).contiguous(),
         None if w2_bias is None else w2_bias.to(torch.float32).contiguous(),
-        ids,
-        weights,
+        topk_ids.to(torch.int32).contiguous(),
+        topk_weights.to(torch.float32).contiguous(),
         out,
+        experts.inter_size,
         ACTIVATIONS[activation],
         *(_NOTHING_LOST if compensation is None else compensation.operands),
     )
     return out
-
-
-def choose_impl(hidden: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor) -> str:
-    """What ``impl="auto"`` uses for these sizes on this machine."""
-    if _native_or_none() is None:
-        return "torch"
-    many_rows = topk_ids.numel() >= _MATMUL_ROWS * w2.shape[0]
-    return "torch" if many_rows and hidden.dtype == torch.float32 else "native"
 
 
 def native_module(isa: str | None = None) -> Any:
@@ -150,6 +172,13 @@ def _native_or_none() -> Any:
     except BuildError as error:
         logger.warning("the CPU MoE kernel does not build, torch matmuls replace it: %s", error)
         return None
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation {activation!r} is not supported; choose one of: {', '.join(ACTIVATIONS)}"
+        )
 
 
 def _check_weights(hidden: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> None:

@@ -141,6 +141,14 @@ def test_kernels_as_a_program(isa: str, tmp_path: Path) -> None:
     _run_check([compiler, *jit.cxx_flags(compiler, ISAS[isa].cflags)], [], tmp_path)
 
 
+@pytest.mark.skipif("avx512bf16" not in HERE, reason="its token rows are packed with AVX-512 BF16")
+def test_tiles_where_the_processor_has_none(tmp_path: Path) -> None:
+    """The engine of AMX over tile instructions in plain C++."""
+    compiler, flags = jit.find_cxx(), (*ISAS["avx512bf16"].cflags, "-DSERE_EMULATED_AMX")
+    said = _run_check([compiler, *jit.cxx_flags(compiler, flags)], [], tmp_path)
+    assert said.count("ok tiles") == 6
+
+
 @pytest.mark.skipif(
     not all(map(shutil.which, CROSS)), reason=f"needs {' and '.join(CROSS)} (apt: qemu-user)"
 )
@@ -148,7 +156,7 @@ def test_kernels_on_aarch64(tmp_path: Path) -> None:
     _run_check([CROSS[0], *jit.CXX_FLAGS, "-static"], [CROSS[1]], tmp_path)
 
 
-def _run_check(compiler: list[str], emulator: list[str], folder: Path) -> None:
+def _run_check(compiler: list[str], emulator: list[str], folder: Path) -> str:
     program = folder / "check"
     command = [*compiler, f"-I{jit.csrc_dir()}", str(CHECK), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True)
@@ -156,3 +164,4 @@ def _run_check(compiler: list[str], emulator: list[str], folder: Path) -> None:
     done = subprocess.run([*emulator, str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("ok ") >= 20 and "FAILED" not in done.stdout
+    return done.stdout

@@ -148,7 +148,10 @@ class Forked:
         log.write_text("")
         status = Path(_statuses().name, f"{time.monotonic_ns()}")
         request: dict[str, Any] = {"argv": arguments, "env": dict(env), "status": str(status)}
-        request |= {"fork_workers": fork_workers}
+        # SGLang starts replicas from a thread each. What is forked while another thread forks too
+        # may wait for ever for what that one held.
+        replicas = any(argument.startswith("--dp-size") for argument in arguments)
+        request |= {"fork_workers": fork_workers and not replicas}
         request |= {"stdout": str(log), "stderr": str(errors or log)}
         stdin, stdout = _forking().stdin, _forking().stdout
         assert stdin is not None and stdout is not None

@@ -2,11 +2,18 @@
 // instruction set without Python, and run under an emulator where the machine is not at hand.
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
 
 #include "cpu_moe_run.h"
 #include "cpu_moe_vector_engine.h"
+
+#ifdef SERE_EMULATED_AMX
+#include "amx_emulator.h"
+#include "cpu_moe_amx_engine.h"
+#endif
 
 using namespace sere::moe;
 
@@ -19,6 +26,7 @@ struct Sizes {
 template <typename T>
 struct Layer {
   std::vector<T> hidden, w13, w2, out;
+  std::vector<T> packed_w13, packed_w2;
   std::vector<float> w13_bias, w2_bias, weights;
   std::vector<int32_t> ids;
   Sizes sizes;
@@ -40,14 +48,34 @@ struct Layer {
       weights.push_back(0.1f + random() % 9 * 0.1f);
     }
     out.resize(s.tokens * s.hidden);
+    packed_w13 = packed(w13, 2 * s.experts, s.inter, s.hidden);
+    packed_w2 = packed(w2, s.experts, s.hidden, s.inter);
+  }
+
+  // [matrices, rows, depth], padded, in blocks.
+  static std::vector<T> packed(const std::vector<T>& from, int64_t matrices, int64_t rows,
+                               int64_t depth) {
+    const int64_t to_rows = whole_blocks(rows), to_depth = whole_blocks(depth);
+    std::vector<T> to(matrices * to_rows * to_depth);
+    for (int64_t i = 0; i < matrices * rows; ++i) {
+      const int64_t row = i / rows * to_rows + i % rows;
+      std::copy_n(from.data() + i * depth, depth, to.data() + row * to_depth);
+    }
+    const std::vector<T> before = to;
+    const int64_t words = to_depth * sizeof(T) / sizeof(uint32_t);
+    pack_blocks((uint32_t*)to.data(), matrices * to_rows, words, false);
+    std::vector<T> back = to;
+    pack_blocks((uint32_t*)back.data(), matrices * to_rows, words, true);
+    if (std::memcmp(back.data(), before.data(), back.size() * sizeof(T)) != 0) std::abort();
+    return to;
   }
 
   // Tokens [first, first + count), as a call of their own.
-  template <typename Engine>
+  template <typename Engine, bool kInBlocks>
   std::vector<T> run(int64_t first, int64_t count, Activation activation) {
     const Problem<T> p{hidden.data() + first * sizes.hidden,
-                       w13.data(),
-                       w2.data(),
+                       kInBlocks ? packed_w13.data() : w13.data(),
+                       kInBlocks ? packed_w2.data() : w2.data(),
                        w13_bias.data(),
                        w2_bias.data(),
                        ids.data() + first * sizes.top_k,
@@ -97,17 +125,16 @@ struct Layer {
 };
 
 // Relative error of the whole output, and whether rows computed alone are the same, bit for bit.
-template <typename Math>
+template <typename Engine, bool kInBlocks>
 bool check(const char* name, const Sizes& sizes, Activation activation, double tolerance) {
-  using T = typename Math::Weight;
-  using Engine = VectorEngine<Math>;
+  using T = typename Engine::Weight;
   Layer<T> layer(sizes, 7);
-  const std::vector<T> got = layer.template run<Engine>(0, sizes.tokens, activation);
+  const std::vector<T> got = layer.template run<Engine, kInBlocks>(0, sizes.tokens, activation);
   double error = 0, norm = 0;
   bool alone = true;
   for (int64_t t = 0; t < sizes.tokens; ++t) {
     const std::vector<double> want = layer.expected(t, activation);
-    const std::vector<T> row = layer.template run<Engine>(t, 1, activation);
+    const std::vector<T> row = layer.template run<Engine, kInBlocks>(t, 1, activation);
     for (int64_t h = 0; h < sizes.hidden; ++h) {
       const T value = got[t * sizes.hidden + h];
       error += std::pow(to_float(value) - want[h], 2);
@@ -123,24 +150,36 @@ bool check(const char* name, const Sizes& sizes, Activation activation, double t
   return good;
 }
 
-template <typename Math>
-bool check_all(const char* name, double tolerance) {
+template <typename Engine, bool kInBlocks>
+bool check_all(const char* name, double tolerance, std::initializer_list<Sizes> all_sizes) {
   bool good = true;
-  for (const Sizes& sizes : {Sizes{1, 2, 4, 64, 32}, Sizes{5, 3, 3, 37, 21}, Sizes{9, 2, 3, 33, 1},
-                             Sizes{40, 3, 4, 96, 160}, Sizes{20, 4, 2, 1100, 25}}) {
-    good = check<Math>(name, sizes, Activation::kSilu, tolerance) && good;
-    good = check<Math>(name, sizes, Activation::kGeluTanh, tolerance) && good;
+  for (const Sizes& sizes : all_sizes) {
+    for (const Activation activation : {Activation::kSilu, Activation::kGeluTanh}) {
+      good = check<Engine, kInBlocks>(name, sizes, activation, tolerance) && good;
+    }
   }
   return good;
+}
+
+template <typename Math>
+bool check_vectors(const char* name, double tolerance) {
+  return check_all<VectorEngine<Math>, true>(
+      name, tolerance,
+      {{1, 2, 4, 64, 32}, {5, 3, 3, 37, 21}, {9, 2, 3, 33, 1}, {40, 3, 4, 96, 160}, {20, 4, 2, 1100, 25}});
 }
 
 }  // namespace
 
 int main() {
-  bool good = check_all<Float32<bf16>>("bfloat16", 1e-2);
-  good = check_all<Float32<float>>("float32", 2e-6) && good;
+  bool good = check_vectors<Float32<bf16>>("bfloat16", 1e-2);
+  good = check_vectors<Float32<float>>("float32", 2e-6) && good;
 #ifdef __AVX512BF16__
-  good = check_all<NativeBf16>("bfloat16 pairs", 1e-2) && good;
+  good = check_vectors<NativeBf16>("bfloat16 pairs", 1e-2) && good;
+#endif
+#ifdef SERE_EMULATED_AMX
+  good = check_all<amx::Engine, false>(
+             "tiles", 1e-2, {{1, 2, 4, 64, 32}, {40, 3, 4, 96, 160}, {70, 2, 3, 1184, 64}}) &&
+         good;
 #endif
   return good ? 0 : 1;
 }
