@@ -122,15 +122,21 @@ def fused_moe_packed(
     _check_routing(hidden, topk_ids, topk_weights)
     if compensation is not None:
         compensation.check(*hidden.shape)
-    out = torch.empty(hidden.shape, dtype=hidden.dtype)
+    hidden = hidden.contiguous()
+    out = torch.empty_like(hidden)
+    # Conversions that change nothing take a microsecond each.
+    if topk_ids.dtype != torch.int32:
+        topk_ids = topk_ids.to(torch.int32)
+    if topk_weights.dtype != torch.float32:
+        topk_weights = topk_weights.to(torch.float32)
     experts.module.fused_moe(
-        hidden.contiguous(),
+        hidden,
         experts.w13,
         experts.w2,
         None if w13_bias is None else w13_bias.to(torch.float32).contiguous(),
         None if w2_bias is None else w2_bias.to(torch.float32).contiguous(),
-        topk_ids.to(torch.int32).contiguous(),
-        topk_weights.to(torch.float32).contiguous(),
+        topk_ids.contiguous(),
+        topk_weights.contiguous(),
         out,
         experts.inter_size,
         ACTIVATIONS[activation],
