@@ -169,9 +169,9 @@ bool prepare_process() {
 // Weights are as `pack` leaves them where `reads_blocks`, and padded to multiples of 16.
 void fused_moe(TensorView hidden, TensorView w13, TensorView w2, Optional<TensorView> w13_bias,
                Optional<TensorView> w2_bias, TensorView ids, TensorView weights, TensorView out,
-               int64_t inter_size, int64_t activation, Optional<TensorView> lost, Optional<TensorView> surrogate_in,
-               Optional<TensorView> surrogate_out, Optional<TensorView> surrogate_bias,
-               double scale) {
+               int64_t inter_size, int64_t activation, Optional<TensorView> lost,
+               Optional<TensorView> surrogate_in, Optional<TensorView> surrogate_out,
+               Optional<TensorView> surrogate_bias, double scale) {
   check(hidden.ndim() == 2, "hidden must have two dimensions");
   const Surrogates surrogates = surrogates_of(lost, surrogate_in, surrogate_out, surrogate_bias,
                                               hidden.size(0), hidden.size(1), scale);

@@ -81,7 +81,7 @@ class Run {
     up_units_ = (p.inter_size + up_rows_ - 1) / up_rows_;
     down_rows_ = rows_per_unit(p.hidden_size, bytes, inter_depth_ * element, kUnitRows, 1);
     down_units_ = (p.hidden_size + down_rows_ - 1) / down_rows_;
-    stride_ = (std::max(up_rows_, down_rows_) + 15) / 16 * 16;
+    stride_ = std::max(up_rows_, down_rows_);
   }
 
   void operator()() {

@@ -69,13 +69,20 @@ def give_rows(layer: Any) -> None:
 
 
 def _is_ours(layer: Any) -> bool:
-    """Not what is quantized, nor what SGLang has packed for its own AMX kernels."""
+    """Not what is quantized, what SGLang has packed for its own AMX kernels, nor what `fused_moe`
+    refuses: it says so when it is called."""
     if not isinstance(getattr(layer, "quant_method", None), UnquantizedFusedMoEMethod):
         return False
-    weights = (layer.w13_weight, layer.w2_weight)
-    return not getattr(layer, "use_intel_amx_backend", False) and all(
-        w.dim() == 3 and w.is_contiguous() and w.dtype in (torch.bfloat16, torch.float32)
-        for w in weights
+    if getattr(layer, "use_intel_amx_backend", False):
+        return False
+    w13, w2 = layer.w13_weight, layer.w2_weight
+    return (
+        w13.dtype == w2.dtype
+        and w2.dtype in (torch.bfloat16, torch.float32)
+        and w13.is_contiguous()
+        and w2.is_contiguous()
+        and w2.dim() == 3
+        and list(w13.shape) == [w2.shape[0], 2 * w2.shape[2], w2.shape[1]]
     )
 
 

@@ -73,13 +73,10 @@ def fused_moe(
     Raises:
         ValueError: arguments that do not fit.
     """
-    _check_activation(activation)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown impl {impl!r}; choose one of: {', '.join(IMPLEMENTATIONS)}")
     _check_weights(hidden, w13, w2)
-    _check_routing(hidden, topk_ids, topk_weights)
-    if compensation is not None:
-        compensation.check(*hidden.shape)
+    _check_call(hidden, topk_ids, topk_weights, activation, compensation)
     if impl == "auto":
         impl = "torch" if _native_or_none() is None else "native"
     if impl == "native":
@@ -113,15 +110,12 @@ def fused_moe_packed(
     compensation: Compensation | None = None,
 ) -> torch.Tensor:
     """`fused_moe` of weights that were packed before."""
-    _check_activation(activation)
     if hidden.dim() != 2 or hidden.shape[1] != experts.hidden_size:
         wanted = f"[T, H={experts.hidden_size}]"
         raise ValueError(f"hidden must be {wanted}, got {list(hidden.shape)}")
     if hidden.dtype != experts.w2.dtype:
         raise ValueError(f"weights are {experts.w2.dtype}, hidden is {hidden.dtype}")
-    _check_routing(hidden, topk_ids, topk_weights)
-    if compensation is not None:
-        compensation.check(*hidden.shape)
+    _check_call(hidden, topk_ids, topk_weights, activation, compensation)
     hidden = hidden.contiguous()
     out = torch.empty_like(hidden)
     # Conversions that change nothing take a microsecond each.
@@ -180,13 +174,6 @@ def _native_or_none() -> Any:
         return None
 
 
-def _check_activation(activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation {activation!r} is not supported; choose one of: {', '.join(ACTIVATIONS)}"
-        )
-
-
 def _check_weights(hidden: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> None:
     if hidden.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"hidden must be bfloat16 or float32, got {hidden.dtype}")
@@ -202,15 +189,25 @@ def _check_weights(hidden: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) ->
         raise ValueError(f"w13 {list(w13.shape)} does not fit w2 {list(w2.shape)}")
 
 
-def _check_routing(
-    hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+def _check_call(
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    activation: str,
+    compensation: Compensation | None,
 ) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation {activation!r} is not supported; choose one of: {', '.join(ACTIVATIONS)}"
+        )
     if topk_ids.dim() != 2 or topk_ids.shape[0] != hidden.shape[0]:
         raise ValueError(f"topk_ids must be [T={hidden.shape[0]}, K], got {list(topk_ids.shape)}")
     if topk_weights.shape != topk_ids.shape:
         raise ValueError(
             f"topk_weights {list(topk_weights.shape)} does not fit topk_ids {list(topk_ids.shape)}"
         )
+    if compensation is not None:
+        compensation.check(*hidden.shape)
 
 
 def _fused_moe_torch(
