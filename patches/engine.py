@@ -16,11 +16,15 @@ from sglang.srt.plugins.hook_registry import HookType
 from sere_sglang import config
 from sere_sglang.config_check import checked
 from sere_sglang.errors import SereError, exit_on_error
-from sere_sglang.options import SereConfig
+from sere_sglang.names import FALLBACK
 from sere_sglang.patches import guard, http_server, request_quality, shadow, token_ids
 from sere_sglang.patches.seam import hook, resolve
 
 _TARGET = "sglang.srt.entrypoints.engine.Engine"
+_UNCONFIRMED = (
+    "--moe-backend sere: the scheduler process started without it (is the sere-sglang plugin "
+    "excluded by SGLANG_PLUGINS, or installed in another environment?)"
+)
 _confirming = False
 
 
@@ -69,7 +73,7 @@ def _check_handshake(result: Any, _cls: type, server_args: Any, *_args: Any, **_
         return
     infos = result[3].scheduler_infos
     if asked.sere_on_error == "fallback" and not any("sere" in info for info in infos):
-        config.attach(server_args, SereConfig())  # the schedulers have said why
+        config.serve_without(server_args, infos[0].get(FALLBACK, _UNCONFIRMED))
         return
     if not all("sere" in info for info in infos):
         # SGLang kills the schedulers on its way out; its watchdog would take that for a crash, and
@@ -77,10 +81,7 @@ def _check_handshake(result: Any, _cls: type, server_args: Any, *_args: Any, **_
         if result[4] is not None:
             result[4].stop()
         with reported(server_args):
-            raise SereError(
-                "--moe-backend sere: the scheduler process started without it (is the sere-sglang "
-                "plugin excluded by SGLANG_PLUGINS, or installed in another environment?)"
-            )
+            raise SereError(_UNCONFIRMED)
     guard.launcher_serves(lambda: http_server.stop(result[0]))
     http_server.install()
     request_quality.install(config.quality_rules(asked))

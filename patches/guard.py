@@ -55,7 +55,7 @@ class Guarded:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         around = self.kind is HookType.AROUND
-        if process.has_given_up():
+        if process.reason_without() is not None and self.runs != "always":
             return args[0](*args[1:], **kwargs) if around else None
         # torch.compile traces the hook as it is.
         if torch.compiler.is_compiling() or not _is_serving():

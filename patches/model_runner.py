@@ -7,7 +7,6 @@ graph or eager, before it runs and before padding. Draft models are left alone.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,8 +28,6 @@ from sere_sglang.runtime.rank import SereRuntime
 from sere_sglang.schedule.composition import BatchComposition, Mode, MoeRows
 from sere_sglang.schedule.cost import MoeCost
 from sere_sglang.schedule.cost_file import load_cost
-
-logger = logging.getLogger(__name__)
 
 _TARGET = "sglang.srt.model_executor.model_runner.ModelRunner"
 
@@ -61,34 +58,32 @@ def _bind(_result: Any, runner: Any) -> None:
     # Found or made before any worker started (`preflight.prepare`).
     profile = load_profile(str(asked.sere_profile))
     binding = _binding(runner, profile, asked)
-    if binding is None:
-        process.give_up()
+    if isinstance(binding, str):
+        process.serve_without(binding)
         return
     cost = _cost(runner, binding, asked.sere_cost).covering(profile.similarity)
     process.start(SereRuntime(asked, binding, profile, cost, moe_rows.moe_rows()))
 
 
-def _binding(runner: Any, profile: SereProfile, asked: SereConfig) -> Binding | None:
-    """None where the model cannot be bound, on whichever rank, and is to be served all the same."""
+def _binding(runner: Any, profile: SereProfile, asked: SereConfig) -> Binding | str:
+    """Why not, where the model cannot be bound, on whichever rank, and is to be served all the
+    same."""
     from sglang.srt.runtime_context import get_parallel
 
-    binding: Binding | None = None
-    reason: str | None = None
+    binding: Binding | str
     try:
         moe_rows.require_no_quality(quality_rules(asked).allowed)
         binding = bind_model(runner.model, profile, asked, device=runner.device)
     except SereError as error:
         if asked.sere_on_error != "fallback":
             raise
-        reason = str(error)
+        binding = str(error)
     if asked.sere_on_error != "fallback":
         return binding
-    reasons = get_parallel().world_group.all_gather_object(reason)
-    told = next((r for r in reasons if r is not None), None)
-    if told is None:
-        return binding
-    logger.warning("Serving WITHOUT SERE (--sere-on-error fallback): %s", told)
-    return None
+    own = binding if isinstance(binding, str) else None
+    reasons = get_parallel().world_group.all_gather_object(own)
+    told: str | None = next((reason for reason in reasons if reason is not None), None)
+    return binding if told is None else told
 
 
 def _cost(runner: Any, binding: Binding, file: str | None) -> MoeCost:

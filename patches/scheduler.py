@@ -8,7 +8,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang import config
-from sere_sglang.names import SIMILARITY
+from sere_sglang.names import FALLBACK, SIMILARITY
 from sere_sglang.patches import calibration, cpu_engine, cpu_pinning, doctor, weight_files
 from sere_sglang.patches.seam import declare
 
@@ -27,7 +27,8 @@ def register() -> None:
         target = f"{_MODULE}.Scheduler.__init__"
         declare(target, _before_init, HookType.BEFORE, needs=["server_args"])
         declare(target, _after_init, HookType.AFTER)
-        declare(f"{_MODULE}.Scheduler.get_init_info", _report, HookType.AFTER)
+        target = f"{_MODULE}.Scheduler.get_init_info"
+        declare(target, _report, HookType.AFTER, runs="always")
         weight_files.register()
 
 
@@ -124,6 +125,8 @@ def _report(result: dict[str, Any], scheduler: Any) -> None:
     elif config.config_of(scheduler.server_args).enabled:
         from sere_sglang.runtime import process, shown
 
-        active = process.current()
+        active, reason = process.current(), process.reason_without()
         if active is not None:  # else the launcher says that this rank does not run SERE
             result["sere"] = shown.constants(active)
+        elif reason is not None:
+            result[FALLBACK] = reason

@@ -20,6 +20,7 @@ from sglang.srt.server_args import add_moe_runner_backend_choices
 from sere_sglang import config
 from sere_sglang.config_check import checked, for_device
 from sere_sglang.errors import SereError, exit_on_error
+from sere_sglang.names import FALLBACK
 from sere_sglang.options import SereConfig
 from sere_sglang.patches.seam import declare, require_applied
 
@@ -103,14 +104,20 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
             cpu_isa.isa()  # refuses a SERE_CPU_ISA that does not run here, before workers start
             ask_allocator_for_large_pages()
         hf_config = model_config_of(record).hf_config.to_dict()
-        resolved = prepare(
-            record.model_path,
-            hf_config,
-            asked,
-            record.revision,
-            restrict=restrict,
-            calibrate=lambda model: _calibrated(record, asked, model),
-        )
+        try:
+            resolved = prepare(
+                record.model_path,
+                hf_config,
+                asked,
+                record.revision,
+                restrict=restrict,
+                calibrate=lambda model: _calibrated(record, asked, model),
+            )
+        except SereError as error:
+            if asked.sere_on_error != "fallback":
+                raise
+            config.serve_without(record, str(error))
+            return
         config.attach(record, resolved)
     engine.require_confirmation()
 
@@ -141,4 +148,7 @@ def _resolved_dict(result: dict[str, Any], record: Any) -> dict[str, Any]:
     asked = config.config_of(record)
     if asked.enabled:
         result.update(asked.as_dict())
+    reason = config.reason_without(record)
+    if reason is not None:
+        result[FALLBACK] = reason
     return result

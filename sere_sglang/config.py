@@ -8,6 +8,7 @@ disagree, and no environment variable can leak into another server.
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Any
 
 from sere_sglang.names import QUALITIES
@@ -16,7 +17,10 @@ from sere_sglang.options import OPTIONS, SereConfig
 from sere_sglang.schedule.request_quality import QualityRules, parse_allowed
 from sere_sglang.schedule.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 _RECORD_ATTRIBUTE = "_sere_config"
+_FALLBACK_ATTRIBUTE = "_sere_fallback"
 _SWITCH = {"on": True, "off": False}
 
 
@@ -95,6 +99,18 @@ def pop_keywords(keywords: dict[str, Any]) -> SereConfig:
 
 def attach(record: Any, config: SereConfig) -> None:
     setattr(record, _RECORD_ATTRIBUTE, config)
+
+
+def serve_without(record: Any, reason: str) -> None:
+    """SERE was asked for with ``--sere-on-error fallback``, and cannot be had for this `reason`."""
+    attach(record, SereConfig())
+    setattr(record, _FALLBACK_ATTRIBUTE, reason)
+    logger.warning("Serving WITHOUT SERE (--sere-on-error fallback): %s", reason)
+
+
+def reason_without(record: Any) -> str | None:
+    """Why a server that was asked for SERE runs without; None for all others."""
+    return getattr(record, _FALLBACK_ATTRIBUTE, None)
 
 
 def config_of(record: Any) -> SereConfig:

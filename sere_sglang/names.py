@@ -13,6 +13,9 @@ RULES = (SIMILARITY, "piggyback", "topk", "budget", "energy")
 AUTO = "auto"
 """``--sere-rule auto``: the profile's best rule (schedule/auto_rule.py)."""
 
+FALLBACK = "sere_fallback"
+"""Key of ``/server_info``: why a server with ``--sere-on-error fallback`` runs without SERE."""
+
 POLICY_ENTRY_POINTS = "sere_sglang.policies"
 """Entry-point group of third parties' policies: name -> a `PolicyFactory` (schedule/policy.py)."""
 

@@ -35,30 +35,24 @@ def prepare(
     restrict: Callable[[SereConfig], SereConfig] = lambda asked: asked,
     calibrate: Callable[[MoeModelInfo], Path] | None = None,
 ) -> SereConfig:
-    """The fully resolved config for this model, or the disabled one under ``fallback``.
+    """The fully resolved config for this model.
 
     `restrict` takes away what the server's other flags rule out; `calibrate` writes the profile
     that ``--sere-profile auto`` does not find. Raises `SereError` when SERE cannot be given as
-    asked and ``--sere-on-error`` is ``exit``.
+    asked.
     """
-    try:
-        model = MoeModelInfo.from_config(hf_config, name=model_path, revision=revision)
-        config = resolved(restrict(asked), top_k=model.top_k)
-        _check_max_experts(config, model)
-        path = _profile(model, asked.sere_profile, calibrate)
-        profile = load_profile(path)
-        check_profile_fits(profile, model, path)
-        if asked.sere_scale:
-            check_has_scale(profile, model, path)
-        _check_surrogates(profile, model, path, asked)
-        if asked.sere_cost is not None:
-            cost = load_cost(asked.sere_cost)
-            check_cost_fits(cost, CostModel.of(model), asked.sere_cost)
-    except SereError as error:
-        if asked.sere_on_error != "fallback":
-            raise
-        logger.warning("Serving WITHOUT SERE (--sere-on-error fallback): %s", error)
-        return SereConfig()
+    model = MoeModelInfo.from_config(hf_config, name=model_path, revision=revision)
+    config = resolved(restrict(asked), top_k=model.top_k)
+    _check_max_experts(config, model)
+    path = _profile(model, asked.sere_profile, calibrate)
+    profile = load_profile(path)
+    check_profile_fits(profile, model, path)
+    if asked.sere_scale:
+        check_has_scale(profile, model, path)
+    _check_surrogates(profile, model, path, asked)
+    if asked.sere_cost is not None:
+        cost = load_cost(asked.sere_cost)
+        check_cost_fits(cost, CostModel.of(model), asked.sere_cost)
     return dataclasses.replace(config, sere_profile=str(path))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sere_sglang.errors import PATH_SHOWN, SereError, cut
+from sere_sglang.names import FALLBACK
 
 SGLANG = str(Path(sys.executable).with_name("sglang"))
 CPU_ENGINE = {"SGLANG_USE_CPU_ENGINE": "1"}
@@ -127,7 +128,9 @@ def live_state(server: Server) -> dict[str, Any]:
         raise SereError(f"{cut(server.url, PATH_SHOWN)} is no SGLang server: name one that runs")
     state = (info.get("internal_states") or [{}])[0].get("sere")
     if state is None:
-        raise SereError(f"the server at {server.url} runs without --moe-backend sere")
+        reason = info.get(FALLBACK)
+        why = "" if reason is None else f": {cut(str(reason), PATH_SHOWN)}"
+        raise SereError(f"the server at {server.url} runs without --moe-backend sere{why}")
     return state
 
 

@@ -46,6 +46,11 @@ class Health:
             logger.warning("SERE stops, serving goes on with exact routing: %s", reason)
         self.trouble = self.failed = reason
 
+    @property
+    def has_failed(self) -> bool:
+        """Now or before."""
+        return self.trouble is not None or self.attempt > 0
+
     def start_again(self) -> None:
         self.trouble = self.failed = None
         self.attempt += 1

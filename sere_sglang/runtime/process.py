@@ -7,7 +7,7 @@ from sere_sglang.runtime.rank import SereRuntime
 
 _asked: SereConfig | None = None
 _current: SereRuntime | None = None
-_given_up = False
+_without: str | None = None
 
 
 def ask(config: SereConfig) -> None:
@@ -21,14 +21,15 @@ def asked() -> SereConfig | None:
     return _asked
 
 
-def give_up() -> None:
+def serve_without(reason: str) -> None:
     """SERE cannot be had, and is to be done without: this process is plain SGLang's from now on."""
-    global _asked, _given_up
-    _asked, _given_up = None, True
+    global _asked, _without
+    _asked, _without = None, reason
 
 
-def has_given_up() -> bool:
-    return _given_up
+def reason_without() -> str | None:
+    """Why this process does without SERE, which it was asked for; None where it does not."""
+    return _without
 
 
 def start(runtime: SereRuntime) -> None:

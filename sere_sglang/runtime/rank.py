@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sere_sglang.config import live_settings, quality_rules
+from sere_sglang.errors import SereError
 from sere_sglang.names import AUTO, RowClass
 from sere_sglang.options import SereConfig
 from sere_sglang.profile import SereProfile
@@ -147,15 +148,24 @@ class SereRuntime:
     def _check_layers(self, mode: Mode) -> None:
         """After the first forward of each mode; the replay of a graph runs no stage."""
         if self.binding.any_ran or mode not in self._captured:
-            self.binding.check_all_ran(f" ({mode})" if self._checked else "")
-        self._checked.add(mode)
+            self._require_all_ran(f" ({mode})" if self._checked else "")
+        if not self.health.failed:
+            self._checked.add(mode)
         self.binding.forget_runs()
+
+    def _require_all_ran(self, where: str) -> None:
+        try:
+            self.binding.check_all_ran(where)
+        except SereError as error:
+            if self.config.sere_on_error != "fallback":
+                raise
+            self.fail("--sere-on-error fallback", error)
 
     def note_captured(self, size: int | None = None) -> None:
         """CUDA graphs have been captured: one of decoding, of `size` requests, which must hold
         every layer; or those of prefill, which hold none."""
         if size is not None:
-            self.binding.check_all_ran(f" in the CUDA graph of batch size {size}")
+            self._require_all_ran(f" in the CUDA graph of batch size {size}")
         self._captured |= {"extend", "mixed"} if size is None else {"decode", "verify"}
 
     def exact_forward(self) -> None:
@@ -166,7 +176,7 @@ class SereRuntime:
     @property
     def is_serving(self) -> bool:
         """From here on nothing may stop the server."""
-        warm = bool(self._checked) or not self.service.warms_up
+        warm = bool(self._checked) or self.health.has_failed or not self.service.warms_up
         return self.service is not _STARTING and warm
 
     def fail(self, where: str, error: Exception) -> None:

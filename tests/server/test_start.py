@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from sere_sglang.errors import SereError
+from sere_sglang.measure.server import live_state
 from sere_sglang.profile import load_profile, save_profile
 from tests.server.checks import PROMPTS
 from tests.server.harness import SERE, TWO_RANKS, Server, refusal_of, run, serve
@@ -149,8 +151,13 @@ def test_fallback_serves_without_sere_and_says_so(checkpoint: Checkpoint, tmp_pa
     flags = ("--moe-backend=sere", "--sere-on-error=fallback")
     with serve(checkpoint("dense"), log, *flags) as server:
         assert len(server.generate(["hello"], 4)[0]["output_ids"]) == 4
-        assert "sere" not in server.get("/server_info")["internal_states"][0]
-    assert "Serving WITHOUT SERE" in log.read_text()
+        info = server.get("/server_info")
+        assert "sere" not in info["internal_states"][0]
+        assert "dense model" in info["sere_fallback"], info["sere_fallback"]
+        with pytest.raises(SereError, match="dense model"):
+            live_state(server)
+    told = [line for line in log.read_text().splitlines() if "Serving WITHOUT SERE" in line]
+    assert len(told) == 1 and info["sere_fallback"] in told[0]
 
 
 def test_fallback_where_only_the_loaded_model_shows_it(
@@ -164,12 +171,26 @@ def test_fallback_where_only_the_loaded_model_shows_it(
         assert len(server.generate(["hello"], 4)[0]["output_ids"]) == 4
         info = server.get("/server_info")
         assert "sere" not in info["internal_states"][0]
-        assert not [key for key in info if key.startswith("sere_")]
+        assert [key for key in info if key.startswith("sere_")] == ["sere_fallback"]
+        assert "MoE layer(s) 0-2" in info["sere_fallback"]
         with pytest.raises(urllib.error.HTTPError) as refusal:
             server.set_sere(enabled=False)
         assert refusal.value.code == 400
     told = [line for line in log.read_text().splitlines() if "Serving WITHOUT SERE" in line]
-    assert told and all("MoE layer(s) 0-2" in line for line in told)
+    assert len(told) == 1 and info["sere_fallback"] in told[0]
+
+
+def test_fallback_where_only_the_first_forward_shows_it(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    model = _renamed(checkpoint("qwen3_moe"), tmp_path / "model", "UnusedTopKForCausalLM")
+    flags = (*SERE, "--sere-on-error=fallback")
+    with serve(model, tmp_path / "log", *flags, env=OWN_ROUTER) as server:
+        for _ in range(2):
+            assert len(server.generate(["one", "two"], 4)) == 2
+            assert "MoE layer(s) 1 of UnusedTopKForCausalLM" in server.sere()["failed"]
+            assert not any(row["rerouted"] for row in server.sere()["counters"].values())
+            server.set_sere(enabled=True)  # it fails again
 
 
 @pytest.mark.parametrize(
