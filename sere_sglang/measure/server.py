@@ -128,9 +128,8 @@ def live_state(server: Server) -> dict[str, Any]:
         raise SereError(f"{cut(server.url, PATH_SHOWN)} is no SGLang server: name one that runs")
     state = (info.get("internal_states") or [{}])[0].get("sere")
     if state is None:
-        reason = info.get(FALLBACK)
-        why = "" if reason is None else f": {cut(str(reason), PATH_SHOWN)}"
-        raise SereError(f"the server at {server.url} runs without --moe-backend sere{why}")
+        reason = cut(str(info.get(FALLBACK, "it was not asked for")), PATH_SHOWN)
+        raise SereError(f"the server at {server.url} runs without --moe-backend sere ({reason})")
     return state
 
 
