@@ -6,14 +6,14 @@ import dataclasses
 
 from sere_sglang.config import quality_rules
 from sere_sglang.errors import SereError, shown
-from sere_sglang.names import SIMILARITY
+from sere_sglang.names import AUTO, OWN_POLICIES, SIMILARITY
 from sere_sglang.option import PREFIX, Option
 from sere_sglang.options import OPTIONS, SereConfig
 
 
 def checked(asked: SereConfig) -> SereConfig:
     """Validate what needs no model. Returns it; raises `SereError` naming the flag."""
-    given = [o for o in OPTIONS.values() if getattr(asked, o.name) is not None]
+    given = _given(asked)
     if not asked.enabled:
         ours = [option.flag for option in given if option.name.startswith(PREFIX)]
         if ours:
@@ -75,6 +75,22 @@ def _check_policy(asked: SereConfig) -> None:
             f"--sere-max-experts is of --sere-policy static, {asked.policy} chooses it itself: "
             "change the policy or drop the flag"
         )
+
+
+def idle_flags(asked: SereConfig) -> list[str]:
+    """Flags given that the policy does not look at, until an operator changes it. Other packages'
+    policies look at what they like."""
+    if asked.policy not in OWN_POLICIES:
+        return []
+    idle = [o.flag for o in _given(asked) if o.policies and asked.policy not in o.policies]
+    no_budget = asked.policy == "static" and asked.rule not in ("energy", AUTO)
+    if no_budget and asked.sere_quality_budget is not None:
+        idle.append(OPTIONS["sere_quality_budget"].flag)
+    return idle
+
+
+def _given(asked: SereConfig) -> list[Option]:
+    return [option for option in OPTIONS.values() if getattr(asked, option.name) is not None]
 
 
 def for_device(asked: SereConfig, device: str) -> SereConfig:

@@ -25,7 +25,7 @@ class Option:
     switch: a bool that the command line spells on and off.
     live: an operator may change it while the server runs. nullable: null is a value then.
     below_top_k: it must be smaller than the routed experts of a token.
-    rules: the rules that look at it, if not all.
+    rules, policies: those that look at it, if not all.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Option:
     nullable: bool
     below_top_k: bool
     rules: tuple[str, ...]
+    policies: tuple[str, ...]
 
     @property
     def flag(self) -> str:
@@ -112,6 +113,7 @@ def option(
     nullable: bool = False,
     below_top_k: bool = False,
     rules: tuple[str, ...] = (),
+    policies: tuple[str, ...] = (),
     unset: Any = None,
 ) -> Any:
     """A field of a dataclass of options; `Option` says what is said of one. unset: its value there

@@ -82,6 +82,7 @@ class SereConfig:
         default=lambda asked, _: asked.sere_quality_budget is None,
         default_reads="on; off with --sere-quality-budget",
         live=True,
+        policies=("adaptive",),
     )
     sere_min_gain: float | None = option(
         "adaptive and slo: leave a batch alone when the predicted gain in step time is smaller.",
@@ -89,6 +90,7 @@ class SereConfig:
         default=0.03,
         metavar="GAIN",
         live=True,
+        policies=("adaptive", "slo"),
     )
     sere_tpot_slo_ms: float | None = option(
         "slo: target for the time per output token, in milliseconds.",
@@ -107,6 +109,7 @@ class SereConfig:
         live=True,
         below_top_k=True,
         rules=(SIMILARITY, "piggyback", "topk"),
+        policies=("static",),
     )
     sere_threshold: float | None = option(
         "static: rho, keep an expert when no primary expert of the batch is at least this similar "
@@ -116,6 +119,7 @@ class SereConfig:
         metavar="RHO",
         live=True,
         rules=(SIMILARITY,),
+        policies=("static",),
     )
     sere_max_experts: int | None = option(
         "static under rule budget: experts that a batch loads in each layer, more only if its "

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sere_sglang.config_check import resolved
+from sere_sglang.config_check import idle_flags, resolved
 from sere_sglang.errors import SereError
 from sere_sglang.options import SereConfig
 from sere_sglang.profile import (
@@ -43,6 +43,13 @@ def prepare(
     """
     model = MoeModelInfo.from_config(hf_config, name=model_path, revision=revision)
     config = resolved(restrict(asked), top_k=model.top_k)
+    idle = idle_flags(asked)
+    if idle:
+        logger.warning(
+            "%s: --sere-policy %s does not look at that; it holds once the policy is changed",
+            ", ".join(idle),
+            asked.policy,
+        )
     _check_max_experts(config, model)
     path = _profile(model, asked.sere_profile, calibrate)
     profile = load_profile(path)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sere_sglang.config_check import checked, for_device, resolved
+from sere_sglang.config_check import checked, for_device, idle_flags, resolved
 from sere_sglang.options import SereConfig
 from sere_sglang.profile import SereProfile
 from sere_sglang.profile.rule_errors import CANDIDATES
@@ -129,3 +129,20 @@ def test_the_rule_of_a_server_that_is_told_none(
 ) -> None:
     asked = for_device(checked(SereConfig(moe_backend="sere", **given)), device)
     assert asked.rule == resolved(asked, top_k=8).sere_rule == rule
+
+
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        ({}, []),
+        ({"sere_primary_k": 2, "sere_threshold": 0.5}, []),  # static by these flags
+        ({"sere_policy": "adaptive", "sere_primary_k": 2}, ["--sere-primary-k"]),
+        ({"sere_policy": "adaptive", "sere_min_gain": 0.1, "sere_quality_budget": 0.1}, []),
+        ({"sere_policy": "static", "sere_quality_budget": 0.1}, ["--sere-quality-budget"]),
+        ({"sere_primary_k": 2, "sere_min_gain": 0.1}, ["--sere-min-gain"]),
+        ({"sere_policy": "static", "sere_rule": "energy", "sere_quality_budget": 0.1}, []),
+        ({"sere_tpot_slo_ms": 9.0, "sere_tuned": True}, ["--sere-tuned"]),
+    ],
+)
+def test_flags_that_the_policy_does_not_look_at(given: dict[str, Any], idle: list[str]) -> None:
+    assert idle_flags(checked(SereConfig(moe_backend="sere", **given))) == idle
