@@ -12,6 +12,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sere_sglang import config
+from sere_sglang.names import FALLBACK
 from sere_sglang.patches.seam import declare
 
 _MODULE = "sglang.srt.managers.data_parallel_controller"
@@ -25,6 +26,7 @@ def register() -> None:
 
 def _report(result: dict[str, Any], controller: Any) -> None:
     if config.config_of(controller.server_args).enabled:
-        replicas = [info.get("sere") for info in controller._scheduler_init_infos]
-        if replicas and all(replicas):
-            result["sere"] = replicas[0]
+        for key in ("sere", FALLBACK):
+            replicas = [info.get(key) for info in controller._scheduler_init_infos]
+            if replicas and all(replicas):
+                result[key] = replicas[0]

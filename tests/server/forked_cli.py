@@ -21,11 +21,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-# What SGLang imports before it loads plugins, builds its ServerArgs and starts workers.
+# What SGLang imports before it loads plugins, builds its ServerArgs and starts workers; then what a
+# worker imports to load its model (every model file), and plugins with all that they may hook.
 import sglang.cli.serve
 import sglang.launch_server
 import sglang.srt.arg_groups.pipeline
 import sglang.srt.entrypoints.http_server
+import sglang.srt.model_executor.model_runner
+import sglang.srt.models.registry
 import sglang.srt.server_args  # noqa: F401
 import torch
 
@@ -90,6 +93,8 @@ def _run(request: dict[str, Any]) -> None:
     sys.path[1:1] = request["env"].get("PYTHONPATH", "").split(os.pathsep)
     if threads := request["env"].get("OMP_NUM_THREADS"):  # OpenMP read its own long ago
         torch.set_num_threads(int(threads))
+    if "SGLANG_EXTERNAL_MODEL_PACKAGE" in request["env"]:
+        del sys.modules["sglang.srt.models.registry"]  # which registers it as it is imported
     status = 0
     if request["fork_workers"]:
         _fork_workers()

@@ -16,6 +16,7 @@ from sere_sglang.schedule.cost import StepModel
 from tests.server.cost_files import write_cost
 from tests.server.faults import Faults, install
 from tests.server.harness import TWO_RANKS, Server, refusal_of, serve
+from tests.server.shadowed import assert_ranks_brake_together, sure_of_its_tokens
 
 PROMPTS = [f"request number {i} " * (1 + i % 3) for i in range(10)]
 EAGER = {"policy": "adaptive", "quality_budget": 1.0, "min_gain": 0.0, "min_batch": 1}
@@ -27,6 +28,11 @@ Step = dict[str, Any]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Callable[[str], Path], folder: Path) -> Path:
+    return sure_of_its_tokens(checkpoint("qwen3_moe"), folder / "model")
 
 
 def _serve(model: Path, folder: Path, name: str, *flags: str, **env: str) -> Any:
@@ -43,9 +49,9 @@ def _serve(model: Path, folder: Path, name: str, *flags: str, **env: str) -> Any
 
 
 @pytest.fixture
-def tensor_parallel(checkpoint: Callable[[str], Path], folder: Path) -> Iterator[Server]:
+def tensor_parallel(model: Path, folder: Path) -> Iterator[Server]:
     faults = install(folder / "faults")
-    with _serve(checkpoint("qwen3_moe"), folder, "tp", "--tp-size=2", **faults) as server:
+    with _serve(model, folder, "tp", "--tp-size=2", **faults) as server:
         yield server
 
 
@@ -67,11 +73,13 @@ def test_tensor_parallel(tensor_parallel: Server, folder: Path) -> None:
     _assert_worth_comparing(first)
     assert any(s["exact_rows"] for s in first) and any(s["fast_rows"] for s in first)
     _assert_a_failing_rank_stops_both(server, folder)
+    assert_ranks_brake_together(server)
 
 
-def test_replicas_decide_for_themselves(checkpoint: Callable[[str], Path], folder: Path) -> None:
-    """--dp-size alone: every replica measures, decides and traces by itself."""
-    with _serve(checkpoint("qwen3_moe"), folder, "replicas", "--dp-size=2") as server:
+def test_replicas_decide_for_themselves(model: Path, folder: Path) -> None:
+    """--dp-size alone: every replica measures, decides and traces by itself, and brakes with the
+    others."""
+    with _serve(model, folder, "replicas", "--dp-size=2") as server:
         server.set_sere(**EAGER)
         server.generate(PROMPTS[:7], 12)
         states = [state["sere"] for state in server.get("/server_info")["internal_states"]]
@@ -84,6 +92,7 @@ def test_replicas_decide_for_themselves(checkpoint: Callable[[str], Path], folde
             for file in (path, path.with_name(path.name + ".replica1"))
         ]
         assert sorted(rows) == [3, 4]
+        assert_ranks_brake_together(server)
 
 
 def test_every_pipeline_stage_follows_live_settings(
