@@ -136,7 +136,7 @@ def build_library(
 ) -> Path:
     """Compile into the cache unless it is there already; one process at a time, atomically."""
     paths, command = _command(name, sources, compiler, flags)
-    library = cache_dir() / f"{name}-{_cache_key(paths, command)}.so"
+    library = cache_dir() / f"{name}-{_cache_key(paths, compiler, flags)}.so"
     if library.is_file():
         return library
     from filelock import FileLock  # which torch requires too: it is there where a kernel is built
@@ -263,15 +263,19 @@ def _supports_openmp(compiler: str) -> bool:
     return done.returncode == 0
 
 
-def _cache_key(sources: Sequence[Path], command: Sequence[str]) -> str:
+def _cache_key(sources: Sequence[Path], compiler: str, flags: Sequence[str]) -> str:
+    """Of what is compiled, not of where it lies: a second checkout finds the first one's."""
+    import tvm_ffi
+
     digest = hashlib.sha256()
     folders = {csrc_dir(), *(source.parent for source in sources)}
     headers = (p for f in folders for p in f.rglob("*") if p.suffix in _HEADER_SUFFIXES)
     for path in [*sources, *sorted(headers)]:
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
-    machine = _cpu_features() if TUNE_FLAG in command else ""
-    for part in (*command, _compiler_version(command[0]), machine):
+    machine = _cpu_features() if TUNE_FLAG in flags else ""
+    runtime = f"tvm-ffi {tvm_ffi.__version__}"
+    for part in (compiler, *flags, _compiler_version(compiler), runtime, machine):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:20]
 

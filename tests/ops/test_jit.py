@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,8 @@ def test_what_a_library_depends_on_is_in_its_key(
     if change == "its own header":  # a test's source, which lies elsewhere
         (workshop / "native").mkdir()
         source = source.rename(workshop / "native" / "add.cpp")
-    command = ["c++", "-O3", jit.TUNE_FLAG]
-    before = jit._cache_key([source], command)
+    flags = ["-O3", jit.TUNE_FLAG]
+    before = jit._cache_key([source], "c++", flags)
     if change == "source":
         source.write_text(SOURCE.replace("OFFSET", "1"))
     elif change == "header":
@@ -59,22 +60,33 @@ def test_what_a_library_depends_on_is_in_its_key(
     elif change == "its own header":
         (workshop / "native" / "add.h").write_text("// new\n")
     elif change == "flags":
-        command = ["c++", "-O2", jit.TUNE_FLAG]
+        flags = ["-O2", jit.TUNE_FLAG]
     elif change == "compiler":
         monkeypatch.setattr(jit, "_compiler_version", lambda _: "another")
     else:
         monkeypatch.setattr(jit, "_cpu_features", lambda: "another")
-    assert jit._cache_key([source], command) != before
+    assert jit._cache_key([source], "c++", flags) != before
+
+
+def test_a_second_checkout_compiles_nothing_again(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, sources, flags = "add", ["add.cpp"], list(jit.CXX_FLAGS)
+    library = jit.build_library(name, sources, jit.find_cxx(), flags)
+    shutil.copytree(workshop / "csrc", tmp_path / "elsewhere")
+    monkeypatch.setattr(jit, "csrc_dir", lambda: tmp_path / "elsewhere")
+    monkeypatch.setattr(jit, "_compile", None)
+    assert jit.build_library(name, sources, jit.find_cxx(), flags) == library
 
 
 def test_a_library_for_the_gpu_does_not_depend_on_the_cpu(
     workshop: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled ahead of time into an image, it serves on another machine."""
-    source, command = workshop / "csrc" / "add.cpp", ["c++", *jit._cuda_flags("sm_90a")]
-    before = jit._cache_key([source], command)
+    source, flags = workshop / "csrc" / "add.cpp", jit._cuda_flags("sm_90a")
+    before = jit._cache_key([source], "c++", flags)
     monkeypatch.setattr(jit, "_cpu_features", lambda: "another")
-    assert jit._cache_key([source], command) == before
+    assert jit._cache_key([source], "c++", flags) == before
 
 
 def test_a_compile_error_names_the_line_and_the_command(workshop: Path) -> None:
