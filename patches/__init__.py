@@ -313,6 +313,7 @@ TOOLS = {
 
 PINNED = {
     "_sere_config": "ServerArgs: the options (config.py)",
+    "_sere_fallback": "ServerArgs: why the server goes without SERE (config.py)",
     "_sere_from_cli": "ServerArgs: made from a command line, whose errors exit (server_args.py)",
     "_sere_collection": "ServerArgs: what a calibration collects (calibration.py)",
     "_sere_doctor": "ServerArgs: doctor's question (doctor.py)",
@@ -326,7 +327,7 @@ PINNED = {
 PROCESS_STATE = {
     "sere_sglang.runtime.process._asked": "what this scheduler process was asked for",
     "sere_sglang.runtime.process._current": "the runtime of this scheduler process",
-    "sere_sglang.runtime.process._given_up": "this scheduler process goes without SERE after all",
+    "sere_sglang.runtime.process._without": "why this scheduler process goes without SERE",
     "sere_sglang.patches.topk._selecting": "whose top-k SGLang's router is computing right now",
     "sere_sglang.patches.guard.HOOKS": "every hook that this process has installed",
     "sere_sglang.patches.guard._launcher": "what failed in the launcher",

@@ -27,8 +27,8 @@ def register() -> None:
         target = f"{_MODULE}.Scheduler.__init__"
         declare(target, _before_init, HookType.BEFORE, needs=["server_args"])
         declare(target, _after_init, HookType.AFTER)
-        target = f"{_MODULE}.Scheduler.get_init_info"
-        declare(target, _report, HookType.AFTER, runs="always")
+        told = f"{_MODULE}.Scheduler.get_init_info"
+        declare(told, _report, HookType.AFTER, runs="always")
         weight_files.register()
 
 

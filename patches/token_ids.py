@@ -1,7 +1,8 @@
 """Seam: ``TokenizerManager._create_tokenized_object``.
 
 A request that gives ``input_ids`` outside the model's vocabulary ends SGLang's scheduler, which
-looks them up in the embedding, and with it the server. It is answered with status 400 instead.
+looks them up in the embedding, and with it the server; so does one of no token at all. They are
+answered with status 400 instead.
 """
 
 from __future__ import annotations
@@ -19,10 +20,23 @@ _TARGET = "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokeni
 
 def install() -> None:
     """In the launcher, once its server is known to run SERE."""
-    hook(_TARGET, _check, HookType.BEFORE, needs=["obj"], runs="always", deliberate=(Refusal,))
+    needs = ["obj", "input_text", "input_ids", "input_embeds"]
+    hook(_TARGET, _check, HookType.BEFORE, needs=needs, runs="always", deliberate=(Refusal,))
 
 
-def _check(manager: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:
+def _check(
+    manager: Any,
+    obj: Any,
+    _input_text: str,
+    input_ids: list[int] | None,
+    input_embeds: Any = None,
+    *_args: Any,
+    **_kwargs: Any,
+) -> None:
+    # A turn of a session has the ones before it.
+    continues = getattr(obj, "session_params", None)
+    if input_ids is not None and not len(input_ids) and not input_embeds and not continues:
+        raise Refusal("the prompt has no token: give some text, or input_ids that are not empty")
     ids = getattr(obj, "input_ids", None)
     if not ids or obj.contains_mm_input():  # whose places are no words
         return

@@ -105,7 +105,8 @@ def serve_without(record: Any, reason: str) -> None:
     """SERE was asked for with ``--sere-on-error fallback``, and cannot be had for this `reason`."""
     attach(record, SereConfig())
     setattr(record, _FALLBACK_ATTRIBUTE, reason)
-    logger.warning("Serving WITHOUT SERE (--sere-on-error fallback): %s", reason)
+    # No warning: those an offline Engine leaves out by default.
+    logger.error("Serving WITHOUT SERE (--sere-on-error fallback): %s", reason)
 
 
 def reason_without(record: Any) -> str | None:

@@ -25,10 +25,20 @@ def calibrated(model: MoeModelInfo, flags: Sequence[str], server_args: Sequence[
     """
     whole = MoeModelInfo.from_folder(str(downloaded(model.name, model.revision)))
     out = default_place(dataclasses.replace(whole, name=model.name, revision=model.revision))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{out}.lock"):
+    lock = FileLock(f"{out}.lock")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise SereError(
+            f"--sere-profile {AUTO}: cannot write {out} ({error}); set SERE_CACHE_DIR to a folder "
+            "that may be written, or name a profile"
+        ) from None
+    try:
         if not out.is_file():
             _calibrate(model, out, flags, server_args)
+    finally:
+        lock.release()
     return out
 
 
@@ -56,7 +66,7 @@ def _calibrate(
         raise SystemExit(130)
     if status != 0:
         raise SereError(
-            f"--sere-profile {AUTO}: calibrating {model.name} failed, as it says above; once that "
-            "is fixed, start the server again, or write the profile with '"
+            f"--sere-profile {AUTO}: calibrating {model.name} failed, and the log says why; once "
+            "that is fixed, start the server again, or write the profile with '"
             f"sere-sglang calibrate --model {model.name}' and drop the flag"
         )

@@ -43,24 +43,30 @@ def prepare(
     """
     model = MoeModelInfo.from_config(hf_config, name=model_path, revision=revision)
     config = resolved(restrict(asked), top_k=model.top_k)
-    idle = idle_flags(asked)
-    if idle:
-        logger.warning(
-            "%s: --sere-policy %s does not look at that; it holds once the policy is changed",
-            ", ".join(idle),
-            asked.policy,
-        )
     _check_max_experts(config, model)
     path = _profile(model, asked.sere_profile, calibrate)
     profile = load_profile(path)
     check_profile_fits(profile, model, path)
     if asked.sere_scale:
         check_has_scale(profile, model, path)
-    _check_surrogates(profile, model, path, asked)
     if asked.sere_cost is not None:
         cost = load_cost(asked.sere_cost)
         check_cost_fits(cost, CostModel.of(model), asked.sere_cost)
+    _check_surrogates(profile, model, path, asked)
+    _tell_idle_flags(asked)
     return dataclasses.replace(config, sere_profile=str(path))
+
+
+def _tell_idle_flags(asked: SereConfig) -> None:
+    idle = idle_flags(asked)
+    if idle:
+        logger.warning(
+            "%s: --sere-policy %s does not look at that; it holds once the policy is changed "
+            "(the rule is %s)",
+            ", ".join(idle),
+            asked.policy,
+            asked.rule,
+        )
 
 
 def _check_max_experts(config: SereConfig, model: MoeModelInfo) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from sere_sglang.calibration import CalibrationJob, default_out, existing_profile, revision_of
 from sere_sglang.calibration.collection import CollectionSpec
 from sere_sglang.errors import SereError
+from sere_sglang.on_demand import calibrated
 from sere_sglang.options import SereConfig
 from sere_sglang.preflight import prepare
 from sere_sglang.profile import (
@@ -150,6 +151,13 @@ def test_auto_calibrates_only_what_has_no_profile(tmp_path: Path) -> None:
         resolved = prepare(str(folder), config, asked, calibrate=calibrate)
         assert resolved.sere_profile == str(folder / "sere_profile.safetensors")
     assert calls == [str(folder)]
+
+
+def test_auto_that_may_not_write_says_so(tmp_path: Path) -> None:
+    folder = _write_model(tmp_path / "model", 1)
+    (folder / "sere_profile.safetensors.lock").mkdir()
+    with pytest.raises(SereError, match=r"--sere-profile auto: cannot write .*SERE_CACHE_DIR"):
+        calibrated(MoeModelInfo.from_folder(str(folder)), [], [])
 
 
 def _write_model(folder: Path, seed: int) -> Path:

@@ -143,6 +143,18 @@ def test_tokens_that_are_none_are_refused(server: Server, ids: Any) -> None:
     assert _tokens(server) == before
 
 
+@pytest.mark.parametrize(
+    "prompt", [{"input_ids": [[], [5]]}, {"text": ""}, {"input_ids": []}], ids=str
+)
+def test_a_prompt_without_a_token_is_refused(server: Server, prompt: dict[str, Any]) -> None:
+    """SGLang by itself would end."""
+    before = _tokens(server)
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        server.post("/generate", prompt | {"sampling_params": {"max_new_tokens": 2}})
+    assert refusal.value.code == 400
+    assert _tokens(server) == before
+
+
 def test_all_or_nothing_with_sglangs_own_keys(server: Server) -> None:
     ours = {"sere": {"primary_k": 2}}
     for refused in ({"pp_max_micro_batch_size": 0}, {"no_such_key": 1}):
