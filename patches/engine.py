@@ -72,7 +72,7 @@ def _check_handshake(result: Any, _cls: type, server_args: Any, *_args: Any, **_
     if not asked.enabled:
         return
     infos = result[3].scheduler_infos
-    if asked.sere_on_error == "fallback" and not any("sere" in info for info in infos):
+    if asked.falls_back and not any("sere" in info for info in infos):
         config.serve_without(server_args, infos[0].get(FALLBACK, _UNCONFIRMED))
         return
     if not all("sere" in info for info in infos):

@@ -75,10 +75,10 @@ def _binding(runner: Any, profile: SereProfile, asked: SereConfig) -> Binding | 
         moe_rows.require_no_quality(quality_rules(asked).allowed)
         binding = bind_model(runner.model, profile, asked, device=runner.device)
     except SereError as error:
-        if asked.sere_on_error != "fallback":
+        if not asked.falls_back:
             raise
         binding = str(error)
-    if asked.sere_on_error != "fallback":
+    if not asked.falls_back:
         return binding
     own = binding if isinstance(binding, str) else None
     reasons = get_parallel().world_group.all_gather_object(own)

@@ -114,7 +114,7 @@ def _resolve_once(original: Callable[..., None], record: Any) -> None:
                 calibrate=lambda model: _calibrated(record, asked, model),
             )
         except SereError as error:
-            if asked.sere_on_error != "fallback":
+            if not asked.falls_back:
                 raise
             config.serve_without(record, str(error))
             return

@@ -13,7 +13,7 @@ from sere_sglang.options import OPTIONS, SereConfig
 
 def checked(asked: SereConfig) -> SereConfig:
     """Validate what needs no model. Returns it; raises `SereError` naming the flag."""
-    given = _given(asked)
+    given = asked.given
     if not asked.enabled:
         ours = [option.flag for option in given if option.name.startswith(PREFIX)]
         if ours:
@@ -82,15 +82,11 @@ def idle_flags(asked: SereConfig) -> list[str]:
     policies look at what they like."""
     if asked.policy not in OWN_POLICIES:
         return []
-    idle = [o.flag for o in _given(asked) if o.policies and asked.policy not in o.policies]
+    idle = [o.flag for o in asked.given if o.policies and asked.policy not in o.policies]
     no_budget = asked.policy == "static" and asked.rule not in ("energy", AUTO)
     if no_budget and asked.sere_quality_budget is not None:
         idle.append(OPTIONS["sere_quality_budget"].flag)
     return idle
-
-
-def _given(asked: SereConfig) -> list[Option]:
-    return [option for option in OPTIONS.values() if getattr(asked, option.name) is not None]
 
 
 def for_device(asked: SereConfig, device: str) -> SereConfig:

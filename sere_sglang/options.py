@@ -244,13 +244,22 @@ class SereConfig:
         return self.moe_backend == "sere"
 
     @property
+    def falls_back(self) -> bool:
+        """Whether the server is to do without SERE where that cannot be had."""
+        return self.sere_on_error == "fallback"
+
+    @property
+    def given(self) -> list[Option]:
+        """The options that the operator gave."""
+        return [option for option in OPTIONS.values() if getattr(self, option.name) is not None]
+
+    @property
     def rule(self) -> str:
         """The rule asked for, by name or by the flags that only it has. What ``auto`` is every rank
         finds out (schedule/auto_rule.py)."""
         if self.sere_rule is not None:
             return self.sere_rule
-        given = (o for o in OPTIONS.values() if getattr(self, o.name) is not None)
-        own = any(SIMILARITY in option.rules for option in given)
+        own = any(SIMILARITY in option.rules for option in self.given)
         return SIMILARITY if own or self.policy == "static" else AUTO
 
     @property

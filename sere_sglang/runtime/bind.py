@@ -138,7 +138,7 @@ def bind_model(
     layers, routers = moe_layers(model), routers_of(model)
     _require_routable(name, layers, routers, profile, config)
     target = torch.device(device)
-    strict = target.type == "cuda" and config.sere_on_error != "fallback"
+    strict = target.type == "cuda" and not config.falls_back
     impl = select_impl(target, strict=strict)
     configs = {i: routers[i].topk_config for i in sorted(layers)}
     auto, rule, unavailable = resolve_rules(target.type, config, layers, configs, profile)

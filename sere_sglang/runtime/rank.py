@@ -157,7 +157,7 @@ class SereRuntime:
         try:
             self.binding.check_all_ran(where)
         except SereError as error:
-            if self.config.sere_on_error != "fallback":
+            if not self.config.falls_back:
                 raise
             self.fail("--sere-on-error fallback", error)
 

@@ -32,6 +32,7 @@ import sglang.srt.models.registry
 import sglang.srt.server_args  # noqa: F401
 import torch
 
+import sere_sglang.patches.server_args  # noqa: F401
 from sere_sglang.measure.server import die_with_parent
 
 _status_files: dict[int, str] = {}
